@@ -1,0 +1,1 @@
+"""The SatFusion family: pure torch modules, tensors in and tensors out."""

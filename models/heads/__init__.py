@@ -1,0 +1,1 @@
+"""Multi-source heads: a multispectral image and PAN to sharpened detail."""
