@@ -1,0 +1,111 @@
+"""Progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 15.0
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """A context manager that is told of finished work."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End."""
+        ...
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        """Count ``n`` more units; ``fields`` (such as ``loss=0.1``) are shown beside the rate."""
+        ...
+
+
+def progress(total: int, label: str, unit: str, *, every_s: float = LOG_EVERY_S) -> Progress:
+    """Show work of ``total`` units with its rate and the time left.
+
+    Args:
+        total: units to be done.
+        label: what is being done, such as ``"sharding"``.
+        unit: one unit's name, such as ``"AOI"``.
+        every_s: seconds between log lines, where standard error is no terminal.
+
+    Returns:
+        A context manager; call its ``update(n, **fields)`` as units are done.
+    """
+    if sys.stderr.isatty():
+        return _Bar(total, label, unit)
+    return _Lines(total, label, unit, every_s)
+
+
+class _Bar:
+    """A tqdm bar."""
+
+    def __init__(self, total: int, label: str, unit: str) -> None:
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        if fields:
+            self._bar.set_postfix(fields, refresh=False)
+        self._bar.update(n)
+
+
+class _Lines:
+    """Log lines at most every few seconds, and one at the end."""
+
+    def __init__(self, total: int, label: str, unit: str, every_s: float) -> None:
+        self._total, self._label, self._unit, self._every_s = total, label, unit, every_s
+        self._done = 0
+        self._fields: dict[str, object] = {}
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._start = self._last = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log("stopped after" if error is not None else "finished in")
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        self._done += n
+        self._fields = fields
+        if time.monotonic() - self._last >= self._every_s:
+            self._last = time.monotonic()
+            self._log(None)
+
+    def _log(self, end: str | None) -> None:
+        """Log one line; ``end`` says how the work ended, None that it goes on."""
+        seconds = time.monotonic() - self._start
+        rate = self._done / seconds if seconds > 0 else 0.0
+        if end is None:
+            left = tqdm.format_interval((self._total - self._done) / rate) if rate > 0 else "?"
+            when = f"{left} left"
+        else:
+            when = f"{end} {tqdm.format_interval(seconds)}"
+        fields = "".join(f", {name}={value}" for name, value in self._fields.items())
+        log.info(
+            "%s: %d/%d %s, %.3g %s/s, %s%s",
+            self._label, self._done, self._total, self._unit, rate, self._unit, when, fields,
+        )  # fmt: skip

@@ -1,0 +1,311 @@
+"""What a dataset of shards is: the sample in the tar, and the index that says where every sample lies.
+
+This is the contract of the side that writes and the side that reads; it needs neither rasterio nor torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, TypedDict, cast
+from urllib.parse import quote, unquote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.errors import UserError
+from sharding.storage import BucketNotFoundError, NotFoundError, Storage
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+STEP = 3e-5
+"""Reflectance of one step of the stored uint16, whose largest value is then 65535 x 3e-5 = 1.966."""
+INDEX_NAME = "index.json"
+IMAGES = ("lr", "clm", "hr", "pan")
+JSON_SUFFIX = "json"
+SUFFIXES = (*(f"{name}.npy" for name in IMAGES), JSON_SUFFIX)
+
+Span = tuple[int, int]
+"""(offset, length) in bytes."""
+
+
+class DamagedError(UserError):
+    """Stored bytes are not the ones that were written."""
+
+
+class Preparation(TypedDict):
+    """How rasters became samples."""
+
+    lr_size: int
+    """Height and width of the LR grid in px."""
+    hr_size: int
+    """Height and width of the HR and PAN grid in px."""
+    bands: list[int]
+    """Bands of ``lr`` in order, as positions from 1 in the L2A raster: 4, 3, 2 are R, G, B."""
+    revisits: int
+    """Revisits of each sample."""
+    hr_source: str
+    """The SPOT raster that ``hr`` was made from: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
+    step: float
+    """Reflectance of one integer step."""
+
+
+class BandStatistics(TypedDict):
+    """Statistics over all pixels (and revisits) of the training split, one number a band, in reflectance."""
+
+    mean: list[float]
+    std: list[float]
+    min: list[float]
+    max: list[float]
+
+
+@dataclass(frozen=True)
+class SampleEntry:
+    """Where one sample lies in its shard."""
+
+    key: str
+    """Its key in the tar: the AOI's name, escaped."""
+
+    aoi: str
+    """The AOI's true name."""
+
+    offset: int
+    """First byte of the sample in the shard: the header of its first member."""
+
+    size: int
+    """Bytes of the sample, headers and padding included."""
+
+    crc32: int
+    """CRC-32 of these bytes."""
+
+    members: Mapping[str, Span]
+    """Per suffix (``lr.npy`` ...), (offset, length) of the payload; offsets count from the sample's own."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file."""
+
+    name: str
+    """Its key beside the index."""
+
+    bytes: int
+    """Its length."""
+
+    sha256: str
+    """SHA-256 of the whole file, in hex."""
+
+    samples: tuple[SampleEntry, ...]
+    """Its samples in the order of the file."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An AOI that is in no split."""
+
+    aoi: str
+    """Its name."""
+
+    reason: str
+    """A short code, such as ``too-few-revisits``."""
+
+    detail: str
+    """What was met, in words."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The table of contents of a dataset; its presence makes the folder or prefix one."""
+
+    preparation: Preparation
+    """How the samples were prepared."""
+
+    split_rule: str
+    """``published`` (the split file) or ``seeded``."""
+
+    split_seed: int
+    """Seed of the permutation of the seeded rule."""
+
+    splits: Mapping[str, tuple[ShardEntry, ...]]
+    """Per split, its shards in order."""
+
+    statistics: Mapping[str, BandStatistics]
+    """Per image (``lr``, ``hr``, ``pan``), the training split's statistics."""
+
+    skipped: tuple[Skipped, ...] = ()
+    """AOIs left out, in the order of their names."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of this layout."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the stored ``index.json``, in hex: it names the dataset and, through it, every byte."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def samples(self, split: str) -> tuple[tuple[ShardEntry, SampleEntry], ...]:
+        """Return a split's samples in order, each with its shard.
+
+        Raises:
+            UserError: for a split that the index does not have.
+        """
+        if split not in self.splits:
+            raise UserError(f"no split {split!r} in the index; it has {', '.join(self.splits)}")
+        return tuple((shard, sample) for shard in self.splits[split] for sample in shard.samples)
+
+    def to_json(self) -> str:
+        """Return the canonical text: the same index gives the same characters."""
+        return json.dumps(
+            {
+                "format_version": self.format_version,
+                "preparation": self.preparation,
+                "split_rule": self.split_rule,
+                "split_seed": self.split_seed,
+                "splits": {name: list(map(_shard_to_json, shards)) for name, shards in self.splits.items()},
+                "statistics": self.statistics,
+                "skipped": [vars(item) for item in self.skipped],
+            },
+            sort_keys=True,
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Index:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            UserError: when it is no index, or one of another format version.
+        """
+        try:
+            data = json.loads(text)
+            if data["format_version"] != FORMAT_VERSION:
+                raise UserError(
+                    f"{INDEX_NAME} has format version {data['format_version']!r}, this program reads "
+                    f"{FORMAT_VERSION}: shard the dataset again"
+                )
+            return cls(
+                format_version=data["format_version"],
+                preparation=cast(Preparation, data["preparation"]),
+                split_rule=data["split_rule"],
+                split_seed=data["split_seed"],
+                splits={name: tuple(map(_shard_from_json, data["splits"][name])) for name in SPLITS},
+                statistics=data["statistics"],
+                skipped=tuple(Skipped(**item) for item in data["skipped"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{INDEX_NAME} is damaged ({type(error).__name__}: {error}): shard the dataset again"
+            ) from error
+
+    @classmethod
+    def load(cls, storage: Storage) -> Index:
+        """Read a dataset's index.
+
+        Raises:
+            UserError: when the URI holds none, or one that cannot be read.
+        """
+        try:
+            text = storage.read(INDEX_NAME).decode("utf-8", errors="replace")
+        except BucketNotFoundError:
+            raise
+        except NotFoundError:
+            raise UserError(
+                f"{storage.uri} holds no {INDEX_NAME}, so it is not a dataset: "
+                f"run `satfusion shard --input DIR --output {storage.uri}`"
+            ) from None
+        try:
+            return cls.from_json(text)
+        except UserError as error:
+            raise UserError(f"{storage.uri}: {error}") from error
+
+
+class Sample(NamedTuple):
+    """One AOI as it is stored."""
+
+    key: str
+    """Its key in the tar."""
+
+    aoi: str
+    """Its name."""
+
+    lr: NDArray[np.uint16]
+    """[R, C, h, w] revisits in steps of ``STEP``."""
+
+    clm: NDArray[np.uint8]
+    """[R, 1, h, w] cloud masks: 0 clear, 1 cloud, 255 no data."""
+
+    hr: NDArray[np.uint16]
+    """[3, H, W] the target in steps of ``STEP``."""
+
+    pan: NDArray[np.uint16]
+    """[1, H, W] the panchromatic image in steps of ``STEP``."""
+
+    meta: dict[str, object]
+    """The JSON: dates, georeference, source digests, ``clearest`` (0-based index into ``lr``) and more."""
+
+
+def key_of(aoi: str) -> str:
+    """Escape an AOI's name for a tar: a key ends at its first dot there, and ``/`` would make a folder."""
+    return quote(aoi, safe=" ").replace(".", "%2E")
+
+
+def aoi_of(key: str) -> str:
+    """Undo ``key_of``."""
+    return unquote(key)
+
+
+def decode_sample(entry: SampleEntry, span: bytes) -> Sample:
+    """Read a sample from the bytes of its span, after checking them.
+
+    Args:
+        entry: the sample's line of the index.
+        span: ``entry.size`` bytes of the shard from ``entry.offset``.
+
+    Raises:
+        DamagedError: when the size or the CRC-32 is not the index's.
+    """
+    if len(span) != entry.size:
+        raise DamagedError(
+            f"sample {entry.key!r} (AOI {entry.aoi!r}) has {len(span)} bytes where the index says "
+            f"{entry.size}: the shard was cut or replaced, so shard the dataset again"
+        )
+    if zlib.crc32(span) != entry.crc32:
+        raise DamagedError(
+            f"sample {entry.key!r} (AOI {entry.aoi!r}) fails its CRC-32: the shard is damaged or was "
+            "replaced, so copy or shard the dataset again"
+        )
+    payloads = {suffix: span[offset : offset + size] for suffix, (offset, size) in entry.members.items()}
+    images = {name: np.load(io.BytesIO(payloads[f"{name}.npy"]), allow_pickle=False) for name in IMAGES}
+    return Sample(entry.key, entry.aoi, **images, meta=json.loads(payloads[JSON_SUFFIX]))
+
+
+def read_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Sample:
+    """Fetch one sample by its span.
+
+    Raises:
+        DamagedError: when the shard is gone or is not the one of the index; it names the shard.
+    """
+    try:
+        return decode_sample(entry, storage.read_range(shard.name, entry.offset, entry.size))
+    except (DamagedError, NotFoundError) as error:
+        raise DamagedError(f"{storage.uri}/{shard.name}: {error}") from error
+
+
+def _shard_to_json(shard: ShardEntry) -> dict[str, object]:
+    return {**vars(shard), "samples": [vars(sample) for sample in shard.samples]}
+
+
+def _shard_from_json(data: dict[str, object]) -> ShardEntry:
+    samples = cast(list[dict[str, object]], data["samples"])
+    return ShardEntry(**{**data, "samples": tuple(map(_sample_from_json, samples))})  # type: ignore[arg-type]
+
+
+def _sample_from_json(data: dict[str, object]) -> SampleEntry:
+    members = cast(dict[str, list[int]], data["members"])
+    spans = {suffix: (offset, size) for suffix, (offset, size) in members.items()}
+    return SampleEntry(**{**data, "members": spans})  # type: ignore[arg-type]
