@@ -108,7 +108,7 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
         bucket, _, prefix = rest.partition("/")
         if "@" in bucket or ":" in bucket:
             raise UserError(
-                "an s3:// URI names only a bucket and a prefix: credentials and endpoint go into the environment"
+                "an s3:// URI names only bucket and prefix: credentials and endpoint go into the environment"
             )
         if not bucket:
             raise UserError(f"{text!r} names no bucket: write s3://BUCKET/PREFIX")
