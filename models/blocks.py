@@ -1,0 +1,83 @@
+"""Building blocks that several models share."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.contracts import NamePairs
+
+
+def reflect_conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps the size and mirrors the image at its border."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="reflect")
+
+
+class DoubleConv(nn.Module):
+    """Two 3x3 convolutions, each followed by a PReLU and dropout.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        dropout: Rate of both dropouts, 0 for none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = reflect_conv(inputs, outputs)
+        self.act1 = nn.PReLU()
+        self.conv2 = reflect_conv(outputs, outputs)
+        self.act2 = nn.PReLU()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, inputs, h, w] to [N, outputs, h, w]."""
+        x = self.dropout(self.act1(self.conv1(x)))
+        return cast(Tensor, self.dropout(self.act2(self.conv2(x))))
+
+
+def double_conv_names(published: str, own: str) -> NamePairs:
+    """Pair the published names of a :class:`DoubleConv` with ours."""
+    entries = (("0", "conv1"), ("2", "act1"), ("4", "conv2"), ("6", "act2"))
+    return tuple((f"{published}.doubleconv2d.{theirs}", f"{own}.{ours}") for theirs, ours in entries)
+
+
+def check_reflectable(lr: Tensor, encoder: str) -> None:
+    """Raise ValueError where ``lr`` [..., h, w] is too small for a reflect padding of 1 pixel."""
+    height, width = lr.shape[-2:]
+    if min(height, width) < 2:
+        raise ValueError(f"{encoder} needs revisits of at least 2 x 2 px, and these are {height} x {width}")
+
+
+def bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize [B, C, h, w] to ``size`` (H, W): half-pixel centres, edges clamped, no antialiasing."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize [B, C, h, w] to ``size`` (H, W), blurring first along the axes that shrink."""
+    for axis, target in zip((-2, -1), size, strict=True):
+        factor = image.shape[axis] / target
+        if factor > 1:
+            image = _blur(image, axis, max((factor - 1) / 2, 0.001))
+    return bilinear(image, size)
+
+
+def _blur(image: Tensor, axis: int, sigma: float) -> Tensor:
+    """Convolve one axis with a normalised Gaussian of ``sigma`` pixels, mirrored at the border."""
+    taps = max(int(4 * sigma), 3) | 1
+    half = taps // 2
+    if image.shape[axis] <= half:
+        raise ValueError(f"an image of {image.shape[axis]} px is too small to be shrunk by a {taps}-tap blur")
+    distance = torch.arange(-half, half + 1, device=image.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (distance / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(image.dtype)
+    channels = image.shape[1]
+    shape, padding = ((taps, 1), (0, 0, half, half)) if axis == -2 else ((1, taps), (half, half, 0, 0))
+    weight = kernel.view(1, 1, *shape).expand(channels, 1, *shape)
+    return F.conv2d(F.pad(image, padding, mode="reflect"), weight, groups=channels)

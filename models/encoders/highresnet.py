@@ -1,0 +1,79 @@
+"""HighRes-net: recursive pairwise fusion of revisits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import DoubleConv, check_reflectable, double_conv_names, reflect_conv
+from models.contracts import Encoder, NamePairs
+
+if TYPE_CHECKING:
+    from models.registry import ModelConfig
+
+DROPOUT = 0.5
+
+
+class HighResNet(Encoder):
+    """Encode each revisit alone, then halve their number by one shared fusion block until one is left.
+
+    Deudon et al., "HighRes-net: Recursive Fusion for Multi-Frame Super-Resolution of Satellite Imagery",
+    arXiv 2002.06460. As published with SatFusion: no reference channel, no alpha mask in the fusion. Empty
+    feature maps fill the revisits up to a power of two. The block is one set of weights, so a model
+    that was built for two revisits or more takes any number of them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        dropout = DROPOUT if config.dropout == "published" else 0.0
+        self.levels = (config.revisits - 1).bit_length()
+        self.encode = DoubleConv(config.bands, config.hidden, dropout)
+        self.fuse = PairFusion(config.hidden, dropout) if self.levels else None
+
+    def forward(self, lr: Tensor, pan: Tensor) -> Tensor:
+        """Map lr [B, R, C, h, w] to features [B, D, h, w]; ``pan`` is not used."""
+        batch, revisits = lr.shape[:2]
+        check_reflectable(lr, "HighRes-net")
+        x = self.encode(lr.flatten(0, 1)).unflatten(0, (batch, revisits))
+        if revisits == 1:
+            return cast(Tensor, x.squeeze(1))
+        if self.fuse is None:
+            raise ValueError(
+                f"this HighRes-net was built for a single revisit, has nothing to fuse with, and was given "
+                f"{revisits}: build it with revisits = {revisits}"
+            )
+        empty = (1 << (revisits - 1).bit_length()) - revisits
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, empty))
+        while x.shape[1] > 1:
+            x = self.fuse(x)
+        return cast(Tensor, x.squeeze(1))
+
+    def published_names(self) -> NamePairs:
+        """Return the published names; the fusion block is registered once a level there."""
+        names = double_conv_names("encoder", "encode")
+        for level in range(self.levels):
+            block = f"blockMISR.fusion.{level}.fuse"
+            names += double_conv_names(f"{block}.0.residualblock", "fuse.residual")
+            names += ((f"{block}.1", "fuse.conv"), (f"{block}.3", "fuse.act"))
+        return names
+
+
+class PairFusion(nn.Module):
+    """Fuse revisit i of the first half with revisit i of the second half."""
+
+    def __init__(self, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.residual = DoubleConv(2 * hidden, 2 * hidden, dropout)
+        self.conv = reflect_conv(2 * hidden, hidden)
+        self.act = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, 2n, D, h, w] to [B, n, D, h, w]."""
+        batch, revisits = x.shape[:2]
+        first, second = x.chunk(2, dim=1)
+        pairs = torch.cat([first, second], dim=2).flatten(0, 1)
+        fused = self.act(self.conv(pairs + self.residual(pairs)))
+        return cast(Tensor, fused.unflatten(0, (batch, revisits // 2)))

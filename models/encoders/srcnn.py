@@ -1,0 +1,63 @@
+"""SRCNN over several revisits, as in the WorldStrat baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from models.blocks import DoubleConv, check_reflectable, double_conv_names
+from models.contracts import Encoder, NamePairs
+
+if TYPE_CHECKING:
+    from models.registry import ModelConfig
+
+DROPOUT = 0.5
+
+
+class SRCNN(Encoder):
+    """Encode each revisit beside the median revisit, then fuse all of them by convolution.
+
+    The multi-frame form of SRCNN: Cornebise, Orsolic, Kalaitzis, "Open High-Resolution Satellite Imagery: The
+    WorldStrat Dataset", NeurIPS Datasets and Benchmarks 2022; named after Dong et al., TPAMI 2016.
+    The number of revisits is fixed when the model is built, for all of them become channels.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        dropout = DROPOUT if config.dropout == "published" else 0.0
+        self.revisits = config.revisits
+        self.encode = DoubleConv(2 * config.bands, config.hidden, dropout)
+        self.merge = DoubleConv(config.revisits * config.hidden, config.hidden, dropout)
+        self.residual = DoubleConv(config.hidden, config.hidden, dropout)
+
+    def forward(self, lr: Tensor, pan: Tensor) -> Tensor:
+        """Map lr [B, R, C, h, w] to features [B, D, h, w]; ``pan`` is not used."""
+        if lr.shape[1] != self.revisits:
+            raise ValueError(
+                f"this SRCNN was built for {self.revisits} revisits and was given {lr.shape[1]}: "
+                f"build it with revisits = {lr.shape[1]}"
+            )
+        check_reflectable(lr, "SRCNN")
+        reference = lower_median(lr).unsqueeze(1).expand_as(lr)
+        # A sample's revisits are neighbours in the batch, so its channels come out revisit by revisit.
+        features = self.encode(torch.cat([lr, reference], dim=2).flatten(0, 1))
+        x = self.merge(features.reshape(lr.shape[0], -1, *lr.shape[-2:]))
+        return cast(Tensor, x + self.residual(x))
+
+    def published_names(self) -> NamePairs:
+        """Return the published names; both convolutions of the fusion are registered twice there."""
+        return (
+            *double_conv_names("encoder", "encode"),
+            *double_conv_names("blockMISR.doubleconv2d", "merge"),
+            *double_conv_names("blockMISR.residualblocks.0.residualblock", "residual"),
+            *double_conv_names("blockMISR.fusion_SRCNN.0", "merge"),
+            *double_conv_names("blockMISR.fusion_SRCNN.1.0.residualblock", "residual"),
+        )
+
+
+def lower_median(lr: Tensor) -> Tensor:
+    """Return the median [B, C, h, w] over the revisits of lr [B, R, C, h, w], the lower one for even R."""
+    # Not torch.median: with indices it has no deterministic CUDA kernel.
+    return lr.sort(dim=1).values[:, (lr.shape[1] - 1) // 2]

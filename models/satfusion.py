@@ -1,0 +1,131 @@
+"""The composition: encoder, upsampler, head and spectral refinement."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import bilinear, resize
+from models.contracts import Encoder, Head
+
+if TYPE_CHECKING:
+    from models.registry import ModelConfig
+
+REFINEMENT_WIDTH = 64
+
+
+class Fusion(NamedTuple):
+    """What a model returns: images on the grid of the panchromatic one, neither clamped nor normalised."""
+
+    fused: Tensor
+    """The result [B, C, H, W], reflectance."""
+
+    mfif: Tensor | None
+    """The encoder's image [B, C, H, W]; None for a head alone."""
+
+    msif: Tensor | None
+    """The head's image [B, C, H, W]; None for an encoder alone."""
+
+
+class Upsampler(nn.Module):
+    """Turn features on the low-resolution grid into an image that is ``zoom`` times as large."""
+
+    def __init__(self, hidden: int, bands: int, zoom: int) -> None:
+        super().__init__()
+        width = hidden // zoom**2
+        self.shuffle = nn.PixelShuffle(zoom)
+        self.conv1 = nn.Conv2d(width, width, 1)
+        self.act1 = nn.PReLU()
+        self.conv2 = nn.Conv2d(width, bands, 1)
+        self.act2 = nn.PReLU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [B, D, h, w] to [B, C, zoom h, zoom w]."""
+        x = self.act1(self.conv1(self.shuffle(features)))
+        return cast(Tensor, self.act2(self.conv2(x)))
+
+
+class SpectralRefinement(nn.Module):
+    """A residual of two 1x1 convolutions: mixes the bands of a pixel, never its neighbours."""
+
+    def __init__(self, bands: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(bands, REFINEMENT_WIDTH, 1)
+        self.conv2 = nn.Conv2d(REFINEMENT_WIDTH, bands, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map [B, C, H, W] to the same shape."""
+        return cast(Tensor, image + self.conv2(F.relu(self.conv1(image))))
+
+
+class SatFusion(nn.Module):
+    """Multi-frame and multi-source fusion: an encoder, a head, or one after the other.
+
+    Tong et al., "SatFusion: A Unified Framework for Enhancing Remote Sensing Images via Multi-Frame and
+    Multi-Source Images Fusion", arXiv 2510.07905. Upsampler and refinement are always built, used or not, so
+    that parameter counts and state dicts are the published ones.
+
+    Args:
+        config: What the model was asked to be.
+        encoder: The first stage, or None.
+        head: The second stage, or None; one of both is there.
+    """
+
+    def __init__(self, config: ModelConfig, encoder: Encoder | None, head: Head | None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.upsampler = Upsampler(config.hidden, config.bands, config.zoom)
+        self.head = head
+        self.refinement = SpectralRefinement(config.bands)
+
+    def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor | None = None) -> Fusion:
+        """Fuse one batch.
+
+        Args:
+            lr: Revisits [B, R, C, h, w], reflectance.
+            pan: Panchromatic image [B, 1, H, W], reflectance; its grid is the output's.
+            revisit: For a head alone, the 0-based revisit of each sample, int64 [B]; 0 by default.
+
+        Returns:
+            The fused image and the images of both stages.
+
+        Raises:
+            ValueError: If a shape is not what the model was built for.
+        """
+        self._check(lr, pan)
+        size = (pan.shape[-2], pan.shape[-1])
+        if self.encoder is None:
+            ms = bilinear(_pick(lr, revisit), size)
+            return self._sharpen_alone(ms, pan)
+        mfif = resize(self.upsampler(self.encoder(lr, pan)), size)
+        if self.head is None:
+            return Fusion(fused=mfif, mfif=mfif, msif=None)
+        msif = self.head(mfif, pan)
+        return Fusion(fused=self.refinement(mfif + msif), mfif=mfif, msif=msif)
+
+    def _sharpen_alone(self, ms: Tensor, pan: Tensor) -> Fusion:
+        assert self.head is not None  # build_model makes no model without a stage
+        msif = self.head(ms, pan)
+        if self.head.adds_input:
+            msif = ms + msif
+        return Fusion(fused=msif, mfif=None, msif=msif)
+
+    def _check(self, lr: Tensor, pan: Tensor) -> None:
+        bands = self.config.bands
+        if lr.ndim != 5 or lr.shape[2] != bands:
+            raise ValueError(f"lr must be [B, R, {bands}, h, w] for {bands} bands, and is {list(lr.shape)}")
+        if pan.ndim != 4 or pan.shape[1] != 1 or pan.shape[0] != lr.shape[0]:
+            raise ValueError(f"pan must be [{lr.shape[0]}, 1, H, W] beside this lr, and is {list(pan.shape)}")
+
+
+def _pick(lr: Tensor, revisit: Tensor | None) -> Tensor:
+    """Return one revisit of each sample, [B, C, h, w]."""
+    if revisit is None:
+        return lr[:, 0]
+    if revisit.shape != lr.shape[:1]:
+        raise ValueError(f"revisit must be [{lr.shape[0]}], one index a sample, and is {list(revisit.shape)}")
+    return lr[torch.arange(lr.shape[0], device=lr.device), revisit]

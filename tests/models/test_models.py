@@ -1,0 +1,174 @@
+"""Contracts of models: sizes, revisits, composition, dropout, refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.blocks import resize
+from models.encoders.srcnn import lower_median
+from models.registry import ENCODERS, HEADS, ModelConfig, build_model
+from models.satfusion import SatFusion
+
+STAGES = [(e, h) for e, h in itertools.product([*ENCODERS, "none"], [*HEADS, "none"]) if {e, h} != {"none"}]
+
+
+def small(encoder: str, head: str, **changes: int | str) -> SatFusion:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(encoder, head, **({"hidden": 8, "bands": 2, "revisits": 3} | changes)))
+
+
+def inputs(
+    batch: int = 2, revisits: int = 3, size: int = 9, pan: tuple[int, int] = (31, 26)
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    lr = torch.rand(batch, revisits, 2, size, size + 2, generator=generator)
+    return lr, torch.rand(batch, 1, *pan, generator=generator)
+
+
+@pytest.mark.parametrize(("encoder", "head"), STAGES)
+@pytest.mark.parametrize("pan", [(31, 26), (12, 15)])
+def test_the_output_lies_on_the_grid_of_pan(encoder: str, head: str, pan: tuple[int, int]) -> None:
+    fusion = small(encoder, head)(*inputs(pan=pan))
+    assert fusion.fused.shape == (2, 2, *pan)
+    assert (fusion.mfif is None) == (encoder == "none")
+    assert (fusion.msif is None) == (head == "none")
+
+
+@pytest.mark.parametrize(("encoder", "head"), STAGES)
+def test_samples_do_not_mix(encoder: str, head: str) -> None:
+    model = small(encoder, head).double()
+    lr, pan = (x.double() for x in inputs())
+    both = model(lr, pan).fused
+    alone = torch.cat([model(lr[:1], pan[:1]).fused, model(lr[1:], pan[1:]).fused])
+    torch.testing.assert_close(both, alone)
+
+
+@pytest.mark.parametrize(("encoder", "head"), STAGES)
+def test_every_parameter_in_use_gets_a_gradient(encoder: str, head: str) -> None:
+    model = small(encoder, head)
+    model(*inputs()).fused.square().sum().backward()
+    idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    expected = set()
+    if encoder == "none":
+        expected.add("upsampler")
+    if "none" in (encoder, head):
+        expected.add("refinement")
+    assert idle == expected
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("revisits", [1, 2, 5])
+def test_any_number_of_revisits(encoder: str, revisits: int) -> None:
+    lr, pan = inputs(revisits=revisits)
+    assert small(encoder, "none", revisits=revisits)(lr, pan).fused.isfinite().all()
+
+
+def test_a_pair_refines_the_sum_of_its_stages() -> None:
+    model = small("srcnn", "pannet")
+    fusion = model(*inputs())
+    torch.testing.assert_close(fusion.fused, model.refinement(fusion.mfif + fusion.msif))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_alone_takes_the_chosen_revisit(head: str) -> None:
+    model = small("none", head)
+    lr, pan = inputs()
+    fused = model(lr, pan, torch.tensor([2, 1])).fused
+    chosen = torch.stack([lr[0, 2], lr[1, 1]]).unsqueeze(1)
+    torch.testing.assert_close(fused, model(chosen, pan).fused)
+    assert not torch.allclose(fused, model(lr, pan).fused)
+
+
+@pytest.mark.parametrize(("head", "adds"), [("pnn", False), ("pannet", True)])
+def test_only_some_heads_alone_add_their_input(head: str, adds: bool) -> None:
+    model = small("none", head)
+    for parameter in model.head.conv3.parameters():
+        torch.nn.init.zeros_(parameter)
+    lr, pan = inputs()
+    resized = F.interpolate(lr[:, 0], size=pan.shape[-2:], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model(lr, pan).fused, resized if adds else torch.zeros_like(resized))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_dropout_is_off_unless_published(encoder: str) -> None:
+    off, published = small(encoder, "none"), small(encoder, "none", dropout="published")
+    batch = inputs()
+    assert torch.equal(off.train()(*batch).fused, off.eval()(*batch).fused)
+    assert not torch.equal(published.train()(*batch).fused, published(*batch).fused)
+    assert torch.equal(published.eval()(*batch).fused, off(*batch).fused)
+    rates = {m.p for m in published.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.5}
+
+
+@pytest.mark.parametrize(("revisits", "rank"), [(1, 0), (4, 1), (5, 2), (8, 3)])
+def test_the_median_is_the_lower_one(revisits: int, rank: int) -> None:
+    order = torch.randperm(revisits, generator=torch.Generator().manual_seed(2)).float()
+    lr = order.view(1, -1, 1, 1, 1).expand(1, revisits, 2, 3, 3)
+    assert (lower_median(lr) == rank).all()
+
+
+def test_highresnet_fills_up_with_empty_features() -> None:
+    model = small("highresnet", "none", revisits=4)
+    assert model.encoder.fuse is not None
+    lr, pan = inputs(revisits=3)
+    encoded = model.encoder.encode(lr.flatten(0, 1)).unflatten(0, (2, 3))
+    filled = torch.cat([encoded, torch.zeros_like(encoded[:, :1])], dim=1)
+    torch.testing.assert_close(model.encoder(lr, pan), model.encoder.fuse(model.encoder.fuse(filled))[:, 0])
+
+
+def test_shrinking_blurs_first() -> None:
+    checkerboard = (torch.arange(40).view(-1, 1) + torch.arange(40)).remainder(2).float().view(1, 1, 40, 40)
+    ramp = torch.arange(40.0).expand(1, 1, 40, 40) / 40
+    assert (resize(checkerboard, (12, 12)) - 0.5).abs().max() < 0.05
+    torch.testing.assert_close(
+        resize(ramp, (10, 10))[..., 2:-2], F.avg_pool2d(ramp, 4)[..., 2:-2], atol=1e-5, rtol=0
+    )
+    flat = torch.full((1, 2, 30, 20), 0.3)
+    torch.testing.assert_close(resize(flat, (11, 40)), torch.full((1, 2, 11, 40), 0.3))
+
+
+def test_bfloat16_and_autocast_run() -> None:
+    lr, pan = inputs()
+    assert small("srcnn", "pnn").bfloat16()(lr.bfloat16(), pan.bfloat16()).fused.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small("highresnet", "pannet")(lr, pan).fused.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "SRCN"}, "encoder = 'SRCN' is unknown; did you mean 'srcnn'"),
+        ({"encoder": "highres"}, "did you mean 'highresnet'"),
+        ({"head": "zzz"}, "head = 'zzz' is unknown; known: pnn, pannet, none"),
+        ({"encoder": "none", "head": "none"}, "at least one of them"),
+        ({"dropout": "on"}, "dropout = 'on' is unknown"),
+        ({"bands": 0}, "bands = 0 is out of range"),
+        ({"revisits": -1}, "revisits = -1 is out of range"),
+        ({"hidden": 30}, "hidden = 30 cannot be shuffled into zoom = 2"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(changes: dict[str, int | str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**changes)
+
+
+def test_a_wrong_input_is_refused() -> None:
+    lr, pan = inputs()
+    srcnn = small("srcnn", "pnn")
+    with pytest.raises(ValueError, match="built for 3 revisits and was given 2"):
+        srcnn(lr[:, :2], pan)
+    with pytest.raises(ValueError, match=r"lr must be \[B, R, 2, h, w\] for 2 bands"):
+        srcnn(lr[:, :, :1], pan)
+    with pytest.raises(ValueError, match=r"pan must be \[2, 1, H, W\]"):
+        srcnn(lr, pan[:1])
+    with pytest.raises(ValueError, match="at least 2 x 2 px, and these are 9 x 1"):
+        srcnn(lr[..., :1], pan)
+    with pytest.raises(ValueError, match="single revisit"):
+        small("highresnet", "none", revisits=1)(lr, pan)
+    with pytest.raises(ValueError, match="one index a sample"):
+        small("none", "pnn")(lr, pan, torch.zeros(3, dtype=torch.int64))
