@@ -1,0 +1,90 @@
+"""Windows of a scene on both grids, and the augmentation of a chip: pure functions.
+
+A scene has nine chips, numbered 3 * column + row: windows of 50 x 50 LR pixels with stride 50, and the HR windows whose
+start and size are round(x * scale), halves to even (156 x 156 at 3.125 HR pixels per LR pixel).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.order import CHIPS_PER_SCENE, random_words
+
+LR_CHIP = 50
+COLUMNS = 3
+
+
+class Window(NamedTuple):
+    """A square window of a scene on both grids, in pixels."""
+
+    x: int
+    """First LR column."""
+    y: int
+    """First LR row."""
+    size: int
+    """LR side."""
+    hr_x: int
+    """First HR column."""
+    hr_y: int
+    """First HR row."""
+    hr_size: int
+    """HR side."""
+
+
+class Variant(NamedTuple):
+    """How training varies a chip."""
+
+    window: Window
+    """Where it is cut."""
+    quarter_turns: int
+    """Counter-clockwise quarter turns, 0 to 3."""
+    flip: bool
+    """Rows reversed, after the turn."""
+    revisit: int
+    """The revisit that a head alone is given, 0-based."""
+
+
+def chip_window(chip: int, scale: float) -> Window:
+    """Return the window of chip 0..8 of a scene whose HR grid has ``scale`` pixels per LR pixel."""
+    column, row = divmod(chip % CHIPS_PER_SCENE, COLUMNS)
+    return make_window(column * LR_CHIP, row * LR_CHIP, scale)
+
+
+def make_window(x: int, y: int, scale: float) -> Window:
+    """Return the LR_CHIP x LR_CHIP window whose first LR pixel is (x, y)."""
+    return Window(x, y, LR_CHIP, round(x * scale), round(y * scale), round(LR_CHIP * scale))
+
+
+def training_variant(
+    chip: int, seed: int, epoch: int, *, lr_size: int, scale: float, revisits: int, windows: bool, turns: bool
+) -> Variant:
+    """Return how training sees ``chip`` in ``epoch``; a function of (seed, epoch, chip) alone.
+
+    Args:
+        chip: Chip number, 9 * sample + window.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        lr_size: Side of the scene's LR grid, pixels.
+        scale: HR pixels per LR pixel.
+        revisits: Revisits of a scene.
+        windows: Replace the chip's window by a random one of the scene.
+        turns: Rotate by a random quarter turn, then flip with probability 1/2.
+    """
+    x, y, turn, flip, revisit = (int(word) for word in random_words(5, seed, epoch, chip, "variant"))
+    places = lr_size - LR_CHIP + 1
+    window = make_window(x % places, y % places, scale) if windows else chip_window(chip, scale)
+    return Variant(window, turn % 4 if turns else 0, turns and flip % 2 == 1, revisit % revisits)
+
+
+def cut(image: Tensor, y: int, x: int, size: int) -> Tensor:
+    """Return the ``size`` x ``size`` window of ``image`` [..., H, W] that starts at row y and column x."""
+    return image[..., y : y + size, x : x + size]
+
+
+def turn_and_flip(image: Tensor, quarter_turns: int, flip: bool) -> Tensor:
+    """Rotate ``image`` [..., H, W] counter-clockwise by quarter turns, then reverse its rows if ``flip``."""
+    turned = torch.rot90(image, quarter_turns, dims=(-2, -1))
+    return torch.flip(turned, dims=(-2,)) if flip else turned

@@ -1,0 +1,84 @@
+"""The verbs of one run: train, evaluate, monitor."""
+
+from __future__ import annotations
+
+import argparse
+
+from sharding.errors import UserError
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``train``, ``evaluate`` and ``monitor`` to the command."""
+    train = verbs.add_parser(
+        "train", help="train in this process group", description="Train alone, or in each process under torchrun."
+    )
+    add_config_arguments(train)
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="measure a checkpoint on a split",
+        description="Print metrics, raw and bias-adjusted, beside two baselines; write CSVs and panels to the run.",
+    )
+    evaluate.add_argument("run_uri", metavar="RUN", help="run folder, local or s3://")
+    evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
+    evaluate.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    evaluate.add_argument("--data", default="", metavar="URI", help="dataset, if it is not the run's own")
+    evaluate.add_argument("--registration", default="centred", choices=("centred", "published"))
+    evaluate.add_argument("--panels", type=int, default=9, metavar="N", help="chips drawn as PNG (default 9)")
+    evaluate.set_defaults(run=_evaluate)
+
+    monitor = verbs.add_parser(
+        "monitor", help="show runs in TensorBoard", description="Serve TensorBoard on run folders, live."
+    )
+    monitor.add_argument("uris", nargs="+", metavar="RUN", help="run folders, local or s3://")
+    monitor.add_argument("--host", default="127.0.0.1")
+    monitor.add_argument("--port", type=int, default=6006)
+    monitor.add_argument("--refresh", type=float, default=5.0, metavar="SECONDS", help="pause between looks at s3://")
+    monitor.set_defaults(run=_monitor)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the configuration and its overrides, the same words for ``train`` and ``submit``."""
+    parser.add_argument("config", metavar="CONFIG", help="TOML file, or the name of a recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=5")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from pipeline.train import run_training
+    from pipeline.world import leave_world
+
+    try:
+        run_training(config)
+    finally:
+        leave_world()
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.panels < 0:
+        raise UserError(f"--panels = {args.panels} is out of range: it must be 0 or more")
+    from pipeline.evaluate import evaluate_run
+
+    result = evaluate_run(
+        args.run_uri,
+        args.split,
+        args.checkpoint,
+        data_uri=args.data,
+        registration=args.registration,
+        panels=args.panels,
+    )
+    print(result.table())
+    print(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
+    return 0
+
+
+def _monitor(args: argparse.Namespace) -> int:
+    if args.refresh <= 0:
+        raise UserError(f"--refresh = {args.refresh} is out of range: it must be above 0 seconds")
+    from pipeline.monitor import monitor
+
+    return monitor(args.uris, args.host, args.port, args.refresh)

@@ -1,0 +1,269 @@
+"""Typed run configuration: TOML recipes, dotted overrides, and refusals that name the nearest valid key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from models.registry import ModelConfig
+from pipeline.losses import LossConfig
+from sharding.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where chips come from and how training varies them."""
+
+    uri: str = ""
+    """Folder or s3:// prefix with an index.json, as written by ``satfusion shard``."""
+    rotate_flip: bool = True
+    """Training rotates by a random quarter turn and flips; keyed by (seed, epoch, chip)."""
+    random_windows: bool = False
+    """Training replaces each chip's window by a random one of the same scene and size."""
+    shuffle_window: int = 16
+    """Shards whose chips are shuffled together, >= 1."""
+    cache_mib: int = 4096
+    """Bound of the decoded scenes kept in memory by each rank, MiB; 0 keeps none."""
+    prefetch_batches: int = 4
+    """Global batches prepared ahead of the step, >= 1."""
+    loader_threads: int = 4
+    """Threads that read and decode scenes, >= 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        for name in ("shuffle_window", "prefetch_batches", "loader_threads"):
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number from 1 up")
+        require(self.cache_mib >= 0, "data.cache_mib", self.cache_mib, "a whole number from 0 up")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation: batch, schedule, precision, ZeRO, checkpoints."""
+
+    epochs: int = 20
+    """Passes over the training split, >= 1."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps even in mid-epoch; 0 means no such bound."""
+    global_batch: int = 8
+    """Chips per optimizer step over all ranks, >= 1."""
+    micro_batch: int = 0
+    """Chips per forward pass of one rank; 0 means global_batch / ranks (no accumulation)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate, > 0."""
+    weight_decay: float = 1e-4
+    """L2 term added to the gradient (Adam's, not AdamW's), >= 0."""
+    schedule: str = "warm_restarts"
+    """``warm_restarts`` (cosine, SGDR, stepped once per epoch) or ``warmup_cosine`` (stepped each step)."""
+    restart_epochs: int = 300
+    """T0 of the warm restarts, epochs, >= 1."""
+    warmup_steps: int = 0
+    """Linear warm-up of ``warmup_cosine``, steps, >= 0."""
+    min_learning_rate: float = 0.0
+    """Floor of both schedules, >= 0."""
+    clip_norm: float = 0.0
+    """Global gradient norm is clipped to this; 0 means no clipping."""
+    precision: str = "fp32"
+    """``fp32``, or ``bf16``: forward under bfloat16 autocast, weights, loss and optimizer in fp32."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    seed: int = 122938034
+    """Seed of the initial weights, the order and the augmentation."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints, >= 1."""
+    keep_checkpoints: int = 3
+    """Newest full checkpoints kept (the best weights are kept besides), >= 1."""
+    log_every: int = 1
+    """Optimizer steps between rows of metrics and events, >= 1."""
+    log_batches: bool = False
+    """Also write every global batch's chip ids to batches.csv."""
+    threads_per_rank: int = 0
+    """Threads of torch in each rank; 0 leaves what the environment set. They change the last bits."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        at_least_one = (
+            "epochs",
+            "global_batch",
+            "restart_epochs",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        )
+        for name in at_least_one:
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a whole number from 1 up")
+        not_negative = (
+            "max_steps",
+            "micro_batch",
+            "warmup_steps",
+            "weight_decay",
+            "clip_norm",
+            "threads_per_rank",
+        )
+        for name in (*not_negative, "min_learning_rate"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "a number above 0")
+        require_one_of("train.schedule", self.schedule, ("warm_restarts", "warmup_cosine"))
+        require_one_of("train.precision", self.precision, ("fp32", "bf16"))
+        require(self.zero_stage in range(4), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The run folder and what is drawn into it."""
+
+    uri: str = "runs/satfusion"
+    """Run folder, a local path or s3:// prefix."""
+    sync_seconds: float = 10.0
+    """Pause between uploads of events and metrics when the run folder is on S3, > 0."""
+    panels: int = 4
+    """Validation chips drawn as image panels by rank 0 at each validation, >= 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
+        require(self.sync_seconds > 0, "output.sync_seconds", self.sync_seconds, "a number above 0")
+        require(self.panels >= 0, "output.panels", self.panels, "0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run; saved in the run folder and in each checkpoint."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoder, head and their sizes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The dataset and its augmentation."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Weights, registration and bias adjustment of the loss."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Run folder."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values by section, as JSON and TOML hold them."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """Return the whole configuration as TOML that `load_config` reads back unchanged."""
+        sections = self.to_dict().items()
+        # JSON's strings, numbers and booleans are TOML's too; no field holds anything else.
+        return "\n".join(
+            f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items())
+            for name, section in sections
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+        """Build a configuration from nested plain values.
+
+        Args:
+            values: Sections by name, each a mapping of keys to values; what is absent keeps its default.
+            source: File or place named in errors.
+
+        Raises:
+            UserError: An unknown section or key, or a value of the wrong type or out of range.
+        """
+        return typing.cast(RunConfig, _build(cls, values, "", source))
+
+
+def require(condition: bool, option: str, value: object, wanted: str) -> None:
+    """Raise the `UserError` of a value out of range unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"{option} = {value!r} is out of range: it must be {wanted}")
+
+
+def require_one_of(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise a `UserError` that names the nearest of ``known`` unless ``value`` is one of them."""
+    if value not in known:
+        raise UserError(f"{option} = {value!r} is not known{nearest(value, known)}")
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file, or a recipe that ships with the package, and apply dotted overrides.
+
+    Args:
+        recipe: Path of a TOML file, or the name of a recipe (`recipe_names`).
+        overrides: ``section.key=value`` with the value in TOML; a bare word is taken as a string.
+
+    Raises:
+        UserError: No such file or recipe, broken TOML, an unknown key (the nearest is named) or a bad value.
+    """
+    text = _read_recipe(recipe)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{recipe} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(values, override)
+    return RunConfig.from_dict(values, source=recipe)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    folder = resources.files("pipeline") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _read_recipe(recipe: str) -> str:
+    path = Path(recipe)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if recipe in recipe_names():
+        return (resources.files("pipeline") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8")
+    raise UserError(f"configuration {recipe!r} is neither a file nor a recipe{nearest(recipe, recipe_names())}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    section, dot, key = dotted.strip().partition(".")
+    if not equals or not dot:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    inner = values.setdefault(section, {})
+    if not isinstance(inner, dict):
+        raise UserError(f"override {override!r} sets a key of {section!r}, which is not a section")
+    inner[key] = value
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str, source: str) -> object:
+    hints = typing.get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{source}: unknown key {prefix + key!r}{nearest(key, hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: {prefix + key!r} is a section, written [{prefix + key}], not a value")
+            arguments[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.", source)
+        else:
+            arguments[key] = _coerce(hints[key], value, prefix + key, source)
+    try:
+        return kind(**arguments)
+    except ValueError as error:  # a section that knows nothing of UserError, such as the models' own
+        raise UserError(f"{source}: {error}") from None
+
+
+def _coerce(hint: Any, value: object, option: str, source: str) -> object:
+    if typing.get_origin(hint) is typing.Literal:  # its section checks the word, and names the nearest
+        hint = str
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for kind in kinds:
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    wanted = " or ".join(words[kind] for kind in kinds)
+    raise UserError(f"{source}: {option} = {value!r} must be {wanted}")

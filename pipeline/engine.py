@@ -1,0 +1,186 @@
+"""DeepSpeed behind the few calls the loop needs, and its state in a form without ranks or ZeRO stages."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.satfusion import Fusion
+from pipeline.config import TrainConfig
+from pipeline.data import Batch
+from pipeline.order import BatchPlan
+from pipeline.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What training needs to go on, by parameter name, the same whatever the world size and ZeRO stage."""
+
+    weights: dict[str, Tensor]
+    """fp32 parameters and buffers by name."""
+    moments: dict[str, dict[str, Tensor]]
+    """Adam's fp32 ``exp_avg`` and ``exp_avg_sq`` by parameter name."""
+    step: int
+    """Optimizer steps taken."""
+
+
+def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run; the optimizer is ours and stands beside it.
+
+    bf16 does not appear: it is autocast around the forward pass (`Engine.forward`), so that weights, gradients and
+    their reduction stay in fp32 at every ZeRO stage.
+    """
+    return {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.grad_accum,
+        "gradient_clipping": config.clip_norm,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # Overlap would reorder sums from run to run.
+            "overlap_comm": False,
+            # Heads or encoders alone leave parameters without gradients.
+            "ignore_unused_parameters": True,
+        },
+        # DeepSpeed's own progress lines would repeat ours.
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+class _AutocastModel(nn.Module):
+    """Runs the network under bfloat16 autocast when asked; DeepSpeed switches off an autocast outside of it."""
+
+    def __init__(self, network: nn.Module, device_type: str, bf16: bool) -> None:
+        super().__init__()
+        self.network = network
+        self._device_type = device_type
+        self._bf16 = bf16
+
+    def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
+            fusion: Fusion = self.network(lr, pan, revisit)
+        # A plain tuple of tensors, because ZeRO 3 rebuilds outputs to hang its hooks on them.
+        return tuple(image for image in fusion if image is not None)
+
+
+class Engine:
+    """A DeepSpeed engine over one network."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: TrainConfig,
+        plan: BatchPlan,
+        world: World,
+        state: TrainState | None = None,
+    ) -> None:
+        """Wrap ``network`` (moved and partitioned in place).
+
+        Args:
+            network: The SatFusion network; every rank's weights must be equal.
+            config: Optimizer, precision, clipping and ZeRO stage.
+            plan: Micro-batch and accumulation.
+            world: This process's place.
+            state: Weights and moments to go on from.
+        """
+        deepspeed = _import_deepspeed()
+        if state is not None:
+            # Before DeepSpeed copies the weights into its flat fp32 partitions.
+            network.load_state_dict(state.weights)
+        self._network = network
+        self._stage = config.zero_stage
+        self._names = [name for name, _ in network.named_parameters()]
+        self._adam = torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        model = _AutocastModel(network, world.device.type, config.precision == "bf16")
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
+        )
+        self._grad_norm = 0.0
+        if state is not None and state.step > 0:
+            self._load_moments(state)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the fused image [B, C, H, W] with its graph, in training mode, in the forward pass's precision."""
+        self._engine.train()
+        fused: Tensor = self._engine(batch.lr, batch.pan, batch.revisit)[0]
+        return fused
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
+        self._engine.backward(loss)
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            grads = [p.grad for p in self._network.parameters() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+
+    def step(self, learning_rate: float) -> None:
+        """Count a micro-batch, and after the last of a global batch update the weights."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm of the last step's reduced gradient before clipping."""
+        return self._grad_norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the fused image [B, C, H, W] in evaluation mode, float32."""
+        self._engine.eval()
+        fused: Tensor = self._engine(batch.lr, batch.pan, batch.revisit)[0]
+        return fused.float()
+
+    def state(self, step: int) -> TrainState:
+        """Gather the whole state on every rank's CPU; all ranks must call it together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights = {name: buffer.detach().cpu().clone() for name, buffer in self._network.named_buffers()}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._network.named_parameters():
+            full = parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)
+            weights[name] = full.detach().cpu().clone()
+            moments[name] = {}
+            for moment in MOMENTS:
+                if self._stage == 0:
+                    value = self._adam.state[parameter][moment]
+                else:
+                    value = safe_get_full_optimizer_state(parameter, moment)
+                moments[name][moment] = value.detach().cpu().clone().reshape(weights[name].shape)
+        return TrainState(weights, moments, step)
+
+    def _load_moments(self, state: TrainState) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        # The inner Adam makes its state at its first step; ours must stand there before that.
+        for group in self._adam.param_groups:
+            for flat in group["params"]:
+                zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
+                self._adam.state[flat] = {"step": torch.tensor(float(state.step)), **zeros}
+        if self._stage in (1, 2):
+            # Names of the moments become known to the parameters; DeepSpeed does it after its first step.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._network.named_parameters():
+            for moment in MOMENTS:
+                value = state.moments[name][moment]
+                if self._stage == 0:
+                    self._adam.state[parameter][moment].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+
+
+def _import_deepspeed() -> Any:
+    # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

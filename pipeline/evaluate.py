@@ -1,0 +1,165 @@
+"""A checkpoint against a held-out split, beside two baselines that never learned anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.registry import build_model
+from pipeline.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
+from pipeline.data import Batch, ChipDataset, evaluation_batches
+from pipeline.metrics import ADJUSTED, METRICS, image_metrics
+from pipeline.panels import panel
+from pipeline.registration import Mode
+from sharding.errors import UserError
+from sharding.progress import progress
+from sharding.storage import Storage, open_storage
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("fused", "bicubic_clearest", "bicubic_median")
+COLUMNS = tuple(name + suffix for suffix in ("", ADJUSTED) for name in METRICS)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one checkpoint on one split."""
+
+    checkpoint: str
+    """Folder name of the checkpoint."""
+    split: str
+    """``train``, ``val`` or ``test``."""
+    registration: Mode
+    """How predictions were registered to the truth."""
+    chips: list[dict[str, object]]
+    """A row a chip and method: ``aoi chip method`` and COLUMNS."""
+    folder: str
+    """Where the CSVs and panels were written."""
+
+    def means(self, method: str) -> dict[str, float]:
+        """Return the mean of every column over the chips, for one method."""
+        rows = [row for row in self.chips if row["method"] == method]
+        return {column: _mean([row[column] for row in rows]) for column in COLUMNS}
+
+    def table(self) -> str:
+        """Return the table that the command prints: a line a method, raw then adjusted."""
+        lines = [
+            f"split {self.split}, checkpoint {self.checkpoint}, {self.registration} registration,"
+            f" {len(self.chips) // len(METHODS)} chips",
+            f"{'':18}" + "".join(f"{name:>10}" for name in (*METRICS, *(f"{name}*" for name in METRICS))),
+        ]
+        for method in METHODS:
+            means = self.means(method)
+            lines.append(f"{method:18}" + "".join(f"{means[column]:>10.4g}" for column in COLUMNS))
+        lines.append("* after bias adjustment to the truth's band means; psnr in dB, sam in degrees, ergas in percent")
+        return "\n".join(lines)
+
+
+def evaluate_run(
+    uri: str, split: str, which: str, *, data_uri: str = "", registration: Mode = "centred", panels: int = 9
+) -> Evaluation:
+    """Evaluate a checkpoint of a run and write the figures into the run folder, below ``evaluation/``.
+
+    Args:
+        uri: Run folder.
+        split: Split of the dataset.
+        which: ``best`` (least validation loss), ``last`` or a step.
+        data_uri: Dataset, where it is not the run's own.
+        registration: ``centred`` or ``published``.
+        panels: Chips drawn as PNG, the first ones of the split.
+
+    Raises:
+        UserError: No such run, checkpoint or dataset.
+    """
+    run = open_storage(uri)
+    checkpoint = read_checkpoint(run, select_checkpoint(run, which))
+    network = load_network(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device).eval()
+    dataset = ChipDataset(data_uri or checkpoint.config.data.uri, split, checkpoint.config.data)
+    if dataset.num_chips == 0:
+        raise UserError(f"split {split!r} of {dataset.storage.uri} is empty: name another with --split")
+    folder = run.child(f"evaluation/{split}-{checkpoint.name}")
+    rows: list[dict[str, object]] = []
+    with progress(dataset.num_chips, f"evaluating {checkpoint.name}", "chip") as bar:
+        for number, (batch, _) in enumerate(evaluation_batches(dataset)):
+            batch = batch.to(device)
+            with torch.no_grad():
+                fused = network(batch.lr, batch.pan, batch.revisit).fused.float()
+            images = {"fused": fused, **baselines(batch)}
+            chip = batch.chips[0]
+            for method in METHODS:
+                metrics = image_metrics(images[method], batch.hr, registration)
+                place = {"aoi": dataset.aoi(chip), "chip": chip % 9, "method": method}
+                rows.append(place | {column: metrics[column].item() for column in COLUMNS})
+            if number < panels:
+                _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
+            bar.update()
+    result = Evaluation(checkpoint.name, split, registration, rows, folder.uri)
+    _write_csvs(folder, rows)
+    folder.write("table.txt", result.table().encode())
+    return result
+
+
+def load_network(checkpoint: Checkpoint) -> nn.Module:
+    """Return the checkpoint's network with its weights."""
+    network = build_model(checkpoint.config.model)
+    network.load_state_dict(checkpoint.state.weights)
+    return network
+
+
+def baselines(batch: Batch) -> dict[str, Tensor]:
+    """Return what needs no network: bicubic of the clearest revisit, and of the per-pixel median of the revisits.
+
+    The median of an even number of revisits is the mean of the middle two. [B, C, H, W] each.
+    """
+    size = batch.hr.shape[-2:]
+    clearest = batch.lr[torch.arange(len(batch.chips)), batch.revisit]
+    median = batch.lr.quantile(0.5, dim=1)
+
+    def bicubic(image: Tensor) -> Tensor:
+        return functional.interpolate(image, size=size, mode="bicubic", align_corners=False)
+
+    return {"bicubic_clearest": bicubic(clearest), "bicubic_median": bicubic(median)}
+
+
+def _write_panel(folder: Storage, name: str, batch: Batch, fused: Tensor, title: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(panel(batch, fused, title)).save(buffer, format="PNG")
+    folder.write(name, buffer.getvalue())
+
+
+def _write_csvs(folder: Storage, rows: list[dict[str, object]]) -> None:
+    by_aoi: list[dict[str, object]] = []
+    for key in dict.fromkeys((row["aoi"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["aoi"], row["method"]) == key]
+        means = {column: _mean([row[column] for row in own]) for column in COLUMNS}
+        by_aoi.append({"aoi": key[0], "method": key[1], "chips": len(own)} | means)
+    folder.write("chips.csv", _csv(rows))
+    folder.write("aois.csv", _csv(by_aoi))
+
+
+def _csv(rows: list[dict[str, object]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _mean(values: list[object]) -> float:
+    return float(np.mean(np.asarray(values, dtype=np.float64)))
+
+
+def beats_baselines(means: Mapping[str, Mapping[str, float]], column: str = "psnr") -> bool:
+    """Return whether ``fused`` lies above the better baseline in ``column``; ``means`` is by method."""
+    return means["fused"][column] > max(means[method][column] for method in METHODS if method != "fused")

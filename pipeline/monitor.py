@@ -1,0 +1,118 @@
+"""TensorBoard on runs anywhere: local folders directly, s3:// runs through a copy that follows them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sharding.errors import UserError
+from sharding.storage import LocalStorage, Storage, open_storage
+
+logger = logging.getLogger(__name__)
+
+EVENTS = "events"
+
+
+class EventMirror:
+    """A local copy of a stored run's events; each call of `update` fetches what has grown."""
+
+    def __init__(self, run: Storage, folder: Path) -> None:
+        """Copy the events of ``run`` below ``folder``."""
+        self._events = run.child(EVENTS)
+        self._folder = folder
+        self._sizes: dict[str, int] = {}
+
+    def update(self) -> int:
+        """Fetch new and grown event files; return how many.
+
+        Raises:
+            UserError: The store does not answer.
+        """
+        fetched = 0
+        for stored in self._events.list():
+            if self._sizes.get(stored.key) == stored.size:
+                continue
+            path = self._folder / stored.key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # In place, as TensorBoard reads on from where it stopped in the file it holds open.
+            path.write_bytes(self._events.read(stored.key))
+            self._sizes[stored.key] = stored.size
+            fetched += 1
+        return fetched
+
+
+@contextmanager
+def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
+    """Yield a folder that TensorBoard can read: a link or a followed copy for each run.
+
+    Args:
+        uris: Run folders.
+        refresh_seconds: Pause between looks at stored runs.
+
+    Raises:
+        UserError: A URI holds no events.
+    """
+    with tempfile.TemporaryDirectory(prefix="satfusion-monitor-") as scratch:
+        root = Path(scratch)
+        mirrors: list[EventMirror] = []
+        for name, uri in zip(_names(uris), uris, strict=True):
+            run = open_storage(uri)
+            if not run.child(EVENTS).list():
+                raise UserError(f"{uri} holds no {EVENTS}/: name a run folder, as output.uri of a training has it")
+            if isinstance(run, LocalStorage):
+                (root / name).symlink_to((Path(uri) / EVENTS).resolve(), target_is_directory=True)
+            else:
+                mirrors.append(EventMirror(run, root / name))
+                mirrors[-1].update()
+        stop = threading.Event()
+        follower = threading.Thread(target=_follow, args=(mirrors, refresh_seconds, stop), daemon=True)
+        follower.start()
+        try:
+            yield root
+        finally:
+            stop.set()
+            follower.join()
+
+
+def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -> int:
+    """Serve TensorBoard on ``uris`` until interrupted; return its exit status."""
+    program = shutil.which("tensorboard", path=str(Path(sys.executable).parent)) or "tensorboard"
+    with event_folder(uris, refresh_seconds) as folder:
+        command = [program, "--logdir", str(folder), "--host", host, "--port", str(port)]
+        # Fresh events show within seconds, also in files that a resumed run has left behind.
+        command += ["--reload_interval", "5", "--reload_multifile", "true"]
+        server = subprocess.Popen(command)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+            server.wait()
+            return 0
+
+
+def _names(uris: Sequence[str]) -> list[str]:
+    """Return a folder name for each run: its last part, numbered where two are the same."""
+    names: list[str] = []
+    for uri in uris:
+        base = uri.rstrip("/").rsplit("/", 1)[-1] or "run"
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _follow(mirrors: Sequence[EventMirror], refresh_seconds: float, stop: threading.Event) -> None:
+    while mirrors and not stop.wait(refresh_seconds):
+        for mirror in mirrors:
+            try:
+                mirror.update()
+            except UserError as error:
+                logger.warning("events not refreshed, will try again: %s", error)

@@ -1,0 +1,94 @@
+"""The run folder: files that grow are written on local disk and, for s3:// runs, uploaded while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sharding.errors import UserError
+from sharding.storage import LocalStorage, open_storage
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """A run's files: ``storage`` for what is published whole, ``local`` for what grows.
+
+    For a local run both are the same folder. For an s3:// run ``local`` is a scratch folder of this process, whose
+    changed files are uploaded every ``sync_seconds`` by a thread, and once more on leaving the context.
+    """
+
+    def __init__(self, uri: str, sync_seconds: float) -> None:
+        """Open the run folder; nothing is created yet.
+
+        Raises:
+            UserError: The URI cannot be a run folder.
+        """
+        self.storage = open_storage(uri)
+        self._sync_seconds = sync_seconds
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if isinstance(self.storage, LocalStorage):
+            self.local = Path(uri)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="satfusion-run-")
+            self.local = Path(self._scratch.name)
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        """Start uploading, where the run is not local."""
+        if self._scratch is not None:
+            self._thread = threading.Thread(target=self._sync_forever, name="run-folder", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Upload what is left and stop."""
+        if self._scratch is None:
+            return
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.sync()
+        self._scratch.cleanup()
+
+    def fetch(self, key: str) -> Path:
+        """Return the local path of ``key``, brought from the store first if it is there and not here."""
+        path = self.local / key
+        if self._scratch is not None and not path.exists() and self.storage.exists(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.storage.read(key))
+        return path
+
+    def sync(self) -> None:
+        """Upload every local file that changed since it was last sent.
+
+        Raises:
+            UserError: The store does not take it.
+        """
+        if self._scratch is None:
+            return
+        for path in sorted(self.local.rglob("*")):
+            if not path.is_file():
+                continue
+            stat = path.stat()
+            key, seen = path.relative_to(self.local).as_posix(), (stat.st_size, stat.st_mtime_ns)
+            if self._sent.get(key) != seen:
+                # A copy, because an event file may grow while it is sent.
+                self.storage.write(key, path.read_bytes())
+                self._sent[key] = seen
+
+    def _sync_forever(self) -> None:
+        while not self._stop.wait(self._sync_seconds):
+            try:
+                self.sync()
+            except UserError as error:
+                # Training must outlive a store that is away for a while; the next round sends what this one did not.
+                logger.warning("run folder not synchronised, will try again: %s", error)
