@@ -224,9 +224,7 @@ class _Canvas:
         self.bands[:, mask] = colour[:, None].astype(np.float32)
         self.greenness[mask] = greenness
 
-    def _house(
-        self, row: float, column: float, depth: float, width: float, angle: float, roof: Image | None
-    ) -> None:
+    def _house(self, row: float, column: float, depth: float, width: float, angle: float, roof: Image | None) -> None:
         """Paint a gabled roof, or darken the ground in its shape where ``roof`` is None."""
         window, y, x = self._window(row, column, 14)
         u = x * np.cos(angle) + y * np.sin(angle)

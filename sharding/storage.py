@@ -208,9 +208,7 @@ class LocalStorage:
             raise NotFoundError(f"{self._path(key)} does not exist") from None
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise UserError(
-                f"cannot use {self._path(key)}: {reason}; check the path and its permissions"
-            ) from error
+            raise UserError(f"cannot use {self._path(key)}: {reason}; check the path and its permissions") from error
 
 
 class S3Storage:
@@ -279,7 +277,7 @@ class S3Storage:
 
     def delete(self, key: str) -> None:
         """DELETE the object; S3 answers the same where there is none."""
-        with self._explained(key), contextlib.suppress(NotFoundError):
+        with self._explained(key):
             self._connect().delete_object(Bucket=self._bucket, Key=self._key(key))
 
     def child(self, name: str) -> S3Storage:
@@ -313,9 +311,7 @@ class S3Storage:
                     data: bytes = self._connect().get_object(**request)["Body"].read()
                     return data
                 except ClientError as error:
-                    if (
-                        error.response["Error"]["Code"] == "InvalidRange"
-                    ):  # begins past the end: as a file reads
+                    if error.response["Error"]["Code"] == "InvalidRange":  # begins past the end: as a file reads
                         return b""
                     raise
                 except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
@@ -338,9 +334,7 @@ class S3Storage:
 
     def _refusal(self, where: str, code: str) -> UserError:
         if code == "NoSuchBucket":
-            return BucketNotFoundError(
-                f"bucket {self._bucket!r} does not exist: create it, or correct the URI {where}"
-            )
+            return BucketNotFoundError(f"bucket {self._bucket!r} does not exist: create it, or correct the URI {where}")
         if code in {"NoSuchKey", "404"}:
             return NotFoundError(f"{where} does not exist")
         if code in _KEY_CODES:
@@ -369,14 +363,11 @@ def _no_answer(where: str, error: Exception) -> UserError:
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
     if name == "ParamValidationError":
-        return UserError(
-            f"{where} is no valid S3 URI: a bucket has 3 to 63 small letters, digits, dots and hyphens"
-        )
+        return UserError(f"{where} is no valid S3 URI: a bucket has 3 to 63 small letters, digits, dots and hyphens")
     if isinstance(error, ValueError):
         return UserError(f"cannot open {where}: AWS_ENDPOINT_URL is no valid http:// or https:// URL")
     return UserError(
-        f"the S3 endpoint does not answer for {where} ({name}): check that it runs and that AWS_ENDPOINT_URL "
-        "names it"
+        f"the S3 endpoint does not answer for {where} ({name}): check that it runs and that AWS_ENDPOINT_URL names it"
     )
 
 

@@ -174,14 +174,12 @@ def _through_psf(land: Land, scale: float) -> torch.Tensor:
     return _blur(torch.from_numpy(layers), PSF_LR_PX * scale)
 
 
-def _see(
-    place: _Place, land: torch.Tensor, gain: Image, rng: np.random.Generator, *, cloudy: bool
-) -> _Revisit:
+def _see(place: _Place, land: torch.Tensor, gain: Image, rng: np.random.Generator, *, cloudy: bool) -> _Revisit:
     """Take one Sentinel-2 image of the blurred land."""
     days = int(rng.integers(-60, 61))
     seen = _sample(land, place.shape, rng.uniform(-0.5, 0.5, 2)).numpy()
-    season = np.float32(min(1.0, max(-0.2, days / 80 + rng.normal(0, 0.05))))
-    bands = seen[:4] + SENESCENCE[:, None, None] * season * seen[4] * 0.6
+    season = min(1.0, max(-0.2, days / 80 + rng.normal(0, 0.05)))
+    bands = seen[:4] + SENESCENCE[:, None, None] * (0.6 * float(season)) * seen[4]
     bands *= (0.96 * gain + 0.02 * rng.standard_normal(4).astype(np.float32))[:, None, None]
     haze = np.array([0.5, 0.8, 1.3, 0.2], np.float32) * np.float32(rng.exponential(0.006))
     bands += haze[:, None, None]
@@ -196,7 +194,7 @@ def _see(
     bands *= 1 - 0.5 * fallen
     bands = bands * (1 - cloud) + cloud * (0.62 + 0.35 * cloud)
     full = np.tensordot(L2A_MIX, bands, 1)
-    full += rng.normal(0, 0.0018, full.shape).astype(np.float32)
+    full += 0.0018 * rng.standard_normal(full.shape, dtype=np.float32)
     counts = np.round(np.clip(full, 1e-4, None) * 10_000)
     taken = place.taken + timedelta(days=days)
     return _Revisit((counts / 10_000).astype(np.float32), cloud, fallen > 0.3, taken)

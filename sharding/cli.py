@@ -1,0 +1,149 @@
+"""The verbs `shard` and `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sharding.errors import UserError
+from sharding.picture import Tile, robust_high, sheet, to_rgb8
+from sharding.schema import SPLITS, STEP, Index, Sample, read_sample
+from sharding.splits import SPLIT_SEED
+from sharding.storage import Storage, open_storage
+
+MAX_DEFAULT_WORKERS = 8
+SHEET_ROWS = 12
+TILE_PX = 200
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `shard` and `inspect` to the command."""
+    shard = verbs.add_parser(
+        "shard",
+        help="make a dataset of WebDataset shards from WorldStrat rasters",
+        description="Prepare every AOI of a WorldStrat folder and write shards and an index to a folder or bucket.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    shard.add_argument("--input", required=True, metavar="DIR", help="folder with hr_dataset/ and lr_dataset/")
+    shard.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
+    workers = min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+    shard.add_argument("--workers", type=int, default=workers, metavar="N", help="processes side by side")
+    shard.add_argument("--hr", default="ps", metavar="{ps,rgbn}", help="SPOT raster of the targets: 1.5 m or 6 m")
+    shard.add_argument("--revisits", type=int, default=8, metavar="R", help="Sentinel-2 images a sample")
+    shard.add_argument(
+        "--split", default="auto", metavar="{auto,published,seeded}", help="auto: the split file where there is one"
+    )
+    shard.add_argument("--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the seeded split")
+    shard.add_argument("--shard-size", type=int, default=32, metavar="N", help="most AOIs a shard")
+    shard.add_argument("--strict", action="store_true", help="refuse a folder with an unusable AOI")
+    shard.set_defaults(run=run_shard)
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="print what a dataset holds, and draw a contact sheet",
+        description="Print splits, shards, statistics and skipped AOIs of a dataset.",
+    )
+    inspect.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    inspect.add_argument(
+        "--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, clouds, PAN and HR"
+    )
+    inspect.set_defaults(run=run_inspect)
+
+
+def run_shard(args: argparse.Namespace) -> int:
+    """Run `shard`."""
+    # Here, not above: every other verb must run without rasterio.
+    from sharding.shard import ShardOptions, shard_folder
+
+    options = ShardOptions(
+        hr_source=args.hr,
+        revisits=args.revisits,
+        split=args.split,
+        seed=args.seed,
+        shard_size=args.shard_size,
+        strict=args.strict,
+    )
+    storage = open_storage(args.output)
+    index = shard_folder(Path(args.input), storage, options, args.workers, say=print)
+    for line in describe(index, storage):
+        print(line)
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Run `inspect`."""
+    storage = open_storage(args.uri)
+    index = Index.load(storage)
+    for line in describe(index, storage):
+        print(line)
+    if args.png is not None:
+        draw(index, storage, args.png)
+        print(f"contact sheet: {args.png}")
+    return 0
+
+
+def describe(index: Index, storage: Storage) -> Iterator[str]:
+    """Yield the lines that tell a person what a dataset holds."""
+    preparation = index.preparation
+    seed = f", seed {index.split_seed}" if index.split_rule == "seeded" else ""
+    yield f"dataset {storage.uri}"
+    yield f"index   sha256 {index.digest}"
+    yield (
+        f"samples {preparation['revisits']} revisits, S2 bands {preparation['bands']}, LR {preparation['lr_size']} px, "
+        f"HR {preparation['hr_size']} px from _{preparation['hr_source']}, integers of {preparation['step']:g}"
+    )
+    yield f"split   {index.split_rule}{seed}"
+    for split in SPLITS:
+        shards = index.splits[split]
+        samples = sum(len(shard.samples) for shard in shards)
+        size = sum(shard.bytes for shard in shards)
+        yield f"  {split:5}  {samples:5} AOIs  {len(shards):4} shards  {size / 1e6:9.1f} MB"
+        for shard in shards:
+            yield f"    {shard.name}  {len(shard.samples):5} AOIs  {shard.bytes / 1e6:9.1f} MB  {shard.sha256[:12]}"
+    yield "statistics of train, one number a band"
+    for image, bands in index.statistics.items():
+        for name, values in (
+            ("mean", bands["mean"]),
+            ("std", bands["std"]),
+            ("min", bands["min"]),
+            ("max", bands["max"]),
+        ):
+            yield f"  {image:3}  {name:4}  {'  '.join(f'{value:.4f}' for value in values)}"
+    yield f"skipped {len(index.skipped)} AOIs"
+    for item in index.skipped:
+        yield f"  {item.aoi}  {item.reason}: {item.detail}"
+
+
+def draw(index: Index, storage: Storage, path: Path) -> None:
+    """Draw a contact sheet: a row an AOI with its revisits, the clearest one's clouds, PAN and HR.
+
+    Raises:
+        UserError: when the file cannot be written, or a sample is damaged.
+    """
+    entries = [(split, *pair) for split in SPLITS for pair in index.samples(split)]
+    rows = [
+        _row(split, read_sample(storage, shard, entry)) for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
+    ]
+    page = sheet(rows, tile_size=TILE_PX)
+    try:
+        page.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --png {path} ({error}): give a writable file that ends in .png") from error
+
+
+def _row(split: str, sample: Sample) -> list[Tile]:
+    hr = sample.hr * STEP
+    white = robust_high(hr)
+    # One stretch for the whole row: differences of brightness between the sensors are to be seen.
+    tiles = []
+    for number, image in enumerate(sample.lr):
+        cloud = 100 * float(np.mean(sample.clm[number]))
+        mark = "clearest" if number == sample.meta["clearest"] else f"revisit {number}"
+        tiles.append((f"{mark}, {cloud:.0f}% cloud", to_rgb8(image[:3] * STEP, 0.0, white)))
+    tiles[0] = (f"{split}: {sample.aoi}", tiles[0][1])
+    return [*tiles, ("PAN", to_rgb8(sample.pan * STEP, 0.0, white)), ("HR", to_rgb8(hr, 0.0, white))]
