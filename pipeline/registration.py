@@ -1,0 +1,141 @@
+"""Sub-pixel registration of the target to the prediction, by trying 81 shifts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sharding.errors import UserError, nearest
+
+Mode = Literal["centred", "published"]
+MODES: tuple[Mode, ...] = ("centred", "published")
+
+STEPS = tuple(0.5 * step for step in range(-4, 5))
+"""Shifts tried along each axis, in target pixels."""
+
+LOBES = 3
+HALF_WIDTH = LOBES + math.ceil(STEPS[-1])
+"""Taps of a kernel on either side of its middle, and so the border that a shifted target loses, in pixels."""
+
+CENTRE = len(STEPS) ** 2 // 2
+"""Index of the pair of shifts that moves nothing."""
+
+PUBLISHED_CROP = 2
+PUBLISHED_OFFSET = 0.001
+"""What the published kernel adds to its argument to keep clear of 0/0."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A prediction and the shifted target that fits it best, both without the border that shifting costs."""
+
+    prediction: Tensor
+    """[B, C, H - 10, W - 10]; the gradient flows through it."""
+
+    target: Tensor
+    """[B, C, H - 10, W - 10]."""
+
+    shift: Tensor
+    """(dy, dx) a sample [B, 2], pixels: the shifted target at (r, c) is the target at (r + dy, c + dx)."""
+
+    index: Tensor
+    """Number of the shift a sample [B], int64: 9 * index of dy + index of dx."""
+
+    mse_per_shift: Tensor
+    """Mean squared error of every shift [81, B]."""
+
+
+def register(prediction: Tensor, target: Tensor, mode: Mode = "centred") -> Registered:
+    """Shift each sample's target to where its mean squared error to the prediction is least.
+
+    The choice carries no gradient and keeps no graph; the chosen pair does. Ties go to no shift at all where
+    it takes part in them, as it does for a flat image, else to the first.
+
+    Args:
+        prediction: Images [B, C, H, W], float32 or float64.
+        target: Images of the same shape.
+        mode: "centred" crops the prediction where the shifted target begins and interpolates by a Lanczos-3
+            kernel of sum 1, so equal images give a zero shift and a zero error. "published" is the formula
+            behind the paper's figures, which crops 3 px off that place, has no such tie rule, and does not
+            normalise its kernel.
+
+    Raises:
+        UserError: If the images are smaller than 11 px, or ``mode`` is unknown.
+        ValueError: If the shapes differ.
+    """
+    if prediction.shape != target.shape or prediction.ndim != 4:
+        raise ValueError(f"cannot register {list(prediction.shape)} to {list(target.shape)}: both are [B, C, H, W]")
+    size = min(prediction.shape[-2:])
+    if size <= 2 * HALF_WIDTH:
+        raise UserError(f"images of {size} px are too small to register: {2 * HALF_WIDTH + 1} px is the least")
+    kernels = shift_kernels(mode)
+    crop = HALF_WIDTH if mode == "centred" else PUBLISHED_CROP
+    height, width = (length - 2 * HALF_WIDTH for length in prediction.shape[-2:])
+    cropped = prediction[..., crop : crop + height, crop : crop + width]
+    mse = _search(cropped.detach(), target.detach(), kernels)
+    index = mse.argmin(dim=0)
+    if mode == "centred":
+        index = torch.where(mse[CENTRE] <= mse.amin(dim=0), CENTRE, index)
+    rows, columns = index // len(STEPS), index % len(STEPS)
+    kernels = kernels.to(target)
+    shifted = _filter_each(_filter_each(target, kernels[rows], -2), kernels[columns], -1)
+    steps = target.new_tensor(STEPS)
+    shift = torch.stack([steps[rows], steps[columns]], dim=1)
+    return Registered(cropped, shifted, shift, index, mse)
+
+
+def shift_kernels(mode: Mode) -> Tensor:
+    """Return the taps [9, 11] of every shift: tap m of shift t weighs the pixel m - 5, seen from t."""
+    if mode not in MODES:
+        raise UserError(f"registration = {mode!r} is unknown{nearest(mode, MODES)}")
+    taps = torch.arange(-HALF_WIDTH, HALF_WIDTH + 1)
+    distance = taps - torch.tensor(STEPS, dtype=torch.float64).unsqueeze(1)
+    if mode == "published":
+        # In float32 whatever the images are, pi included: that is what the published figures rest on.
+        u = torch.tensor(math.pi, dtype=torch.float32) * distance.float() + PUBLISHED_OFFSET
+        return LOBES * u.sin() * (u / LOBES).sin() / u.square()
+    kernel = torch.sinc(distance) * torch.sinc(distance / LOBES) * (distance.abs() < LOBES)
+    # sin(pi n) is not quite 0 in floating point; whole shifts must move pixels and leave them as they are.
+    kernel = torch.where(distance == distance.round(), (distance == 0).double(), kernel)
+    return kernel / kernel.sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def _search(prediction: Tensor, target: Tensor, kernels: Tensor) -> Tensor:
+    """Return the mean squared error of every pair of shifts [81, B].
+
+    Sums of weighted slices rather than convolutions: cuDNN would round its inputs to TF32, under which near
+    ties change hands and equal images differ; and the one image alive at a time stays in a CPU's cache.
+    """
+    errors = []
+    for row_taps in kernels.tolist():
+        rows = _filter(target, row_taps, -2)
+        for column_taps in kernels.tolist():
+            error = _filter(rows, column_taps, -1).sub_(prediction)
+            errors.append(error.square_().mean(dim=(1, 2, 3)))
+    return torch.stack(errors)
+
+
+def _filter(image: Tensor, taps: list[float], axis: int) -> Tensor:
+    """Correlate one axis with ``taps``, without padding; the result is a new tensor."""
+    length = image.shape[axis] - 2 * HALF_WIDTH
+    used = [(start, tap) for start, tap in enumerate(taps) if tap != 0]
+    (start, tap), *rest = used
+    total = image.narrow(axis, start, length) * tap
+    for start, tap in rest:
+        total.add_(image.narrow(axis, start, length), alpha=tap)
+    return total
+
+
+def _filter_each(image: Tensor, taps: Tensor, axis: int) -> Tensor:
+    """Correlate one axis of each sample of [B, C, H, W] with its own row of ``taps`` [B, 11]."""
+    length = image.shape[axis] - 2 * HALF_WIDTH
+    weights = taps.view(len(taps), -1, 1, 1, 1).unbind(dim=1)
+    total = image.narrow(axis, 0, length) * weights[0]
+    for start, weight in enumerate(weights[1:], 1):
+        total = total + image.narrow(axis, start, length) * weight
+    return total
