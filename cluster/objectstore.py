@@ -59,7 +59,7 @@ class ObjectStore:
         self._folder = folder
         self._bucket = bucket
         self._process: subprocess.Popen[bytes] | None = None
-        self._ports = free_ports(8, _HOST)
+        self._ports = free_ports(8)
         self.log_file = folder / "weed.log"
         self.environment: Mapping[str, str] = {
             "AWS_ENDPOINT_URL": f"http://{_HOST}:{self._ports[6]}",

@@ -30,25 +30,22 @@ class ProcessId:
     """Start time in clock ticks since the machine's boot (field 22 of ``/proc/<pid>/stat``)."""
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return ``count`` different ports on which nothing listens, on ``host`` or on all interfaces."""
+def free_ports(count: int) -> list[int]:
+    """Return ``count`` different ports on which nothing listens, on any address of this machine."""
     found: list[int] = []
-    candidates = random.SystemRandom().sample(_PORTS, k=min(len(_PORTS), 50 * count + 100))
-    for port in candidates:
+    for port in random.SystemRandom().sample(_PORTS, k=len(_PORTS)):
         if len(found) == count:
-            break
-        if _is_free(port, host) and _is_free(port, "0.0.0.0"):
+            return found
+        if _is_free(port):
             found.append(port)
-    if len(found) < count:
-        raise OSError(f"found {len(found)} of {count} free ports on {host}")
-    return found
+    raise OSError(f"found {len(found)} of {count} free ports")
 
 
-def _is_free(port: int, host: str) -> bool:
+def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A closed connection's wait is no matter.
         try:
-            probe.bind((host, port))
+            probe.bind(("", port))
         except OSError:
             return False
     return True
@@ -73,11 +70,16 @@ def dies_with_parent() -> Callable[[], None] | None:
 def identify(pid: int) -> ProcessId | None:
     """Return the identity of a running process, or None when there is none (a zombie counts as none)."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = _stat_fields(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat.rpartition(")")[2].split()  # The name in parentheses may itself hold spaces.
     return None if fields[0] in {"Z", "X"} else ProcessId(pid, int(fields[19]))
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of ``/proc/<pid>/stat`` from the third (state) on."""
+    # The second is the name in parentheses and may itself hold spaces.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def is_running(process: ProcessId) -> bool:
@@ -86,21 +88,26 @@ def is_running(process: ProcessId) -> bool:
 
 
 def running_with(variable: str, value: str) -> list[ProcessId]:
-    """Return every process of ours whose environment was started with ``variable=value``.
+    """Return every process whose environment was started with ``variable=value``, and their descendants.
 
-    Children inherit it however they detach, so it finds whole trees. Processes of other users, whose
-    environment cannot be read, are passed over.
+    Children inherit it however they detach; descendants are added because a process that gives itself a long
+    title overwrites what the kernel shows of its environment. Processes of other users, whose environment
+    cannot be read, are passed over.
     """
     entry = f"{variable}={value}".encode()
-    found = []
+    found: set[int] = set()
+    parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
+            pid = int(folder.name)
+            parents[pid] = int(_stat_fields(pid)[1])
             if entry in (folder / "environ").read_bytes().split(b"\0"):
-                process = identify(int(folder.name))
-                found += [process] if process else []
-    return found
+                found.add(pid)
+    while grown := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= grown
+    return [process for process in map(identify, sorted(found)) if process]
 
 
 def stop(processes: Iterable[ProcessId], patience: float = 5.0) -> None:
