@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.satfusion import Fusion
 from pipeline.config import TrainConfig
@@ -91,13 +93,13 @@ class Engine:
             world: This process's place.
             state: Weights and moments to go on from.
         """
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         if state is not None:
             # Before DeepSpeed copies the weights into its flat fp32 partitions.
             network.load_state_dict(state.weights)
         self._network = network
         self._stage = config.zero_stage
-        self._names = [name for name, _ in network.named_parameters()]
+        self._rank, self._world_size, self._device = world.rank, world.size, world.device
         self._adam = torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
         model = _AutocastModel(network, world.device.type, config.precision == "bf16")
         self._engine, *_ = deepspeed.initialize(
@@ -157,30 +159,47 @@ class Engine:
         return TrainState(weights, moments, step)
 
     def _load_moments(self, state: TrainState) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         # The inner Adam makes its state at its first step; ours must stand there before that.
-        for group in self._adam.param_groups:
-            for flat in group["params"]:
-                zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
-                self._adam.state[flat] = {"step": torch.tensor(float(state.step)), **zeros}
+        for flat in self._flat_parameters():
+            zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self._adam.state[flat] = {"step": torch.tensor(float(state.step)), **zeros}
         if self._stage in (1, 2):
-            # Names of the moments become known to the parameters; DeepSpeed does it after its first step.
+            # Tells each parameter where its moments lie; DeepSpeed does it after its first step.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._network.named_parameters():
             for moment in MOMENTS:
-                value = state.moments[name][moment]
-                if self._stage == 0:
-                    self._adam.state[parameter][moment].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+                self._set_moment(parameter, moment, state.moments[name][moment].to(self._device))
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """Return the tensors the inner Adam steps on: the parameters, or this rank's flat fp32 partitions."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self._adam.param_groups for flat in group["params"]]
+
+    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+        from deepspeed import utils
+
+        if self._stage == 0:
+            self._adam.state[parameter][moment].copy_(value)
+        elif self._stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            # safe_set_full_* cuts past the end where a parameter does not divide by the ranks; partitions are padded.
+            part = utils.safe_get_local_optimizer_state(parameter, moment).numel()
+            padded = functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
+            own = padded.narrow(0, part * self._rank, part)
+            utils.safe_set_local_optimizer_state(parameter, own, moment)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It insists on this name; torchrun and Ray set it, a process alone or a test's group does not.
+    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed

@@ -1,0 +1,37 @@
+# A fresh machine needs Python 3.11 or 3.12 with venv and a C++ compiler; everything else is installed here.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUTPUT ?= demo-output
+
+.PHONY: demo test test-slow check install clean
+
+demo: $(INSTALLED)
+	$(BIN)/satfusion demo --output $(OUTPUT) $(if $(WORLDSTRAT),--worldstrat "$(WORLDSTRAT)")
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+install: $(INSTALLED)
+
+# Torch first, because DeepSpeed's build looks for it; its CPU op is compiled once here, not in the first training.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .[dev]
+	$(BIN)/python -m pipeline.build_op
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
