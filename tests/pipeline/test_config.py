@@ -1,0 +1,72 @@
+"""Configurations: what is read back is what was written, and what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RunConfig, load_config, recipe_names
+from sharding.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml())
+    assert load_config(str(path)) == config
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config(
+        "srcnn_pnn", ["train.learning_rate=3e-4", "train.weight_decay=0", "model.head=pannet", "data.rotate_flip=false"]
+    )
+    assert config.train.learning_rate == 3e-4
+    assert isinstance(config.train.weight_decay, float)
+    assert config.model.head == "pannet"
+    assert config.data.rotate_flip is False
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.learning_rat=1", ("train.learning_rat", "'learning_rate'")),
+        ("trian.epochs=1", ("trian", "'train'")),
+        ("train.epochs=0", ("train.epochs = 0", "from 1 up")),
+        ("train.epochs=two", ("train.epochs = 'two'", "whole number")),
+        ("train.epochs=true", ("train.epochs = True", "whole number")),
+        ("train.epochs=1.5", ("train.epochs = 1.5", "whole number")),
+        ("train.schedule=cosin", ("train.schedule = 'cosin'", "known", "warmup_cosine")),
+        ("train.schedule=warmup_cosin", ("did you mean 'warmup_cosine'",)),
+        ("train.zero_stage=4", ("train.zero_stage = 4",)),
+        ("train.precision=fp16", ("train.precision", "bf16")),
+        ("model.encoder=srcn", ("encoder", "'srcnn'")),
+        ("model.encoder=none", None),
+        ("loss.registration=centered", ("loss.registration", "'centred'")),
+        ("loss.mse=0.9", ("sum to",)),
+        ("model=srcnn", ("section.key=value",)),
+        ("train.epochs", ("section.key=value",)),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(override: str, words: tuple[str, ...] | None) -> None:
+    if words is None:
+        assert load_config("srcnn_pnn", [override]).model.encoder == "none"
+        return
+    with pytest.raises(UserError) as refused:
+        load_config("srcnn_pnn", [override])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'srcnn_pnn'"):
+        load_config("srcnn_pn")
+
+
+def test_broken_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[train\nepochs = 1")
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
+        load_config(str(path))
