@@ -7,8 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import cast
 
 from sharding.errors import UserError
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
@@ -49,9 +48,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         description="Print splits, shards, statistics and skipped AOIs of a dataset.",
     )
     inspect.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
-    inspect.add_argument(
-        "--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, clouds, PAN and HR"
-    )
+    inspect.add_argument("--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
     inspect.set_defaults(run=run_inspect)
 
 
@@ -83,7 +80,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(line)
     if args.png is not None:
         draw(index, storage, args.png)
-        print(f"contact sheet: {args.png}")
+        print(f"contact sheet: {args.png} (* marks the clearest revisit)")
     return 0
 
 
@@ -120,7 +117,7 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
 
 
 def draw(index: Index, storage: Storage, path: Path) -> None:
-    """Draw a contact sheet: a row an AOI with its revisits, the clearest one's clouds, PAN and HR.
+    """Draw a contact sheet: a row an AOI with its revisits (the clearest is starred), PAN and HR.
 
     Raises:
         UserError: when the file cannot be written, or a sample is damaged.
@@ -140,10 +137,10 @@ def _row(split: str, sample: Sample) -> list[Tile]:
     hr = sample.hr * STEP
     white = robust_high(hr)
     # One stretch for the whole row: differences of brightness between the sensors are to be seen.
-    tiles = []
-    for number, image in enumerate(sample.lr):
-        cloud = 100 * float(np.mean(sample.clm[number]))
-        mark = "clearest" if number == sample.meta["clearest"] else f"revisit {number}"
-        tiles.append((f"{mark}, {cloud:.0f}% cloud", to_rgb8(image[:3] * STEP, 0.0, white)))
-    tiles[0] = (f"{split}: {sample.aoi}", tiles[0][1])
+    revisits = zip(sample.lr, sample.clm, cast(list[dict[str, object]], sample.meta["revisits"]), strict=True)
+    tiles: list[Tile] = []
+    for number, (image, clm, revisit) in enumerate(revisits):
+        label = f"{split}: {sample.aoi}" if number == 0 else f"{revisit['date']}, {100 * clm.mean():.0f}% cloud"
+        mark = "* " if number == sample.meta["clearest"] else ""
+        tiles.append((mark + label, to_rgb8(image[:3] * STEP, 0.0, white)))
     return [*tiles, ("PAN", to_rgb8(sample.pan * STEP, 0.0, white)), ("HR", to_rgb8(hr, 0.0, white))]

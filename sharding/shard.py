@@ -20,7 +20,6 @@ from operator import add
 from pathlib import Path
 
 import torch
-from rasterio.transform import from_bounds
 
 from sharding.errors import UserError
 from sharding.prepare import HR_SIZE, LR_SIZE, prepare, quantise
@@ -287,7 +286,8 @@ def make_sample(scene: Scene) -> NewSample:
 
 def _transform(scene: Scene, size: int) -> list[float]:
     """Return the six numbers (a, b, c, d, e, f) from pixel to CRS for a square grid over the scene's bounds."""
-    return [float(value) for value in from_bounds(*scene.bounds, size, size)[:6]]
+    west, south, east, north = scene.bounds
+    return [(east - west) / size, 0.0, west, 0.0, (south - north) / size, north]
 
 
 def _sift(found: Sequence[AoiFiles], options: ShardOptions) -> tuple[dict[str, AoiFiles], list[Skipped]]:

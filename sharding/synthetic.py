@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
-from rasterio.transform import Affine, from_bounds
+from rasterio.transform import Affine
 from torch.nn import functional
 
 from sharding.scenes import Image, Land, fractal, make_land
@@ -74,7 +74,8 @@ class _Place:
     @property
     def lr_transform(self) -> Affine:
         """The georeference of the L2A rasters."""
-        return from_bounds(*self.bounds, self.shape[1], self.shape[0])
+        west, south, east, north = self.bounds
+        return Affine((east - west) / self.shape[1], 0.0, west, 0.0, (south - north) / self.shape[0], north)
 
 
 @dataclass(frozen=True)

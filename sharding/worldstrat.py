@@ -255,6 +255,8 @@ class _Reader:
     @contextlib.contextmanager
     def _open(self, path: Path) -> Iterator[DatasetReader]:
         data = self._bytes(path)
+        if not data:
+            raise UnusableError("unreadable-raster", f"{path.name} is empty")
         try:
             with warnings.catch_warnings(), MemoryFile(data) as memory:
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)

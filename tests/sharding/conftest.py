@@ -1,0 +1,66 @@
+"""Small WorldStrat folders and datasets that the tests of this package share."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sharding.schema import Index
+from sharding.shard import ShardOptions, shard_folder
+from sharding.storage import Storage, open_storage
+from sharding.synthetic import write_worldstrat
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+# A quarter of the real side: scenes take a tenth of a second, and everything is resized anyway.
+HR_SIDE = 264
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not (SHARED / "worldstrat-sample").is_dir():
+        pytest.skip("needs ../shared/worldstrat-sample and ../shared/golden, which are not here")
+    return SHARED
+
+
+@dataclass(frozen=True)
+class World:
+    """A synthetic folder."""
+
+    folder: Path
+    names: list[str]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Six complete AOIs. Tests must not change it; `spoilt` is a copy that they may."""
+    folder = tmp_path_factory.mktemp("world")
+    return World(folder, write_worldstrat(folder, 6, seed=3, hr_side=HR_SIDE))
+
+
+@pytest.fixture
+def spoilt(world: World, tmp_path: Path) -> World:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(world.folder, folder)
+    return World(folder, world.names)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset on disk."""
+
+    storage: Storage
+    index: Index
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.storage.uri)
+
+
+@pytest.fixture(scope="session")
+def dataset(world: World, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The six AOIs in shards of two, made by one worker."""
+    storage = open_storage(tmp_path_factory.mktemp("dataset"))
+    return Dataset(storage, shard_folder(world.folder, storage, ShardOptions(shard_size=2)))

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.errors import UserError
+from sharding.schema import (
+    INDEX_NAME,
+    SUFFIXES,
+    DamagedError,
+    Index,
+    aoi_of,
+    decode_sample,
+    key_of,
+    read_sample,
+)
+from sharding.storage import open_storage
+from tests.sharding.conftest import Dataset
+
+
+def test_the_index_survives_json(dataset: Dataset) -> None:
+    assert Index.from_json(dataset.index.to_json()) == dataset.index
+
+
+def test_the_digest_is_of_the_stored_bytes(dataset: Dataset) -> None:
+    stored = dataset.storage.read(INDEX_NAME)
+    assert Index.load(dataset.storage).digest == hashlib.sha256(stored).hexdigest()
+
+
+def test_a_place_without_an_index_is_no_dataset(tmp_path: object) -> None:
+    storage = open_storage(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no index\.json, so it is not a dataset: run `satfusion shard"):
+        Index.load(storage)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format_version": 1}', "is damaged"),
+        ('{"format_version": 99}', "format version 99"),
+    ],
+)
+def test_a_wrong_index_is_refused_with_its_place(tmp_path: object, text: str, words: str) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write(INDEX_NAME, text.encode())
+    with pytest.raises(UserError, match=words) as caught:
+        Index.load(storage)
+    assert storage.uri in str(caught.value)
+
+
+def test_an_unknown_split_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="no split 'validation' in the index; it has train, val, test"):
+        dataset.index.samples("validation")
+
+
+def test_a_span_decodes_to_the_contract(dataset: Dataset) -> None:
+    for shard, entry in dataset.index.samples("train"):
+        sample = read_sample(dataset.storage, shard, entry)
+        assert (sample.lr.shape, sample.lr.dtype) == ((8, 3, 160, 160), "uint16")
+        assert (sample.clm.shape, sample.clm.dtype) == ((8, 1, 160, 160), "uint8")
+        assert (sample.hr.shape, sample.hr.dtype) == ((3, 500, 500), "uint16")
+        assert (sample.pan.shape, sample.pan.dtype) == ((1, 500, 500), "uint16")
+        assert sample.meta["aoi"] == sample.aoi == entry.aoi
+        assert set(entry.members) == set(SUFFIXES)
+
+
+def test_any_changed_byte_is_noticed_and_the_aoi_named(dataset: Dataset) -> None:
+    shard, entry = dataset.index.samples("val")[0]
+    span = dataset.storage.read_range(shard.name, entry.offset, entry.size)
+    for position in (0, 600, len(span) // 2, len(span) - 1):
+        changed = bytearray(span)
+        changed[position] ^= 1
+        with pytest.raises(DamagedError, match="CRC-32") as caught:
+            decode_sample(entry, bytes(changed))
+        assert entry.aoi in str(caught.value)
+        assert entry.key in str(caught.value)
+    with pytest.raises(DamagedError, match="the index says"):
+        decode_sample(entry, span[:-1])
+
+
+def test_a_shard_that_is_gone_is_named(dataset: Dataset) -> None:
+    shard, entry = dataset.index.samples("val")[0]
+    with pytest.raises(DamagedError, match=r"gone\.tar"):
+        read_sample(dataset.storage, dataclasses.replace(shard, name="gone.tar"), entry)
+
+
+def test_pickles_in_a_member_are_not_loaded(dataset: Dataset) -> None:
+    import io
+    import zlib
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    span = buffer.getvalue()
+    spans = {suffix: (0, len(span)) for suffix in SUFFIXES}
+    entry = dataclasses.replace(
+        dataset.index.samples("val")[0][1], size=len(span), crc32=zlib.crc32(span), members=spans
+    )
+    with pytest.raises(ValueError, match="allow_pickle"):
+        decode_sample(entry, span)
+
+
+@given(st.text(min_size=1))
+def test_keys_are_reversible_and_fit_a_tar(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return
+    key = key_of(name)
+    assert aoi_of(key) == name
+    assert key.isascii()
+    assert "." not in key
+    assert "/" not in key
+
+
+def test_common_names_stay_readable() -> None:
+    assert key_of("Amnesty POI-20-2-2") == "Amnesty POI-20-2-2"
+
+
+def test_the_reading_side_needs_neither_rasterio_nor_torch() -> None:
+    code = (
+        "import json, sys, sharding.schema, sharding.storage, sharding.picture, sharding.progress, sharding.cli;"
+        "print(json.dumps(sorted({'rasterio', 'boto3', 'webdataset'} & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+    code = "import sys, sharding.schema, sharding.storage, sharding.picture; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import pickle
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sharding.errors import UserError
+from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StoredObject, open_storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return open_storage(request.getfixturevalue("s3").prefix())
+    return open_storage(tmp_path / "store")
+
+
+def test_objects_come_back_whole_and_by_range(storage: Storage) -> None:
+    storage.write("a/b c.bin", b"0123456789")
+    assert storage.read("a/b c.bin") == b"0123456789"
+    assert storage.read_range("a/b c.bin", 3, 4) == b"3456"
+    assert storage.read_range("a/b c.bin", 8, 100) == b"89"
+    assert storage.read_range("a/b c.bin", 10, 5) == b""
+    assert storage.read_range("a/b c.bin", 2, 0) == b""
+
+
+def test_writing_again_replaces(storage: Storage) -> None:
+    storage.write("x", b"a long first version")
+    storage.write("x", b"short")
+    assert storage.read("x") == b"short"
+
+
+def test_an_empty_object_exists(storage: Storage) -> None:
+    storage.write("empty", b"")
+    assert storage.exists("empty")
+    assert storage.read("empty") == b""
+
+
+def test_listing_is_recursive_sorted_and_relative(storage: Storage) -> None:
+    for key in ("b/2", "a", "b/10", "bb"):
+        storage.write(key, key.encode())
+    assert storage.list() == [StoredObject(k, len(k)) for k in ("a", "b/10", "b/2", "bb")]
+    assert [item.key for item in storage.list("b/")] == ["b/10", "b/2"]
+    assert [item.key for item in storage.list("b")] == ["b/10", "b/2", "bb"]
+    assert [item.key for item in storage.child("b").list()] == ["10", "2"]
+    assert storage.list("nothing") == []
+
+
+def test_delete_and_exists(storage: Storage) -> None:
+    assert not storage.exists("x")
+    storage.delete("x")
+    storage.write("x", b"1")
+    assert storage.exists("x")
+    storage.delete("x")
+    assert not storage.exists("x")
+
+
+def test_a_missing_object_is_named(storage: Storage) -> None:
+    for read in (lambda: storage.read("no/such"), lambda: storage.read_range("no/such", 0, 1)):
+        with pytest.raises(NotFoundError, match="no/such does not exist"):
+            read()
+
+
+def test_upload_stores_a_file(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "big.bin"
+    path.write_bytes(bytes(range(256)) * 40_000)  # over 8 MiB, so S3 takes it in parts
+    storage.upload("folder/big", path)
+    assert storage.read("folder/big") == path.read_bytes()
+
+
+def test_a_child_is_the_same_place_under_a_longer_uri(storage: Storage) -> None:
+    storage.child("one").child("two").write("x", b"1")
+    assert storage.read("one/two/x") == b"1"
+    assert storage.child("one/two").uri == f"{storage.uri}/one/two"
+    assert open_storage(f"{storage.uri}/one").read("two/x") == b"1"
+
+
+def test_pickled_copies_and_threads_read_the_same(storage: Storage) -> None:
+    storage.write("x", b"1234")
+    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(copy.read, ["x"] * 40)) == {b"1234"}
+
+
+def test_a_failed_local_write_leaves_nothing(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with pytest.raises(NotFoundError, match=r"missing\.bin|x does not exist"):
+        storage.upload("x", tmp_path / "missing.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_being_written_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-1234").write_bytes(b"half")
+    assert open_storage(tmp_path).list() == []
+
+
+def test_local_keys_stay_below_the_folder(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "inside")
+    for key in ("../outside", "/etc/passwd", "a/../../b"):
+        with pytest.raises(UserError, match="is no key"):
+            storage.write(key, b"")
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("gs://bucket/x", "local path or starts with s3://"),
+        ("s3://", "names no bucket"),
+        ("s3://user:secret@bucket/x", "only bucket and prefix"),
+        ("", "empty URI"),
+    ],
+)
+def test_a_wrong_uri_is_refused_with_advice(uri: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        open_storage(uri)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="check the path"):
+        open_storage(tmp_path / "file").write("x", b"")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.usefixtures("s3")
+class TestS3Refusals:
+    """Each is a sentence with advice, and shows neither endpoint nor secret."""
+
+    def test_missing_bucket(self) -> None:
+        for use in (
+            lambda s: s.read("x"),
+            lambda s: s.write("x", b""),
+            lambda s: s.list(),
+            lambda s: s.delete("x"),
+        ):
+            with pytest.raises(BucketNotFoundError, match="bucket 'no-such-bucket' does not exist: create it"):
+                use(open_storage("s3://no-such-bucket/p"))
+
+    def test_wrong_key_id(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        with pytest.raises(UserError, match="check AWS_ACCESS_KEY_ID"):
+            open_storage("s3://shared/x").read("y")
+
+    def test_wrong_secret(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+        with pytest.raises(UserError, match="check AWS_ACCESS_KEY_ID") as caught:
+            open_storage("s3://shared/x").write("y", b"1")
+        assert "hush-hush" not in str(caught.value)
+
+    def test_no_credentials(self, s3: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with pytest.raises(UserError, match="set AWS_ACCESS_KEY_ID"):
+            open_storage("s3://shared/x").read("y")
+
+    @pytest.mark.timeout(30)  # attempts and pauses are few
+    def test_dead_endpoint(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        port = _free_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        with pytest.raises(UserError, match="endpoint does not answer") as caught:
+            open_storage("s3://shared/x").read("y")
+        assert str(port) not in str(caught.value)
+        assert caught.value.__suppress_context__  # a traceback would print the endpoint
+
+    def test_malformed_endpoint(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "not a url")
+        with pytest.raises(UserError, match="AWS_ENDPOINT_URL is no valid"):
+            open_storage("s3://shared/x").read("y")
+
+    def test_bad_bucket_name(self) -> None:
+        with pytest.raises(UserError, match="no valid S3 URI"):
+            open_storage("s3://Not A Bucket/x").read("y")
