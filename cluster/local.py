@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -261,6 +262,8 @@ def _ray_start(
 def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     dashboard_metrics, autoscaler_metrics = free_ports(2)
+    # The jobs' drivers are started as plain `python`.
+    environment["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), environment.get("PATH", os.defpath)))
     environment |= {
         _MARK: cluster.mark,
         "RAY_USAGE_STATS_ENABLED": "0",

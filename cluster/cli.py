@@ -1,0 +1,165 @@
+"""The command ``satfusion``: the verbs of sharding and pipeline, and those of the cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pipeline.cli
+import sharding.cli
+from cluster import __version__
+from cluster.logs import configure_logging
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster import local
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 for a mistake in it, 130 for Ctrl-C."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    _take_overrides(parser, args, rest)
+    configure_logging(rank=int(os.environ.get("RANK", "0")))
+    try:
+        status: int = args.run(args)
+    except UserError as error:
+        print(f"satfusion: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("satfusion: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Compose the command from the packages' verbs."""
+    parser = argparse.ArgumentParser(
+        prog="satfusion", description="Shard WorldStrat, train SatFusion on a Ray cluster, watch it, evaluate it."
+    )
+    parser.add_argument("--version", action="version", version=f"satfusion {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    sharding.cli.add_verbs(verbs)
+    pipeline.cli.add_verbs(verbs)
+    add_verbs(verbs)
+    return parser
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``submit`` and ``cluster up|status|down`` to the command."""
+    _add_submit(verbs)
+    cluster = verbs.add_parser(
+        "cluster",
+        help="a local multi-node Ray cluster: up, status, down",
+        description="Run real Ray nodes on this machine, each on a loopback address of its own.",
+    )
+    actions = cluster.add_subparsers(metavar="ACTION", required=True)
+    up = actions.add_parser("up", help="start the nodes and the job server")
+    up.add_argument("--nodes", type=int, default=2, metavar="N", help="Ray nodes (default 2)")
+    up.add_argument("--cpus-per-node", type=int, metavar="C", help="default: this machine's CPUs shared out")
+    up.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="default 0")
+    up.add_argument(
+        "--object-store-mb", type=int, default=200, metavar="MB", help="Ray's shared memory a node (default 200)"
+    )
+    up.set_defaults(run=_up)
+    status = actions.add_parser("status", help="say what is up; exit status 1 unless every node is")
+    status.set_defaults(run=_status)
+    down = actions.add_parser("down", help="end exactly what `up` started")
+    down.set_defaults(run=_down)
+    for action in (up, status, down):
+        action.add_argument("--state", type=Path, metavar="DIR", help="state folder, one a cluster")
+
+
+def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = verbs.add_parser(
+        "submit",
+        help="train on a Ray cluster",
+        description="Send a training job to a Ray cluster, follow its log, and end with the job's exit status.",
+    )
+    pipeline.cli.add_config_arguments(submit)
+    submit.add_argument("--address", required=True, metavar="URL", help="Ray's job server, http://HOST:8265")
+    submit.add_argument("--workers", type=int, required=True, metavar="N", help="ranks, spread over the nodes")
+    submit.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="C", help="default 1")
+    submit.add_argument(
+        "--gpus-per-worker", type=float, default=0.0, metavar="G", help="default 0: train on CPU over gloo"
+    )
+    submit.add_argument(
+        "--max-failures", type=int, default=2, metavar="N", help="restarts after a lost or failed rank (default 2)"
+    )
+    submit.add_argument("--no-wait", action="store_true", help="print the job's id and how to follow it, and end")
+    submit.set_defaults(run=_submit)
+
+
+def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Give a verb the overrides that stand after its options, which argparse leaves over."""
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from cluster.submit import build_request, follow, how_to_follow, send
+    from cluster.worker import Placement
+    from pipeline.config import load_config
+
+    placement = Placement(args.workers, args.cpus_per_worker, args.gpus_per_worker, args.max_failures)
+    config = load_config(args.config, args.overrides)
+    job_id = send(build_request(config, placement, os.environ, Path.cwd()), args.address)
+    if args.no_wait:
+        print(job_id)
+        print(how_to_follow(args.address, job_id))
+        return 0
+    print(f"job {job_id} sent to {args.address}", flush=True)
+    try:
+        return follow(args.address, job_id, sys.stdout)
+    except KeyboardInterrupt:
+        print(f"\nsatfusion: job {job_id} runs on: {how_to_follow(args.address, job_id)}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _up(args: argparse.Namespace) -> int:
+    from cluster import local
+
+    options = local.NodeOptions(args.nodes, args.cpus_per_node, args.gpus_per_node, args.object_store_mb)
+    cluster = local.up(options, args.state or local.default_state())
+    print(f"{len(cluster.nodes)} Ray nodes are up: {', '.join(cluster.nodes)} ({_size(cluster)})")
+    print(f"satfusion submit CONFIG --address {cluster.address} --workers {len(cluster.nodes)}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from cluster import local
+
+    cluster = local.read_state(args.state or local.default_state())
+    if cluster is None:
+        print("no cluster is up")
+        return 1
+    alive = local.alive_nodes(cluster)
+    print(f"job server {cluster.address}")
+    for node in cluster.nodes:
+        print(f"node {node}: {f'alive, {_size(cluster)}' if node in alive else 'does not answer'}")
+    return 0 if set(cluster.nodes) <= set(alive) else 1
+
+
+def _down(args: argparse.Namespace) -> int:
+    from cluster import local
+
+    cluster = local.down(args.state or local.default_state())
+    print("no cluster is up" if cluster is None else f"took down the {len(cluster.nodes)} nodes of {cluster.address}")
+    return 0
+
+
+def _size(cluster: local.LocalCluster) -> str:
+    gpus = f" and {cluster.gpus_per_node} GPU" if cluster.gpus_per_node else ""
+    return f"{cluster.cpus_per_node} CPU{gpus} each"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

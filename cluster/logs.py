@@ -1,0 +1,19 @@
+"""How the command and each rank log: our own packages at INFO on stderr, everybody else from WARNING up."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+PACKAGES = ("sharding", "models", "pipeline", "cluster")
+
+
+def configure_logging(rank: int = 0) -> None:
+    """Log to stderr in a short form; of several ranks only the first at INFO."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
