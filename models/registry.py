@@ -54,7 +54,7 @@ class ModelConfig:
     """Factor of the pixel shuffle, at least 1; the rest of the way to the output grid is bilinear."""
 
     dropout: str = "off"
-    """ "off", or "published" for the rates of the published training."""
+    """Either "off" or "published": at the rates of the published training."""
 
     def __post_init__(self) -> None:
         _check_name("encoder", self.encoder, (*ENCODERS, ABSENT))
