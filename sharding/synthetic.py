@@ -184,21 +184,25 @@ def _see(place: _Place, land: torch.Tensor, gain: Image, rng: np.random.Generato
     bands *= (0.96 * gain + 0.02 * rng.standard_normal(4).astype(np.float32))[:, None, None]
     haze = np.array([0.5, 0.8, 1.3, 0.2], np.float32) * np.float32(rng.exponential(0.006))
     bands += haze[:, None, None]
-    side = max(place.shape)
-    cloud = np.zeros((side, side), np.float32)
-    if cloudy:
-        cover = fractal(rng, side, 1.7, 0.5)
-        cloud = np.clip((cover - np.quantile(cover, rng.uniform(0.55, 0.97))) * 1.6, 0, 1)
-    fallen = np.roll(cloud, (-9, -8), (0, 1)) * (cloud < 0.3)
-    rows, columns = place.shape
-    cloud, fallen = cloud[:rows, :columns], fallen[:rows, :columns]
-    bands *= 1 - 0.5 * fallen
+    cloud, shadow, veil = _clouds(rng, place.shape) if cloudy else (np.zeros(place.shape, np.float32),) * 3
+    bands = (bands + veil) * (1 - 0.5 * shadow)
     bands = bands * (1 - cloud) + cloud * (0.62 + 0.35 * cloud)
     full = np.tensordot(L2A_MIX, bands, 1)
     full += 0.0018 * rng.standard_normal(full.shape, dtype=np.float32)
     counts = np.round(np.clip(full, 1e-4, None) * 10_000)
     taken = place.taken + timedelta(days=days)
-    return _Revisit((counts / 10_000).astype(np.float32), cloud, fallen > 0.3, taken)
+    return _Revisit((counts / 10_000).astype(np.float32), cloud, shadow > 0.3, taken)
+
+
+def _clouds(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[Image, Image, Image]:
+    """Return clouds' opacity, their shadows' depth and the reflectance of the thin veil between them, [h, w]."""
+    side = max(shape)
+    cover = fractal(rng, side, 1.7, 0.5)
+    cloud = np.clip((cover - np.quantile(cover, rng.uniform(0.55, 0.97))) * 1.6, 0, 1)
+    shadow = np.roll(cloud, (-9, -8), (0, 1)) * (cloud < 0.3)
+    veil = np.clip(0.03 + 0.015 * fractal(rng, side, 2.0), 0.01, None)
+    window = (slice(shape[0]), slice(shape[1]))
+    return cloud[window], shadow[window], veil[window]
 
 
 def _write_revisit(place: _Place, n: int, revisit: _Revisit, *, land_cover: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from sharding.schema import Index
 from sharding.shard import ShardOptions, shard_folder
@@ -16,6 +18,17 @@ from sharding.synthetic import write_worldstrat
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # A quarter of the real side: scenes take a tenth of a second, and everything is resized anyway.
 HR_SIDE = 264
+# How to shard `tiny`.
+TINY = ShardOptions(revisits=3)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny images gain nothing from threads, and lose much where tests share the processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +48,24 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Six complete AOIs. Tests must not change it; `spoilt` is a copy that they may."""
+    """Six complete AOIs. Tests must not change it."""
     folder = tmp_path_factory.mktemp("world")
     return World(folder, write_worldstrat(folder, 6, seed=3, hr_side=HR_SIDE))
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Six AOIs of very few pixels and three revisits, for what does not depend on the pictures."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return World(folder, write_worldstrat(folder, 6, seed=4, revisits=TINY.revisits, hr_side=80))
+
+
 @pytest.fixture
-def spoilt(world: World, tmp_path: Path) -> World:
+def spoilt(tiny: World, tmp_path: Path) -> World:
+    """A copy of `tiny` that a test may damage."""
     folder = tmp_path / "spoilt"
-    shutil.copytree(world.folder, folder)
-    return World(folder, world.names)
+    shutil.copytree(tiny.folder, folder)
+    return World(folder, tiny.names)
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def refusal(world: World) -> UnusableError:
     """Return why the world's first AOI is refused."""
     aoi = first(world)
     try:
-        check_files(aoi, "ps", 8)
-        read_scene(aoi, "ps", 8)
+        check_files(aoi, "ps", 3)
+        read_scene(aoi, "ps", 3)
     except UnusableError as error:
         return error
     pytest.fail(f"AOI {aoi.name} was taken")
@@ -113,7 +113,7 @@ def test_missing_rasters_are_told(spoilt: World) -> None:
 def test_a_missing_lr_folder_is_too_few_revisits(spoilt: World) -> None:
     shutil.rmtree(first(spoilt).revisits[1]["CLM"].parent)
     assert refusal(spoilt).reason == "too-few-revisits"
-    assert "0 revisits where 8 are needed" in refusal(spoilt).detail
+    assert "0 revisits where 3 are needed" in refusal(spoilt).detail
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.98])
@@ -134,11 +134,11 @@ def test_wrong_sizes_are_told(spoilt: World) -> None:
     rewrite(aoi.revisits[2]["CLM"], mask[:, :-1])
     assert refusal(spoilt).reason == "wrong-size"
     rewrite(aoi.revisits[2]["CLM"], mask)
-    with rasterio.open(aoi.revisits[5]["L2A_data"]) as file:
+    with rasterio.open(aoi.revisits[3]["L2A_data"]) as file:
         image = file.read()
-    rewrite(aoi.revisits[5]["L2A_data"], image[:, :, :-2])
+    rewrite(aoi.revisits[3]["L2A_data"], image[:, :, :-2])
     assert refusal(spoilt).reason == "wrong-size"
-    assert "-5-L2A_data.tiff" in refusal(spoilt).detail
+    assert "-3-L2A_data.tiff" in refusal(spoilt).detail
 
 
 def test_spot_rasters_of_other_size_bands_type_or_without_data_are_told(spoilt: World) -> None:
@@ -170,4 +170,4 @@ def test_broken_metadata_is_told_and_missing_is_not(spoilt: World) -> None:
     path.write_text("{")
     assert refusal(spoilt).reason == "unreadable-metadata"
     path.unlink()
-    assert read_scene(first(spoilt), "ps", 8).revisits[0].date is None
+    assert read_scene(first(spoilt), "ps", 3).revisits[0].date is None
