@@ -6,13 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import RunConfig, load_config
+from pipeline.world import World, join_world, leave_world
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
@@ -47,6 +48,13 @@ def make_config(dataset_uri: str) -> Callable[..., RunConfig]:
         return load_config("srcnn_pnn", [f"data.uri={dataset_uri}", f"output.uri={output}", *TINY, *overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Return the process group of one that this process forms; DeepSpeed cannot join a second one."""
+    yield join_world()
+    leave_world()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""DeepSpeed takes the published steps, and its state survives every ZeRO stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.registry import ModelConfig, build_model
+from pipeline.config import TrainConfig
+from pipeline.data import Batch
+from pipeline.engine import Engine, TrainState
+from pipeline.losses import LossConfig, fusion_loss
+from pipeline.order import BatchPlan
+from pipeline.world import World
+from tests.golden import cases
+
+
+def take_step(engine: Engine, batch: Batch, micro: int, rate: float, loss: LossConfig) -> float:
+    total = 0.0
+    for part in batch.split(micro):
+        value = fusion_loss(engine.forward(part), part.hr, loss).total
+        engine.backward(value.mean())
+        engine.step(rate)
+        total += value.detach().sum().item()
+    return total / len(batch.chips)
+
+
+def random_batch(step: int, size: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+
+    def image(*shape: int) -> Tensor:
+        return torch.rand(size, *shape, generator=generator)
+
+    lr, pan, hr = image(8, 3, 16, 16), image(1, 50, 50), image(3, 50, 50)
+    return Batch(lr, pan, hr, torch.zeros(size, dtype=torch.long), tuple(range(size)))
+
+
+@pytest.mark.parametrize("pair", cases.TRAINING_PAIRS)
+def test_ten_published_steps_through_deepspeed(pair: str, world: World) -> None:
+    golden = cases.load("training")[f"{pair}/32/loss"]
+    config = TrainConfig(learning_rate=cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY, global_batch=2)
+    engine = Engine(cases.golden_model(pair), config, BatchPlan.create(2, 1, 1), world)
+    losses = []
+    for step in range(cases.TRAINING_STEPS):
+        lr, pan, hr = cases.training_batch(step)
+        batch = Batch(lr, pan, hr, torch.zeros(2, dtype=torch.long), (0, 1))
+        losses.append(take_step(engine, batch, 1, cases.LEARNING_RATE, cases.TRAINING_LOSS))
+    assert losses == pytest.approx(golden.tolist(), abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_gathered_and_put_back_goes_on_bit_for_bit(stage: int, precision: str, world: World) -> None:
+    config = TrainConfig(zero_stage=stage, precision=precision, global_batch=4, clip_norm=0.5)
+    plan = BatchPlan.create(4, 2, 1)
+    model = ModelConfig("highresnet", "pannet", hidden=8)
+
+    def engine(seed: int, state: TrainState | None = None) -> Engine:
+        torch.manual_seed(seed)
+        return Engine(build_model(model), config, plan, world, state)
+
+    undisturbed = engine(0)
+    for step in range(3):
+        take_step(undisturbed, random_batch(step), 2, 1e-3, LossConfig())
+    middle = undisturbed.state(3)
+    going_on = engine(1, middle)
+    for step in range(3, 5):
+        first = take_step(undisturbed, random_batch(step), 2, 1e-3, LossConfig())
+        second = take_step(going_on, random_batch(step), 2, 1e-3, LossConfig())
+        assert first == second
+        assert undisturbed.grad_norm == going_on.grad_norm > 0
+    end, again = undisturbed.state(5), going_on.state(5)
+    assert all(torch.equal(end.weights[name], again.weights[name]) for name in end.weights)
+    assert any(not torch.equal(end.weights[name], middle.weights[name]) for name in end.weights)
+
+
+def test_a_state_moves_between_stages(world: World) -> None:
+    plan = BatchPlan.create(4, 4, 1)
+    states = {}
+    state = None
+    for stage in (3, 0, 2, 1):
+        torch.manual_seed(0)
+        config = TrainConfig(zero_stage=stage, global_batch=4)
+        engine = Engine(build_model(ModelConfig("srcnn", "pnn", hidden=8)), config, plan, world, state)
+        take_step(engine, random_batch(len(states)), 4, 1e-3, LossConfig())
+        states[stage] = state = engine.state(len(states) + 1)
+    torch.manual_seed(0)
+    alone = Engine(
+        build_model(ModelConfig("srcnn", "pnn", hidden=8)), TrainConfig(zero_stage=0, global_batch=4), plan, world
+    )
+    for step in range(4):
+        take_step(alone, random_batch(step), 4, 1e-3, LossConfig())
+    end = alone.state(4)
+    for name, value in end.weights.items():
+        assert torch.allclose(state.weights[name], value, rtol=1e-5, atol=1e-7), name
+
+
+def test_clipping_bounds_the_step(world: World) -> None:
+    plan = BatchPlan.create(4, 4, 1)
+    moved = []
+    for clip in (0.0, 1e-12):
+        torch.manual_seed(0)
+        network = build_model(ModelConfig("srcnn", "pnn", hidden=8))
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        config = TrainConfig(global_batch=4, clip_norm=clip, weight_decay=0.0)
+        engine = Engine(network, config, plan, world)
+        take_step(engine, random_batch(0), 4, 1e-3, LossConfig())
+        after = engine.state(1).weights
+        moved.append(max((after[name] - before[name]).abs().max().item() for name in before))
+    # Adam divides by the gradient's size plus 1e-8; clipped far below that, the step all but vanishes.
+    assert moved[0] == pytest.approx(1e-3, rel=0.05)
+    assert moved[1] < 1e-6

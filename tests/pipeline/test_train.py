@@ -1,0 +1,189 @@
+"""The loop through the real command: worlds agree, a killed run goes on, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
+from pipeline.config import RunConfig
+from pipeline.train import run_training
+from pipeline.world import World
+from sharding.errors import UserError
+from sharding.storage import open_storage
+from tests.conftest import S3
+from tests.pipeline.conftest import run_ranks, start_ranks
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def command(config: RunConfig, folder: Path) -> list[str]:
+    path = folder / "config.toml"
+    path.write_text(config.to_toml())
+    return ["train", str(path)]
+
+
+def column(run: Path, name: str, file: str = "metrics.csv") -> list[str]:
+    with (run / file).open(newline="") as rows:
+        return [row[name] for row in csv.DictReader(rows)]
+
+
+def last_checkpoint(run: Path) -> Checkpoint:
+    storage = open_storage(run)
+    return read_checkpoint(storage, f"step-{complete_checkpoints(storage, 'step')[-1]}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_rank_and_two_see_the_same_losses(stage: int, make_config: MakeConfig, tmp_path: Path) -> None:
+    losses = []
+    for ranks in (1, 2):
+        config = make_config(tmp_path / f"run-{ranks}", "train.max_steps=20", f"train.zero_stage={stage}")
+        run_ranks(ranks, command(config, tmp_path))
+        losses.append([float(loss) for loss in column(tmp_path / f"run-{ranks}", "train/loss")])
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for file in ("step", "chips"):
+        name = "batches.csv" if file == "chips" else "metrics.csv"
+        assert column(tmp_path / "run-1", file, name) == column(tmp_path / "run-2", file, name)
+
+
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Epochs have 9 steps and checkpoints come every 5: step 7 is neither's end."""
+    options = ("train.max_steps=12", "train.checkpoint_every=5", "train.micro_batch=1", "model.dropout=published")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_ranks(2, command(make_config(undisturbed, *options), tmp_path))
+
+    again = command(make_config(killed, *options), tmp_path)
+    ranks = start_ranks(2, again)
+    try:
+        deadline = time.monotonic() + 200
+        while not ((killed / "metrics.csv").exists() and len(column(killed, "step")) >= 7):
+            assert time.monotonic() < deadline, ranks.wait().output
+            time.sleep(0.002)
+    finally:
+        ranks.kill()
+    assert column(killed, "step")[-1] in ("7", "8")
+    assert complete_checkpoints(open_storage(killed), "step") == [5]
+
+    finished = run_ranks(2, again)
+    assert f"going on from {open_storage(killed).uri}/checkpoints/step-5" in finished.output
+    assert column(killed, "chips", "batches.csv") == column(undisturbed, "chips", "batches.csv")
+    assert column(killed, "train/loss") == column(undisturbed, "train/loss")
+    ours, theirs = last_checkpoint(killed), last_checkpoint(undisturbed)
+    assert ours.position.step == 12
+    assert all(torch.equal(ours.state.weights[n], theirs.state.weights[n]) for n in theirs.state.weights)
+    assert all(
+        torch.equal(ours.state.moments[n][m], theirs.state.moments[n][m])
+        for n, moments in theirs.state.moments.items()
+        for m in moments
+    )
+
+
+@pytest.mark.distributed
+def test_another_world_and_stage_go_on_from_the_same_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_ranks(1, command(make_config(tmp_path / "alone", "train.max_steps=8"), tmp_path))
+    moved = tmp_path / "moved"
+    run_ranks(2, command(make_config(moved, "train.max_steps=4", "train.zero_stage=3"), tmp_path))
+    run_ranks(1, command(make_config(moved, "train.max_steps=8", "train.zero_stage=1"), tmp_path))
+    assert column(moved, "chips", "batches.csv") == column(tmp_path / "alone", "chips", "batches.csv")
+    # The schedule's length differs until step 4, so that only what follows the order can be compared.
+    assert len(column(moved, "train/loss")) == 8
+
+
+def test_a_run_folder_on_s3_holds_what_a_local_one_holds(
+    world: World, make_config: MakeConfig, tmp_path: Path, s3: S3
+) -> None:
+    target = s3.prefix()
+    options = ("train.max_steps=4", "train.checkpoint_every=2", "output.sync_seconds=0.2")
+    for where in (str(tmp_path), target):
+        run_training(make_config(where, *options))
+    here, there = (
+        {stored.key.rsplit("/events.", 1)[0] for stored in open_storage(w).list()} for w in (tmp_path, target)
+    )
+    assert here == there
+    assert {"metrics.csv", "batches.csv", "config.json", "events/rank-0", "events/aggregate"} <= there
+    stored = open_storage(target).read("metrics.csv").decode().splitlines()
+    losses = [row.split(",")[2] for row in stored[1:]]
+    assert losses == column(tmp_path, "train/loss")
+    # Going on from S3 keeps the rows that are there.
+    run_training(make_config(target, "train.max_steps=6", "train.checkpoint_every=2"))
+    assert len(open_storage(target).read("metrics.csv").decode().splitlines()) == 1 + 6
+
+
+def test_what_a_run_writes(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
+    run_training(make_config(tmp_path, "train.max_steps=3", "train.keep_checkpoints=1", "train.checkpoint_every=1"))
+    assert complete_checkpoints(open_storage(tmp_path), "step") == [3]
+    assert complete_checkpoints(open_storage(tmp_path), "best") == [3]
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["environment"]["world_size"] == 1
+    assert recorded["environment"]["threads_per_rank"] == 1
+    assert recorded["model"]["hidden"] == 8
+    own = EventAccumulator(str(tmp_path / "events" / "rank-0")).Reload()
+    joint = EventAccumulator(str(tmp_path / "events" / "aggregate"), size_guidance={"images": 0}).Reload()
+    tags = {"train/loss", "train/mse", "train/learning_rate", "train/grad_norm", "time/samples_per_second"}
+    assert tags | {"time/data_wait_seconds", "val/psnr"} <= set(own.Tags()["scalars"])
+    assert {"train/loss", "train/loss_min", "train/loss_max", "val/psnr_adjusted"} <= set(joint.Tags()["scalars"])
+    assert joint.Tags()["images"] == ["val/0"]
+    assert [event.value for event in own.Scalars("train/loss")] == pytest.approx(
+        [float(loss) for loss in column(tmp_path, "train/loss")]
+    )
+    assert (tmp_path / "images" / "val" / "0-step-3.png").stat().st_size > 1000
+
+
+def test_a_finished_run_does_nothing_more(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(tmp_path, "train.max_steps=2")
+    run_training(config)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    run_training(config)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_chips(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, "train.max_steps=9", "train.learning_rate=1e30", "train.schedule=warm_restarts")
+    with pytest.raises(UserError, match=r"not finite at step \d on rank 0; the global batch was .+/\d"):
+        run_training(config)
+    assert complete_checkpoints(open_storage(tmp_path), "step") == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(world: World, make_config: MakeConfig, tmp_path: Path, caplog) -> None:
+    run_training(make_config(tmp_path, "train.max_steps=4", "train.checkpoint_every=2"))
+    newest = tmp_path / "checkpoints" / "step-4" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / "checkpoints" / "step-9").mkdir()
+    with caplog.at_level("INFO"):
+        run_training(make_config(tmp_path, "train.max_steps=4", "train.checkpoint_every=2"))
+    assert "is damaged" in caplog.text
+    assert "checkpoints/step-2" in caplog.text
+    assert last_checkpoint(tmp_path).position.step == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.hidden=16", "another model"),
+        ("model.head=pannet", "another model"),
+        ("train.seed=1", "another train.seed"),
+        ("train.global_batch=2", "another train.global_batch"),
+        ("model.revisits=4", "model.revisits = 4"),
+        ("train.micro_batch=3", "not divisible by ranks x micro batch = 1 x 3"),
+    ],
+)
+def test_a_run_folder_of_another_run_is_refused(
+    change: str, words: str, world: World, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = tmp_path_factory.getbasetemp() / "finished-run"
+    if not run.exists():
+        run_training(make_config(run, "train.max_steps=1"))
+    with pytest.raises(UserError, match=words):
+        run_training(make_config(run, "train.max_steps=2", change))
