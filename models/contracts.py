@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-if (
-    TYPE_CHECKING
-):  # the registry imports the encoders and heads, so at run time the arrow points the other way
+if TYPE_CHECKING:  # the registry imports the encoders and heads, so at run time the arrow points the other way
     from models.registry import ModelConfig
 
 NamePairs = tuple[tuple[str, str], ...]

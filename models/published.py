@@ -31,9 +31,7 @@ def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If a name is missing or left over, or a shape is not the model's; nothing is then loaded.
     """
-    given = {
-        name.removeprefix(PREFIX): value for name, value in state.items() if not name.startswith(REGISTRATION)
-    }
+    given = {name.removeprefix(PREFIX): value for name, value in state.items() if not name.startswith(REGISTRATION)}
     names = _names(model)
     known = {theirs for theirs, _ in names}
     _refuse("lacks", [theirs for theirs, _ in names if theirs not in given])

@@ -43,9 +43,7 @@ def test_parameters_and_state_dict(case: str) -> None:
     golden = cases.published(case)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == golden.parameters == COUNTS[case]
-    state = [
-        (name, list(v.shape), str(v.dtype).removeprefix("torch.")) for name, v in to_published(model).items()
-    ]
+    state = [(name, list(v.shape), str(v.dtype).removeprefix("torch.")) for name, v in to_published(model).items()]
     assert state == golden.state
 
 

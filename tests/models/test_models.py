@@ -22,9 +22,7 @@ def small(encoder: str, head: str, **changes: int | str) -> SatFusion:
     return build_model(ModelConfig(encoder, head, **({"hidden": 8, "bands": 2, "revisits": 3} | changes)))
 
 
-def inputs(
-    batch: int = 2, revisits: int = 3, size: int = 9, pan: tuple[int, int] = (31, 26)
-) -> tuple[Tensor, Tensor]:
+def inputs(batch: int = 2, revisits: int = 3, size: int = 9, pan: tuple[int, int] = (31, 26)) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     lr = torch.rand(batch, revisits, 2, size, size + 2, generator=generator)
     return lr, torch.rand(batch, 1, *pan, generator=generator)
@@ -125,9 +123,7 @@ def test_shrinking_blurs_first() -> None:
     checkerboard = (torch.arange(40).view(-1, 1) + torch.arange(40)).remainder(2).float().view(1, 1, 40, 40)
     ramp = torch.arange(40.0).expand(1, 1, 40, 40) / 40
     assert (resize(checkerboard, (12, 12)) - 0.5).abs().max() < 0.05
-    torch.testing.assert_close(
-        resize(ramp, (10, 10))[..., 2:-2], F.avg_pool2d(ramp, 4)[..., 2:-2], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(resize(ramp, (10, 10))[..., 2:-2], F.avg_pool2d(ramp, 4)[..., 2:-2], atol=1e-5, rtol=0)
     flat = torch.full((1, 2, 30, 20), 0.3)
     torch.testing.assert_close(resize(flat, (11, 40)), torch.full((1, 2, 11, 40), 0.3))
 
