@@ -52,8 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit`` and ``cluster up|status|down`` to the command."""
+    """Add ``submit``, ``demo`` and ``cluster up|status|down`` to the command."""
     _add_submit(verbs)
+    demo = verbs.add_parser(
+        "demo",
+        help="the whole line on this machine, in minutes",
+        description="Start an S3 server and two Ray nodes, shard, train, evaluate, and end what was started.",
+    )
+    demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe demo")
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default demo-output")
+    demo.add_argument("--worldstrat", type=Path, metavar="DIR", help="real data; without it scenes are made")
+    demo.set_defaults(run=_demo)
     cluster = verbs.add_parser(
         "cluster",
         help="a local multi-node Ray cluster: up, status, down",
@@ -122,6 +131,12 @@ def _submit(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nsatfusion: job {job_id} runs on: {how_to_follow(args.address, job_id)}", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cluster.demo import run_demo
+
+    return run_demo(args.output, args.worldstrat, args.overrides)
 
 
 def _up(args: argparse.Namespace) -> int:

@@ -182,7 +182,7 @@ def _alive(cluster: LocalCluster) -> list[ProcessId]:
 
 
 def _claim(state: Path) -> None:
-    if len(str(state.resolve())) + len(f"/{_RAY}") + _RAY_SOCKET_PATH > 107:
+    if len(str(state.resolve())) + len(f"/{_RAY}/{_MAX_NODES}") + _RAY_SOCKET_PATH > 107:
         raise UserError(f"the path {state} is too long for the sockets Ray makes below it: choose a shorter --state")
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -209,7 +209,6 @@ def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> No
         *head.split(),
         f"--dashboard-port={cluster.address.rpartition(':')[2]}",
         f"--ray-client-server-port={free_ports(1)[0]}",
-        f"--temp-dir={state.resolve() / _RAY}",
     ]
     numbers = range(len(cluster.nodes))
     with _ray_start(cluster, options, state, library, 0, first):
@@ -232,6 +231,9 @@ def _ray_start(
         "start",
         *role,
         f"--node-ip-address={address}",
+        # Each its own, as hosts have: in a shared one, an agent that unpacks a job's code replaces the folder
+        # in which another node's processes already work.
+        f"--temp-dir={state.resolve() / _RAY / str(number)}",
         f"--num-cpus={cluster.cpus_per_node}",
         f"--num-gpus={cluster.gpus_per_node}",
         f"--object-store-memory={options.object_store_mb * 2**20}",
