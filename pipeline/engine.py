@@ -192,6 +192,7 @@ class Engine:
 
 
 def import_deepspeed() -> Any:
+    """Import DeepSpeed with its device settled, and without its chatter."""
     # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +48,11 @@ class Evaluation:
         """Return the mean of every column over the chips, for one method."""
         rows = [row for row in self.chips if row["method"] == method]
         return {column: _mean([row[column] for row in rows]) for column in COLUMNS}
+
+    def margin(self, column: str) -> tuple[float, float]:
+        """Return the mean of ``column`` for the fused image and for the better of the baselines (higher is better)."""
+        fused, *others = (self.means(method)[column] for method in METHODS)
+        return fused, max(others)
 
     def table(self) -> str:
         """Return the table that the command prints: a line a method, raw then adjusted."""
@@ -158,8 +162,3 @@ def _csv(rows: list[dict[str, object]]) -> bytes:
 
 def _mean(values: list[object]) -> float:
     return float(np.mean(np.asarray(values, dtype=np.float64)))
-
-
-def beats_baselines(means: Mapping[str, Mapping[str, float]], column: str = "psnr") -> bool:
-    """Return whether ``fused`` lies above the better baseline in ``column``; ``means`` is by method."""
-    return means["fused"][column] > max(means[method][column] for method in METHODS if method != "fused")

@@ -16,6 +16,8 @@ ERROR_FULL_SCALE = 0.1
 def panel(batch: Batch, fused: Tensor, title: str) -> npt.NDArray[np.uint8]:
     """Draw the first chip of ``batch`` and its ``fused`` image [B, C, H, W] as one picture [h, w, 3].
 
+    From the left: the revisit under ``title``, PAN, fused, HR, absolute error.
+
     Revisit, fused and HR share one stretch, so that their radiometry can be compared by eye. Of more than three bands
     the first three are drawn.
     """
@@ -25,10 +27,10 @@ def panel(batch: Batch, fused: Tensor, title: str) -> npt.NDArray[np.uint8]:
     pan = batch.pan[0].cpu().numpy()
     result = fused[0, :3].float().cpu().numpy()
     tiles = [
-        (f"{title} revisit", to_rgb8(revisit, high=high)),
+        (title, to_rgb8(revisit, high=high)),
         ("PAN", to_rgb8(pan)),
         ("fused", to_rgb8(result, high=high)),
         ("HR", to_rgb8(hr, high=high)),
         ("|error|", to_rgb8(np.abs(result - hr), high=ERROR_FULL_SCALE)),
     ]
-    return np.asarray(sheet([tiles]), dtype=np.uint8)
+    return np.asarray(sheet([tiles], tile_size=hr.shape[-1]), dtype=np.uint8)
