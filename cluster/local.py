@@ -262,12 +262,14 @@ def _ray_start(
 
 
 def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     dashboard_metrics, autoscaler_metrics = free_ports(2)
-    # The jobs' drivers are started as plain `python`.
-    environment["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), environment.get("PATH", os.defpath)))
-    environment |= {
+    environment = {
+        **os.environ,
         _MARK: cluster.mark,
+        # Parts of Ray that were told no address look for any cluster on this machine.
+        "RAY_ADDRESS": cluster.gcs,
+        # The jobs' drivers are started as plain `python`.
+        "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
         # Two servers of figures that have no switch; their default ports can be had once a machine.

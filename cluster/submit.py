@@ -33,6 +33,13 @@ logger = logging.getLogger(__name__)
 
 # What a worker needs to find the storage. Keys are not among them: each node has its own credential chain.
 _TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_RAY_HABITS = {
+    # Lines would be held back to merge equal ones, and coloured.
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    # It only says ahead that a node will be lost; we go on from the newest checkpoint either way.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 _JOB_FILE = "job.json"
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
@@ -79,8 +86,7 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
             raise UserError(f"{name} holds a user name or password, which must not travel with a job: take it out")
     return JobRequest(
         job=Job(config.to_dict(), placement),
-        # Ray would hold lines back to merge equal ones, and colour them.
-        environment={**travelling, "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"},
+        environment={**travelling, **_RAY_HABITS},
         metadata={"run": config.output.uri, "workers": str(placement.workers)},
     )
 
@@ -208,6 +214,8 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         from ray.job_submission import JobSubmissionClient
 
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)  # It tells of each upload and each stream's end.
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"{unanswered} ({_first_line(error)})") from error

@@ -74,9 +74,31 @@ def train_rank(config: ConfigValues) -> None:
     from pipeline.config import RunConfig
     from pipeline.train import run_training
 
-    context = ray.train.get_context()
-    configure_logging(context.get_world_rank())
     run_training(RunConfig.from_dict(config), report=lambda metrics: ray.train.report(dict(metrics)))
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A rank's function, with a line for where it runs and a traceback for what it meets."""
+
+    function: Callable[[ConfigValues], None]
+    """Called with the configuration."""
+
+    def __call__(self, config: ConfigValues) -> None:
+        import ray.train
+        import ray.util
+
+        context = ray.train.get_context()
+        rank, size = context.get_world_rank(), context.get_world_size()
+        configure_logging(rank)
+        print(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}", flush=True)
+        try:
+            self.function(config)
+        except UserError:
+            raise  # The driver says it, once.
+        except Exception:
+            logger.exception("rank %d failed", rank)
+            raise
 
 
 def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank) -> None:
@@ -93,7 +115,7 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
     import ray
     from ray.train import TrainingFailedError
 
-    ray.init(address="auto")
+    ray.init(address="auto", logging_level=logging.WARNING)
     _warn_if_too_small(job.placement, ray.cluster_resources())
     for failures in range(job.placement.max_failures + 1):
         try:
@@ -111,7 +133,7 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
 
 
 def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     placement = job.placement
@@ -121,7 +143,7 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
     # Ray wants a folder for its own state. Ours goes to the run folder, so this one may be lost.
     with tempfile.TemporaryDirectory(prefix="satfusion-ray-train-") as folder:
         TorchTrainer(
-            rank_function,
+            _Announced(rank_function),
             train_loop_config=dict(job.config),
             torch_config=TorchConfig(backend=placement.backend),
             scaling_config=ScalingConfig(
@@ -130,8 +152,14 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
                 resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
-            # Restarts are counted by `run_job`, which can tell a user's mistake from a lost node.
-            run_config=RunConfig(name="train", storage_path=folder, failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                name="train",
+                storage_path=folder,
+                # Restarts are counted by `run_job`, which can tell a user's mistake from a lost node.
+                failure_config=FailureConfig(max_failures=0),
+                # It would repeat every rank's traceback three times; ranks and driver log them once themselves.
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
         ).fit()
 
 
@@ -157,6 +185,14 @@ def _warn_if_too_small(placement: Placement, available: Mapping[str, float]) -> 
             )
 
 
+def _log_failure(error: Exception) -> None:
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    if not failures:
+        logger.error("the job failed", exc_info=error)
+    for rank, failure in sorted(failures.items()):  # Their tracebacks stand in the log already.
+        logger.error("the job failed at rank %d: %s: %s", rank, type(failure).__name__, failure)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job in a file and return its exit status: 0, 2 for a user's mistake, 1 for any other failure."""
     (path,) = sys.argv[1:] if arguments is None else arguments
@@ -166,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"satfusion: error: {error}", file=sys.stderr)
         return 2
-    except Exception as error:  # The ranks' tracebacks stand in the log already; end it with what failed.
-        logger.error("the job failed: %s", error)
+    except Exception as error:
+        _log_failure(error)
         return 1
     return 0
 

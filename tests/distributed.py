@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import time
@@ -15,7 +16,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 T = TypeVar("T")
 # Once a rank has failed, the others wait for it in a collective; this long they may take to fail too.
@@ -58,7 +58,7 @@ def run_ranks(
         RanksFailedError: A rank raised, died or ran past the limit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(
             target=_rank_main, args=(function, Rank(rank, world_size), folder, arguments, threads), daemon=True
