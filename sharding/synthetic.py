@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
+from rasterio.session import DummySession
 from rasterio.transform import Affine
 from torch.nn import functional
 
@@ -279,7 +280,8 @@ def _write_raster(
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"compress": "deflate", "predictor": 2, "zlevel": 1} if compress else {}
     count, height, width = image.shape
-    with warnings.catch_warnings():
+    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file.
+    with warnings.catch_warnings(), rasterio.Env(DummySession()):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # SPOT's identity transform is meant
         with rasterio.open(
             path,

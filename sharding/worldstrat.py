@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
+from rasterio.session import DummySession
 
 from sharding.errors import UserError
 from sharding.splits import natural_key
@@ -258,7 +260,8 @@ class _Reader:
         if not data:
             raise UnusableError("unreadable-raster", f"{path.name} is empty")
         try:
-            with warnings.catch_warnings(), MemoryFile(data) as memory:
+            # A session of its own: in an environment with S3 keys rasterio would log in anew for every file.
+            with warnings.catch_warnings(), rasterio.Env(DummySession()), MemoryFile(data) as memory:
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 with memory.open() as file:
                     yield file
