@@ -12,7 +12,7 @@ from typing import cast
 from sharding.errors import UserError
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.schema import SPLITS, STEP, Index, Sample, read_sample
-from sharding.splits import SPLIT_SEED
+from sharding.splits import SHARD_SIZE, SPLIT_SEED
 from sharding.storage import Storage, open_storage
 
 MAX_DEFAULT_WORKERS = 8
@@ -38,7 +38,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--split", default="auto", metavar="{auto,published,seeded}", help="auto: the split file where there is one"
     )
     shard.add_argument("--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the seeded split")
-    shard.add_argument("--shard-size", type=int, default=32, metavar="N", help="most AOIs a shard")
+    shard.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="most AOIs a shard")
     shard.add_argument("--strict", action="store_true", help="refuse a folder with an unusable AOI")
     shard.set_defaults(run=run_shard)
 

@@ -26,6 +26,7 @@ from sharding.prepare import HR_SIZE, LR_SIZE, prepare, quantise
 from sharding.progress import progress
 from sharding.schema import INDEX_NAME, SPLITS, STEP, Index, Preparation, ShardEntry, Skipped
 from sharding.splits import (
+    SHARD_SIZE,
     SPLIT_SEED,
     Split,
     describe_moves,
@@ -51,8 +52,6 @@ from sharding.writer import BandSums, NewSample, describe_tar, write_tar
 
 SPLIT_RULES = ("auto", "published", "seeded")
 MEASURED = ("lr", "hr", "pan")
-SHARD_SIZE = 32
-"""AOIs a shard: 110 MB, enough to stream well, and 3,889 AOIs still make 122 shards to spread over readers."""
 GEOREFERENCE = "bounds of the L2A rasters divided by the grid's size; the SPOT rasters carry none"
 
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.tar")

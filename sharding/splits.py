@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from sharding.errors import UserError
 from sharding.schema import SPLITS
 
 SPLIT_SEED = 386564310
 """The published seed."""
+SHARD_SIZE = 32
+"""AOIs a shard: 110 MB, enough to stream well, and 3,889 AOIs still make 122 shards to spread over readers."""
 TRAIN_SHARE, OTHER_SHARE = 0.8, 0.1
 
 Splits = dict[str, list[str]]
@@ -40,6 +40,8 @@ def natural_key(name: str) -> tuple[str | int, ...]:
 
 def permutation(num_items: int, seed: int) -> list[int]:
     """Return torch's random permutation of ``range(num_items)`` for a seed, as the published splits use it."""
+    import torch  # here, not above: the command's help should not wait for it
+
     order: list[int] = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from sharding.errors import UserError
 
@@ -51,7 +51,6 @@ class StoredObject:
     """Its length in bytes."""
 
 
-@runtime_checkable
 class Storage(Protocol):
     """Objects by key under one URI. Safe in threads, and to pickle: the copy opens its own connection."""
 
