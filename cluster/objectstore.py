@@ -95,7 +95,7 @@ class ObjectStore:
         except BaseException:
             self.stop()
             raise
-        log.info("S3 server (SeaweedFS) ready at %s", self.environment["AWS_ENDPOINT_URL"])
+        log.info("S3 server (SeaweedFS) ready")
 
     def stop(self) -> None:
         """End the server and whatever it started; nothing happens when it does not run."""

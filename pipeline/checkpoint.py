@@ -161,7 +161,7 @@ def select_checkpoint(runs: Storage, which: str) -> str:
         return f"step-{steps[-1]}"
     if which.isdecimal() and int(which) in steps:
         return f"step-{which}"
-    there = ", ".join([f"best (step {best[-1]})"] * bool(best) + [str(step) for step in steps]) or "none yet"
+    there = ", ".join([*(f"best (step {step})" for step in best[-1:]), *map(str, steps)]) or "none yet"
     raise UserError(f"{runs.uri} has no checkpoint {which!r}: complete ones are {there}")
 
 
