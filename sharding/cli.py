@@ -26,19 +26,34 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "shard",
         help="make a dataset of WebDataset shards from WorldStrat rasters",
         description="Prepare every AOI of a WorldStrat folder and write shards and an index to a folder or bucket.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     shard.add_argument("--input", required=True, metavar="DIR", help="folder with hr_dataset/ and lr_dataset/")
     shard.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
     workers = min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-    shard.add_argument("--workers", type=int, default=workers, metavar="N", help="processes side by side")
-    shard.add_argument("--hr", default="ps", metavar="{ps,rgbn}", help="SPOT raster of the targets: 1.5 m or 6 m")
-    shard.add_argument("--revisits", type=int, default=8, metavar="R", help="Sentinel-2 images a sample")
     shard.add_argument(
-        "--split", default="auto", metavar="{auto,published,seeded}", help="auto: the split file where there is one"
+        "--workers", type=int, default=workers, metavar="N", help="processes side by side (default: %(default)s)"
     )
-    shard.add_argument("--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the seeded split")
-    shard.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="most AOIs a shard")
+    shard.add_argument(
+        "--hr",
+        default="ps",
+        metavar="{ps,rgbn}",
+        help="SPOT raster of the targets: 1.5 m or 6 m (default: %(default)s)",
+    )
+    shard.add_argument(
+        "--revisits", type=int, default=8, metavar="R", help="Sentinel-2 images a sample (default: %(default)s)"
+    )
+    shard.add_argument(
+        "--split",
+        default="auto",
+        metavar="{auto,published,seeded}",
+        help="auto (the default): the split file where there is one",
+    )
+    shard.add_argument(
+        "--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the seeded split (default: %(default)s)"
+    )
+    shard.add_argument(
+        "--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="most AOIs a shard (default: %(default)s)"
+    )
     shard.add_argument("--strict", action="store_true", help="refuse a folder with an unusable AOI")
     shard.set_defaults(run=run_shard)
 
