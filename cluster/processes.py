@@ -110,7 +110,7 @@ def running_with(variable: str, value: str) -> list[ProcessId]:
     return [process for process in map(identify, sorted(found)) if process]
 
 
-def stop(processes: Iterable[ProcessId], patience: float = 5.0) -> None:
+def stop(processes: Iterable[ProcessId], patience: float = 3.0) -> None:
     """End exactly these processes: ask, wait up to ``patience`` seconds, then kill what is left.
 
     Raises:

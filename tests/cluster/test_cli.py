@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from cluster import __version__, cli
+from sharding.errors import UserError
+
+
+def run_verb(monkeypatch: pytest.MonkeyPatch, verb: object) -> int:
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=verb)
+    monkeypatch.setattr(cli, "build_parser", lambda: parser)
+    return cli.main([])
+
+
+def test_every_package_offers_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    words = capsys.readouterr().out.split()
+    assert {"shard", "inspect", "train", "evaluate", "monitor", "submit", "cluster"} <= set(words)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"satfusion {__version__}\n"
+
+
+def test_a_users_mistake_is_one_sentence_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verb(args: argparse.Namespace) -> int:
+        raise UserError("the folder x is missing: make it")
+
+    assert run_verb(monkeypatch, verb) == 2
+    assert capsys.readouterr().err == "satfusion: error: the folder x is missing: make it\n"
+
+
+def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verb(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert run_verb(monkeypatch, verb) == 130
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "srcnn_pnn", "a.b=1", "c.d=2"],
+        ["submit", "srcnn_pnn", "a.b=1", "--address", "http://h:1", "--workers", "2", "c.d=2"],
+        ["submit", "--address", "http://h:1", "--workers", "2", "srcnn_pnn", "a.b=1", "c.d=2"],
+    ],
+)
+def test_overrides_may_stand_before_and_after_options(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def verb(args: argparse.Namespace) -> int:
+        seen.append(args.overrides)
+        return 0
+
+    monkeypatch.setattr(cli, "_submit", verb)
+    monkeypatch.setattr("pipeline.cli._train", verb)
+    assert cli.main(arguments) == 0
+    assert seen == [["a.b=1", "c.d=2"]]
+
+
+@pytest.mark.parametrize("arguments", [["train", "srcnn_pnn", "--epoch", "3"], ["cluster", "down", "now"], ["fly"], []])
+def test_unknown_words_are_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_help_loads_none_of_the_heavy_parts() -> None:
+    script = (
+        "import sys, cluster.cli; cluster.cli.build_parser(); "
+        "print([name for name in ('ray', 'torch', 'rasterio', 'boto3', 'deepspeed') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

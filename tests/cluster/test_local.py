@@ -1,0 +1,224 @@
+"""A real cluster of two Ray nodes, brought up once, and real jobs on it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from cluster import local
+from cluster.cli import main
+from cluster.local import LocalCluster, NodeOptions
+from cluster.processes import ProcessId, identify, is_running, running_with
+from cluster.submit import build_request, follow, send
+from cluster.worker import Placement
+from pipeline.config import load_config
+from sharding.errors import UserError
+from sharding.shard import ShardOptions, shard_folder
+from sharding.storage import open_storage
+from sharding.synthetic import write_worldstrat
+from tests.listening import is_loopback, listening
+
+pytestmark = pytest.mark.distributed
+MARK = "SATFUSION_CLUSTER"
+
+
+@dataclass
+class Watch:
+    """Looks again and again at what a cluster's processes listen on."""
+
+    cluster: LocalCluster
+    seen: set[tuple[str, int]] = field(default_factory=set)
+    processes: set[ProcessId] = field(default_factory=set)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def look(self) -> None:
+        while not self.done.is_set():
+            self.processes |= (now := set(running_with(MARK, self.cluster.mark)))
+            self.seen |= listening([process.pid for process in now])
+            self.done.wait(0.5)
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """Make a folder with a path short enough for Ray's sockets, which pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="sf-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def state() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder / "state"
+        local.down(folder / "state")
+
+
+@pytest.fixture(scope="module")
+def cluster(state: Path) -> LocalCluster:
+    return local.up(NodeOptions(nodes=2, cpus_per_node=1), state)
+
+
+@pytest.fixture(scope="module")
+def watch(cluster: LocalCluster) -> Iterator[Watch]:
+    watch = Watch(cluster)
+    thread = threading.Thread(target=watch.look)
+    thread.start()
+    yield watch
+    watch.done.set()
+    thread.join()
+
+
+def custom_job(cluster: LocalCluster, entrypoint: str) -> str:
+    request = build_request(load_config("srcnn_pnn"), Placement(1), {}, Path("/"))
+    return send(dataclasses.replace(request, entrypoint=entrypoint), cluster.address)
+
+
+def test_two_nodes_with_addresses_of_their_own(
+    cluster: LocalCluster, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert local.alive_nodes(cluster) == ["127.0.0.2", "127.0.0.3"]
+    assert main(["cluster", "status", "--state", str(state)]) == 0
+    assert cluster.address in capsys.readouterr().out
+
+
+def test_up_twice_says_it_is_up(cluster: LocalCluster, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster", "up", "--state", str(state)]) == 2
+    assert f"already up at {cluster.address}" in capsys.readouterr().err
+
+
+def test_each_line_once_and_the_drivers_status(cluster: LocalCluster) -> None:
+    script = "import time; [(print('line', i, flush=True), time.sleep(0.002)) for i in range(500)]; raise SystemExit(3)"
+    output = io.StringIO()
+    assert follow(cluster.address, custom_job(cluster, f'python -c "{script}"'), output) == 3
+    assert re.findall(r"^line (\d+)$", output.getvalue(), re.M) == [str(number) for number in range(500)]
+
+
+def test_training_takes_a_rank_on_each_node(
+    cluster: LocalCluster,
+    watch: Watch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_worldstrat(tmp_path / "worldstrat", aois=3, seed=1, hr_side=264)
+    shard_folder(tmp_path / "worldstrat", open_storage(str(tmp_path / "shards")), ShardOptions())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # What is given on the command line wins over it.
+    overrides = ["data.uri=shards", "output.uri=run", "train.max_steps=2", "train.global_batch=4", "model.hidden=8"]
+    arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "2", *overrides]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    places = dict(re.findall(r"rank (\d) of 2 runs on node ([\d.]+)", output))
+    assert sorted(places) == ["0", "1"]
+    assert sorted(places.values()) == list(cluster.nodes)
+    assert output.count("checkpoint step-2 written") == 1
+    assert (tmp_path / "run/metrics.csv").exists()
+
+
+def test_a_users_mistake_inside_the_job_is_one_sentence_and_status_2(
+    cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset = tmp_path / "absent"
+    arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "1", "--no-wait"]
+    assert main([*arguments, f"data.uri={dataset}", f"output.uri={tmp_path / 'run'}"]) == 0
+    printed = capfd.readouterr().out
+    job_id = printed.splitlines()[0]
+    assert f"ray job logs --address {cluster.address} --follow {job_id}" in printed
+    log = io.StringIO()
+    assert follow(cluster.address, job_id, log) == 2
+    sentences = [line for line in log.getvalue().splitlines() if line.startswith("satfusion: error:")]
+    assert len(sentences) == 1
+    assert f"{dataset} holds no index.json" in sentences[0]
+    assert "Traceback" not in log.getvalue()
+
+
+def test_everything_listens_on_loopback_alone(cluster: LocalCluster, watch: Watch) -> None:
+    # The head's service, two raylets with two ports each, the agents, the dashboard, and workers of the jobs above.
+    assert len(watch.seen) > 15
+    assert [(address, port) for address, port in watch.seen if not is_loopback(address)] == []
+
+
+def test_down_ends_what_up_started_and_nothing_else(
+    cluster: LocalCluster, watch: Watch, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch.done.set()
+    assert {process for process in watch.processes if is_running(process)}
+    assert main(["cluster", "down", "--state", str(state)]) == 0
+    assert {process.pid for process in watch.processes if is_running(process)} == set()
+    assert running_with(MARK, cluster.mark) == []
+    assert not state.exists()
+    assert main(["cluster", "down", "--state", str(state)]) == 0
+    assert "no cluster is up" in capsys.readouterr().out
+    assert main(["cluster", "status", "--state", str(state)]) == 1
+
+
+def test_a_failed_up_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[LocalCluster] = []
+
+    def fail(cluster: LocalCluster) -> None:
+        started.append(cluster)
+        assert running_with(MARK, cluster.mark)
+        raise UserError("the dashboard does not answer")
+
+    monkeypatch.setattr(local, "_wait_for_nodes", fail)
+    with pytest.raises(UserError, match="does not answer"):
+        local.up(NodeOptions(nodes=1), folder / "c")
+    assert running_with(MARK, started[0].mark) == []
+    assert not (folder / "c").exists()
+
+
+def test_a_node_that_does_not_start_says_why(folder: Path) -> None:
+    # Ray refuses a store larger than the machine.
+    with pytest.raises(UserError, match=r"127\.0\.0\.2 did not start") as caught:
+        local.up(NodeOptions(nodes=1, object_store_mb=10**9), folder / "c")
+    assert len(str(caught.value)) < 1500
+    assert not (folder / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"nodes": 0}, {"nodes": 999}, {"cpus_per_node": 0}, {"gpus_per_node": -1}, {"object_store_mb": 10}]
+)
+def test_sizes_that_cannot_be_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} is"):
+        NodeOptions(**options)
+
+
+def test_a_state_folder_that_cannot_serve_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="too long"):
+        local.up(NodeOptions(), folder / ("long" * 20))
+    with pytest.raises(UserError, match="space"):
+        local.up(NodeOptions(), folder / "a b")
+    assert list(folder.iterdir()) == []
+    (folder / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="remove it"):
+        local.down(folder)
+
+
+def test_a_reused_process_number_is_not_ours() -> None:
+    own = identify(os.getpid())
+    assert own is not None
+    assert is_running(own)
+    assert not is_running(ProcessId(own.pid, own.started - 1))
+
+
+def test_leftovers_of_a_reboot_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    gone = LocalCluster("mark", "http://127.0.0.1:9", "127.0.0.2:9", ("127.0.0.2",), 1, 0, (ProcessId(1, -1),))
+    local._write_state(tmp_path, gone)
+    assert local.read_state(tmp_path) == gone
+    assert local.down(tmp_path) == gone
+    assert local.read_state(tmp_path) is None
