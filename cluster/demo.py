@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from cluster.submit import build_request, follow, send
 from cluster.worker import Placement
 from pipeline.config import load_config
 from pipeline.evaluate import Evaluation, evaluate_run
+from pipeline.signals import sigterm_as_interrupt
 from sharding.cli import describe
 from sharding.errors import UserError
 from sharding.progress import progress
@@ -50,7 +50,7 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
     dataset, run = f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/run"
     config = load_config("demo", [f"data.uri={dataset}", f"output.uri={run}", *overrides])
     state = _prepare(output)
-    with _ended_by_sigterm(), ObjectStore(output / "s3", BUCKET) as store, _environment(store.environment):
+    with sigterm_as_interrupt(), ObjectStore(output / "s3", BUCKET) as store, _environment(store.environment):
         source = worldstrat or _generate(output / "worldstrat")
         _say(f"sharding {source} to {dataset}")
         storage = open_storage(dataset)
@@ -116,20 +116,6 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C, so that it too ends what was started."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fetch(run: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.signals import sigterm_as_interrupt
 from sharding.errors import UserError
 from sharding.storage import LocalStorage, Storage, open_storage
 
@@ -84,17 +85,19 @@ def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
 def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -> int:
     """Serve TensorBoard on ``uris`` until interrupted; return its exit status."""
     program = shutil.which("tensorboard", path=str(Path(sys.executable).parent)) or "tensorboard"
-    with event_folder(uris, refresh_seconds) as folder:
+    with sigterm_as_interrupt(), event_folder(uris, refresh_seconds) as folder:
         command = [program, "--logdir", str(folder), "--host", host, "--port", str(port)]
         # Fresh events show within seconds, also in files that a resumed run has left behind.
         command += ["--reload_interval", "5", "--reload_multifile", "true"]
-        server = subprocess.Popen(command)
+        # A session of its own, so that Ctrl-C reaches it through us alone.
+        server = subprocess.Popen(command, start_new_session=True)
         try:
             return server.wait()
         except KeyboardInterrupt:
+            return 0
+        finally:
             server.terminate()
             server.wait()
-            return 0
 
 
 def _names(uris: Sequence[str]) -> list[str]:

@@ -173,9 +173,15 @@ class LocalStorage:
         return self._path(key).is_file()
 
     def delete(self, key: str) -> None:
-        """Remove the file if it is there."""
+        """Remove the file if it is there, and the folders that it leaves empty: an object store shows none either."""
+        path = self._path(key)
         with self._explained(key):
-            self._path(key).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        for folder in path.parents[: len(PurePosixPath(key).parts) - 1]:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or never there
+                break
 
     def child(self, name: str) -> LocalStorage:
         """Return the folder below."""
