@@ -173,7 +173,8 @@ def alive_nodes(cluster: LocalCluster) -> list[str]:
             summary = json.load(response)["data"]["summary"]
     except (OSError, ValueError, KeyError):
         return []
-    return sorted(node["ip"] for node in summary if node["raylet"].get("state") == "ALIVE")
+    # A node that has just joined stands there before its agent has told its address.
+    return sorted(node["ip"] for node in summary if "ip" in node and node.get("raylet", {}).get("state") == "ALIVE")
 
 
 def _alive(cluster: LocalCluster) -> list[ProcessId]:
@@ -294,5 +295,6 @@ def _wait_for_nodes(cluster: LocalCluster) -> None:
 
 
 def _tail(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-3:]) or "it wrote no log"
+    # Of a traceback, what stands at the margin says what happened.
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line and not line[0].isspace()]
+    return " | ".join(lines[-2:]) or "it wrote no log"
