@@ -1,0 +1,76 @@
+"""The house itself: which way imports go, what the README says of the files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "models": set(),
+    "sharding": set(),
+    "pipeline": {"models", "sharding"},
+    "cluster": {"pipeline", "models", "sharding"},
+}
+ONLY_IN = {"ray": {"cluster"}, "rasterio": {"sharding"}, "boto3": {"sharding", "cluster"}, "deepspeed": {"pipeline"}}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the top-level names that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    for path in sources(package):
+        for name in imported(path):
+            assert name not in MAY_IMPORT or name == package or name in MAY_IMPORT[package], f"{path} imports {name}"
+            assert package in ONLY_IN.get(name, {package}), f"{path} imports {name}"
+
+
+def test_training_runs_without_ray_and_rasterio() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['ray', 'rasterio', 'webdataset'])); "
+    modules = "pipeline.train, pipeline.evaluate, pipeline.monitor, pipeline.cli, models.published"
+    subprocess.run([sys.executable, "-c", f"{blocked} import {modules}"], check=True, cwd=ROOT)
+
+
+def test_readme_tree_has_a_line_for_each_file() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Tree")[1].split("```")[1]
+    listed = set()
+    folder = ""
+    for line in tree.strip().splitlines():
+        match = re.match(r"(  )?(\S+)\s{2,}\S", line)
+        assert match, f"no description: {line}"
+        if match[1] is None:
+            folder = match[2]
+        if match[2].endswith(".py"):
+            listed.add((folder if match[1] else "") + match[2])
+    there = {str(path.relative_to(ROOT)) for package in MAY_IMPORT for path in sources(package)}
+    assert {name for name in there if not name.endswith("__init__.py")} == listed
+
+
+def test_readme_names_only_verbs_and_recipes_that_exist() -> None:
+    from cluster.cli import build_parser
+    from pipeline.config import recipe_names
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    parser = build_parser()
+    helped = parser.format_help()
+    for verb in set(re.findall(r"satfusion ([a-z]+)\b(?! at scale)", readme)):
+        assert re.search(rf"^    {verb}\b", helped, re.M), f"satfusion {verb}"
+    table = readme.split("| Recipe |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([a-z_]+)`", table.split("|---|---|")[1])) == set(recipe_names())
