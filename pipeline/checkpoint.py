@@ -104,21 +104,32 @@ def complete_checkpoints(runs: Storage, kind: str) -> list[int]:
     return sorted(int(match[1]) for match in map(pattern.match, keys) if match)
 
 
-def prune_checkpoints(runs: Storage, kind: str, keep: int) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints of ``kind``, and leavings of broken ones before them."""
-    complete = complete_checkpoints(runs, kind)
-    if len(complete) < keep:
-        return
-    oldest_kept = complete[-keep]
+def prune_checkpoints(runs: Storage, kind: str, newest: int, keep: int) -> None:
+    """Remove checkpoints of ``kind`` and leavings of broken ones, all but ``newest`` and the ``keep - 1`` before it.
+
+    A later one than ``newest`` was left by a process that got further before it was killed, and is stale too.
+    """
+    before = [step for step in complete_checkpoints(runs, kind) if step < newest]
+    kept = {newest, *before[len(before) - (keep - 1) :]} if keep > 1 else {newest}
     folder = runs.child("checkpoints")
     stale = [
         stored.key
         for stored in folder.list()
-        if (match := re.match(rf"{kind}-(\d+)/", stored.key)) and int(match[1]) < oldest_kept
+        if (match := re.match(rf"{kind}-(\d+)/", stored.key)) and int(match[1]) not in kept
     ]
     # The marker goes first: what is half removed must not look whole.
     for key in sorted(stale, key=lambda key: not key.endswith(MARKER)):
         folder.delete(key)
+
+
+def best_loss(runs: Storage) -> float | None:
+    """Return the validation loss of the best weights kept, or None."""
+    steps = complete_checkpoints(runs, "best")
+    if not steps:
+        return None
+    folder = runs.child(f"checkpoints/best-{steps[-1]}")
+    loss = _parse(folder, META, folder.read(META))["position"]["best_loss"]
+    return None if loss is None else float(loss)
 
 
 def read_checkpoint(runs: Storage, name: str) -> Checkpoint:

@@ -17,6 +17,7 @@ from models.registry import build_model
 from pipeline.checkpoint import (
     Checkpoint,
     Position,
+    best_loss,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -106,7 +107,8 @@ class Trainer:
         self.loader = TrainLoader(train, plan, world.rank, config.train.seed, config.data)
         self.step = checkpoint.state.step if checkpoint else 0
         self.first_step = self.step + 1
-        self.best_loss = checkpoint.position.best_loss if checkpoint else None
+        # Of the weights that are kept, which a killed process may have found after its last full checkpoint.
+        self.best_loss = best_loss(run.storage) if checkpoint else None
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
@@ -223,7 +225,7 @@ class Trainer:
         )
         name = f"{kind}-{self.step}"
         save_checkpoint(self.run.storage, name, self.config, position, state, generators)  # type: ignore[arg-type]
-        prune_checkpoints(self.run.storage, kind, keep)
+        prune_checkpoints(self.run.storage, kind, self.step, keep)
         logger.info("checkpoint %s written", name)
 
     def _stop_if_not_finite(self, what: str, value: float, epoch: int) -> None:

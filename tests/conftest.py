@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
 from cluster.objectstore import ObjectStore
+from pipeline.config import RunConfig, load_config
+from pipeline.world import World, join_world, leave_world
+from sharding.shard import ShardOptions, shard_folder
+from sharding.storage import open_storage
+from sharding.synthetic import write_worldstrat
+
+TINY = (
+    "model.hidden=8",
+    "data.random_windows=true",
+    "train.global_batch=4",
+    "train.schedule=warmup_cosine",
+    "train.learning_rate=1e-3",
+    "train.threads_per_rank=1",
+    "train.log_batches=true",
+    "output.panels=1",
+)
+"""A network of minimal width, the same in every test of the loop."""
 
 
 class S3:
@@ -45,3 +63,29 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         for name, value in store.environment.items():
             patch.setenv(name, value)
         yield S3(store)
+
+
+@pytest.fixture(scope="session")
+def dataset_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four training AOIs, one to validate, one to test."""
+    source, output = tmp_path_factory.mktemp("worldstrat"), tmp_path_factory.mktemp("dataset")
+    write_worldstrat(source, 6, seed=3, hr_side=264)
+    shard_folder(source, open_storage(output), ShardOptions(shard_size=2), workers=1)
+    return str(output)
+
+
+@pytest.fixture(scope="session")
+def make_config(dataset_uri: str) -> Callable[..., RunConfig]:
+    """Return a function from (run folder, overrides) to the tiny run's configuration."""
+
+    def make(output: Path | str, *overrides: str) -> RunConfig:
+        return load_config("srcnn_pnn", [f"data.uri={dataset_uri}", f"output.uri={output}", *TINY, *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Return the process group of one that this process forms; DeepSpeed cannot join a second one."""
+    yield join_world()
+    leave_world()

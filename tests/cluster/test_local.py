@@ -7,13 +7,16 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster import local
 from cluster.cli import main
@@ -21,11 +24,12 @@ from cluster.local import LocalCluster, NodeOptions
 from cluster.processes import ProcessId, identify, is_running, running_with
 from cluster.submit import build_request, follow, send
 from cluster.worker import Placement
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from sharding.errors import UserError
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
+from tests.command import column, last_checkpoint, run_command
 from tests.listening import is_loopback, listening
 
 pytestmark = pytest.mark.distributed
@@ -128,6 +132,54 @@ def test_training_takes_a_rank_on_each_node(
     assert sorted(places.values()) == list(cluster.nodes)
     assert output.count("checkpoint step-2 written") == 1
     assert (tmp_path / "run/metrics.csv").exists()
+
+
+def kill_ranks(cluster: LocalCluster, run: Path, step: int, only: int | None = None) -> None:
+    """SIGKILL the job's ranks (or the first ``only`` of them) once the run has taken ``step`` steps."""
+    deadline = time.monotonic() + 180
+    while not ((run / "metrics.csv").exists() and len(column(run, "step")) >= step):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    ranks = [
+        process.pid
+        for process in running_with(MARK, cluster.mark)
+        if b"RayTrainWorker" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    for pid in ranks[:only]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_training_submitted_again_ends_bit_for_bit(
+    cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Epochs have 9 steps and checkpoints come every 5: neither step 7 nor step 11 is either's end."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    options = ("train.max_steps=14", "train.checkpoint_every=5", "model.dropout=published", "train.zero_stage=2")
+    config = tmp_path / "config.toml"
+    config.write_text(make_config(undisturbed, *options).to_toml())
+    run_command(2, ["train", str(config)])
+
+    def submit(max_failures: int) -> str:
+        request = build_request(make_config(killed, *options), Placement(2, max_failures=max_failures), {}, Path("/"))
+        return send(request, cluster.address)
+
+    log = io.StringIO()
+    first = submit(0)
+    kill_ranks(cluster, killed, 7)
+    assert follow(cluster.address, first, log) == 1
+    assert column(killed, "step")[-1] in ("7", "8")
+
+    second = submit(1)
+    kill_ranks(cluster, killed, 11, only=1)
+    assert follow(cluster.address, second, log) == 0
+    going_on = re.findall(r"going on from \S+/checkpoints/(\S+)", log.getvalue())
+    assert going_on == ["step-5", "step-10"]
+    assert column(killed, "chips", "batches.csv") == column(undisturbed, "chips", "batches.csv")
+    assert column(killed, "train/loss") == column(undisturbed, "train/loss")
+    ours, theirs = last_checkpoint(killed), last_checkpoint(undisturbed)
+    assert ours.position.step == 14
+    assert all(torch.equal(ours.state.weights[n], theirs.state.weights[n]) for n in theirs.state.weights)
 
 
 def test_a_users_mistake_inside_the_job_is_one_sentence_and_status_2(

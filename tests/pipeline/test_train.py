@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Callable
@@ -12,14 +11,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
+from pipeline.checkpoint import complete_checkpoints
 from pipeline.config import RunConfig
 from pipeline.train import run_training
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
+from tests.command import column, last_checkpoint, run_command, start_command
 from tests.conftest import S3
-from tests.pipeline.conftest import run_ranks, start_ranks
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -30,23 +29,13 @@ def command(config: RunConfig, folder: Path) -> list[str]:
     return ["train", str(path)]
 
 
-def column(run: Path, name: str, file: str = "metrics.csv") -> list[str]:
-    with (run / file).open(newline="") as rows:
-        return [row[name] for row in csv.DictReader(rows)]
-
-
-def last_checkpoint(run: Path) -> Checkpoint:
-    storage = open_storage(run)
-    return read_checkpoint(storage, f"step-{complete_checkpoints(storage, 'step')[-1]}")
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_rank_and_two_see_the_same_losses(stage: int, make_config: MakeConfig, tmp_path: Path) -> None:
     losses = []
     for ranks in (1, 2):
         config = make_config(tmp_path / f"run-{ranks}", "train.max_steps=20", f"train.zero_stage={stage}")
-        run_ranks(ranks, command(config, tmp_path))
+        run_command(ranks, command(config, tmp_path))
         losses.append([float(loss) for loss in column(tmp_path / f"run-{ranks}", "train/loss")])
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -60,10 +49,10 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
     """Epochs have 9 steps and checkpoints come every 5: step 7 is neither's end."""
     options = ("train.max_steps=12", "train.checkpoint_every=5", "train.micro_batch=1", "model.dropout=published")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    run_ranks(2, command(make_config(undisturbed, *options), tmp_path))
+    run_command(2, command(make_config(undisturbed, *options), tmp_path))
 
     again = command(make_config(killed, *options), tmp_path)
-    ranks = start_ranks(2, again)
+    ranks = start_command(2, again)
     try:
         deadline = time.monotonic() + 200
         while not ((killed / "metrics.csv").exists() and len(column(killed, "step")) >= 7):
@@ -74,7 +63,7 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
     assert column(killed, "step")[-1] in ("7", "8")
     assert complete_checkpoints(open_storage(killed), "step") == [5]
 
-    finished = run_ranks(2, again)
+    finished = run_command(2, again)
     assert f"going on from {open_storage(killed).uri}/checkpoints/step-5" in finished.output
     assert column(killed, "chips", "batches.csv") == column(undisturbed, "chips", "batches.csv")
     assert column(killed, "train/loss") == column(undisturbed, "train/loss")
@@ -90,10 +79,10 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
 
 @pytest.mark.distributed
 def test_another_world_and_stage_go_on_from_the_same_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
-    run_ranks(1, command(make_config(tmp_path / "alone", "train.max_steps=8"), tmp_path))
+    run_command(1, command(make_config(tmp_path / "alone", "train.max_steps=8"), tmp_path))
     moved = tmp_path / "moved"
-    run_ranks(2, command(make_config(moved, "train.max_steps=4", "train.zero_stage=3"), tmp_path))
-    run_ranks(1, command(make_config(moved, "train.max_steps=8", "train.zero_stage=1"), tmp_path))
+    run_command(2, command(make_config(moved, "train.max_steps=4", "train.zero_stage=3"), tmp_path))
+    run_command(1, command(make_config(moved, "train.max_steps=8", "train.zero_stage=1"), tmp_path))
     assert column(moved, "chips", "batches.csv") == column(tmp_path / "alone", "chips", "batches.csv")
     # The schedule's length differs until step 4, so that only what follows the order can be compared.
     assert len(column(moved, "train/loss")) == 8

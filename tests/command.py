@@ -1,60 +1,18 @@
-"""A small generated dataset for the loop's tests, and the real command line around it."""
+"""The real command in several processes, one a rank, and what it leaves in a run folder."""
 
 from __future__ import annotations
 
+import csv
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from pipeline.config import RunConfig, load_config
-from pipeline.world import World, join_world, leave_world
-from sharding.shard import ShardOptions, shard_folder
+from pipeline.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
 from sharding.storage import open_storage
-from sharding.synthetic import write_worldstrat
-
-TINY = (
-    "model.hidden=8",
-    "data.random_windows=true",
-    "train.global_batch=4",
-    "train.schedule=warmup_cosine",
-    "train.learning_rate=1e-3",
-    "train.threads_per_rank=1",
-    "train.log_batches=true",
-    "output.panels=1",
-)
-"""A network of minimal width, the same in every test of the loop."""
-
-
-@pytest.fixture(scope="session")
-def dataset_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Four training AOIs, one to validate, one to test."""
-    source, output = tmp_path_factory.mktemp("worldstrat"), tmp_path_factory.mktemp("dataset")
-    write_worldstrat(source, 6, seed=3, hr_side=264)
-    shard_folder(source, open_storage(output), ShardOptions(shard_size=2), workers=1)
-    return str(output)
-
-
-@pytest.fixture(scope="session")
-def make_config(dataset_uri: str) -> Callable[..., RunConfig]:
-    """Return a function from (run folder, overrides) to the tiny run's configuration."""
-
-    def make(output: Path | str, *overrides: str) -> RunConfig:
-        return load_config("srcnn_pnn", [f"data.uri={dataset_uri}", f"output.uri={output}", *TINY, *overrides])
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def world() -> Iterator[World]:
-    """Return the process group of one that this process forms; DeepSpeed cannot join a second one."""
-    yield join_world()
-    leave_world()
 
 
 @dataclass(frozen=True)
@@ -82,7 +40,7 @@ class Ranks:
             process.wait()
 
 
-def start_ranks(size: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ranks:
+def start_command(size: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ranks:
     """Start ``satfusion ARGUMENTS`` in each rank of a gloo group, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,12 +62,24 @@ def start_ranks(size: int, arguments: Sequence[str], environment: Mapping[str, s
     return Ranks(processes)
 
 
-def run_ranks(size: int, arguments: Sequence[str]) -> Finished:
+def run_command(size: int, arguments: Sequence[str]) -> Finished:
     """Run ``satfusion ARGUMENTS`` in each rank to its end; fail with every rank's output if one fails."""
-    ranks = start_ranks(size, arguments)
+    ranks = start_command(size, arguments)
     try:
         finished = ranks.wait()
     finally:
         ranks.kill()
     assert finished.statuses == [0] * size, finished.output
     return finished
+
+
+def column(run: Path, name: str, file: str = "metrics.csv") -> list[str]:
+    """Return a column of one of the run's tables."""
+    with (run / file).open(newline="") as rows:
+        return [row[name] for row in csv.DictReader(rows)]
+
+
+def last_checkpoint(run: Path) -> Checkpoint:
+    """Return the run's newest full checkpoint."""
+    storage = open_storage(run)
+    return read_checkpoint(storage, f"step-{complete_checkpoints(storage, 'step')[-1]}")
