@@ -32,14 +32,16 @@ META = "checkpoint.json"
 FORMAT_VERSION = 1
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint's bytes are not those its marker promises."""
+
+
 @dataclass(frozen=True)
 class Position:
     """Where training stood when a checkpoint was made."""
 
     step: int
     """Optimizer steps taken; global batches 1 to ``step`` are consumed."""
-    steps_per_epoch: int
-    """Optimizer steps in an epoch."""
     best_loss: float | None
     """Least validation loss so far."""
     index_digest: str
@@ -136,7 +138,8 @@ def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
     """Read ``checkpoints/<name>/`` and check it against its marker.
 
     Raises:
-        UserError: It is absent, incomplete, damaged or of another format.
+        DamagedCheckpointError: Its bytes are not the marker's.
+        UserError: It is absent, incomplete or of another format, or the store does not answer.
     """
     folder = runs.child(f"checkpoints/{name}")
     if not folder.exists(MARKER):
@@ -146,7 +149,9 @@ def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
     for file in (STATE, META):
         files[file] = folder.read(file)
         if marker.get(file, {}).get("sha256") != _sha256(files[file]):
-            raise UserError(f"{folder.uri}/{file} is damaged: its SHA-256 is not the marker's; use another checkpoint")
+            raise DamagedCheckpointError(
+                f"{folder.uri}/{file} is damaged: its SHA-256 is not the marker's; use another checkpoint"
+            )
     meta = _parse(folder, META, files[META])
     if meta.get("format_version") != FORMAT_VERSION:
         raise UserError(
@@ -177,12 +182,20 @@ def select_checkpoint(runs: Storage, which: str) -> str:
 
 
 def newest_checkpoint(runs: Storage) -> Checkpoint | None:
-    """Return the newest full checkpoint that reads back whole, or None; a damaged one is passed over with a warning."""
-    for step in reversed(complete_checkpoints(runs, "step")):
+    """Return the newest full checkpoint whose bytes are whole, or None where none was ever completed.
+
+    Raises:
+        UserError: The store does not answer, the format is another version's, or every checkpoint is damaged: a run
+            that has checkpoints never starts over by itself.
+    """
+    steps = complete_checkpoints(runs, "step")
+    for step in reversed(steps):
         try:
             return read_checkpoint(runs, f"step-{step}")
-        except UserError as error:
+        except DamagedCheckpointError as error:
             logger.warning("%s; going back to the one before", error)
+    if steps:
+        raise UserError(f"every checkpoint in {runs.uri} is damaged: name another output.uri to start over")
     return None
 
 
@@ -196,5 +209,5 @@ def _parse(folder: Storage, name: str, data: bytes) -> Mapping[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{folder.uri}/{name} is damaged: it is no JSON object; use another checkpoint")
+        raise DamagedCheckpointError(f"{folder.uri}/{name} is damaged: it is no JSON object; use another checkpoint")
     return value

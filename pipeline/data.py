@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models.registry import ModelConfig
 from pipeline.chips import Variant, Window, chip_window, cut, training_variant, turn_and_flip
 from pipeline.config import DataConfig
 from pipeline.order import (
@@ -71,55 +73,51 @@ class Batch:
 
 
 class SceneCache:
-    """Decoded scenes by number, least recently used first out, within a bound of bytes; safe among threads.
+    """Decoded scenes by key, least recently used first out, within a bound of bytes; safe among threads.
 
     Two threads that want the same scene share one read.
     """
 
-    def __init__(self, storage: Storage, places: Sequence[tuple[ShardEntry, SampleEntry]], limit_bytes: int) -> None:
+    def __init__(self, storage: Storage, limit_bytes: int) -> None:
         self._storage = storage
-        self._places = places
         self._limit = limit_bytes
         self._lock = threading.Lock()
-        self._scenes: OrderedDict[int, Future[Sample]] = OrderedDict()
+        self._scenes: OrderedDict[str, Future[Sample]] = OrderedDict()
         self._bytes = 0
 
-    def get(self, number: int) -> Sample:
-        """Return scene ``number``, reading it if it is not held.
+    def get(self, shard: ShardEntry, entry: SampleEntry) -> Sample:
+        """Return a scene, reading it if it is not held.
 
         Raises:
             UserError: The store does not answer, or the scene's bytes are damaged.
         """
         with self._lock:
-            future = self._scenes.get(number)
+            future = self._scenes.get(entry.key)
             if future is not None:
-                self._scenes.move_to_end(number)
+                self._scenes.move_to_end(entry.key)
                 owner = False
             else:
-                future = self._scenes[number] = Future()
+                future = self._scenes[entry.key] = Future()
                 owner = True
         if owner:
             try:
-                future.set_result(self._read(number))
+                future.set_result(read_sample(self._storage, shard, entry))
             except BaseException as error:
                 with self._lock:
-                    del self._scenes[number]
+                    del self._scenes[entry.key]
                 future.set_exception(error)
                 raise
             self._evict(future.result())
         return future.result()
 
-    def _read(self, number: int) -> Sample:
-        return read_sample(self._storage, *self._places[number])
-
     def _evict(self, added: Sample) -> None:
         with self._lock:
             self._bytes += _nbytes(added)
-            for number in list(self._scenes):
+            for key in list(self._scenes):
                 if self._bytes <= self._limit:
                     return
-                if self._scenes[number].done():
-                    self._bytes -= _nbytes(self._scenes.pop(number).result())
+                if self._scenes[key].done():
+                    self._bytes -= _nbytes(self._scenes.pop(key).result())
 
 
 def _nbytes(sample: Sample) -> int:
@@ -144,17 +142,45 @@ class ChipDataset:
             raise UserError("data.uri is empty: name a dataset written by `satfusion shard`, as data.uri=URI")
         self.storage = open_storage(uri)
         self.index = Index.load(self.storage)
-        if split not in self.index.splits:
-            raise UserError(f"{uri} has no split {split!r}: it has {', '.join(self.index.splits)}")
-        self.split = split
-        self.shards = self.index.splits[split]
-        self._places = self.index.samples(split)
-        self._cache = SceneCache(self.storage, self._places, config.cache_mib << 20)
+        self._cache = SceneCache(self.storage, config.cache_mib << 20)
         self._config = config
         self.lr_size = int(self.index.preparation["lr_size"])
         self.scale = float(self.index.preparation["hr_size"]) / self.lr_size
         self.revisits = int(self.index.preparation["revisits"])
         self._step = float(self.index.preparation["step"])
+        self._choose(split)
+
+    def _choose(self, split: str) -> None:
+        if split not in self.index.splits:
+            raise UserError(f"{self.storage.uri} has no split {split!r}: it has {', '.join(self.index.splits)}")
+        self.split = split
+        self.shards = self.index.splits[split]
+        self._places = self.index.samples(split)
+
+    def sibling(self, split: str) -> ChipDataset:
+        """Return another split of the same dataset, sharing index and cache.
+
+        Raises:
+            UserError: No such split.
+        """
+        other = copy.copy(self)
+        other._choose(split)
+        return other
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Refuse a model of other bands or revisits than the samples hold.
+
+        Raises:
+            UserError: It names both numbers.
+        """
+        uri, bands = self.storage.uri, len(self.index.preparation["bands"])
+        if bands != model.bands:
+            raise UserError(f"model.bands = {model.bands}, but {uri} holds {bands} bands: set model.bands={bands}")
+        if self.revisits != model.revisits:
+            raise UserError(
+                f"model.revisits = {model.revisits}, but {uri} holds {self.revisits} revisits a sample:"
+                f" set model.revisits={self.revisits} or shard again with --revisits {model.revisits}"
+            )
 
     @property
     def num_chips(self) -> int:
@@ -184,7 +210,7 @@ class ChipDataset:
 
     def evaluation_batch(self, chip: int) -> Batch:
         """Return ``chip`` as evaluation sees it: its own window, unturned, the clearest revisit for heads alone."""
-        clearest = self._cache.get(chip // CHIPS_PER_SCENE).meta["clearest"]
+        clearest = self._scene(chip).meta["clearest"]
         assert isinstance(clearest, int)
         return collate([self._cut(chip, Variant(chip_window(chip, self.scale), 0, False, clearest))])
 
@@ -192,8 +218,11 @@ class ChipDataset:
         """Return ``chip`` as training sees it in ``epoch``, a batch of one."""
         return self._cut(chip, self.variant(chip, seed, epoch))
 
+    def _scene(self, chip: int) -> Sample:
+        return self._cache.get(*self._places[chip // CHIPS_PER_SCENE])
+
     def _cut(self, chip: int, variant: Variant) -> Batch:
-        scene = self._cache.get(chip // CHIPS_PER_SCENE)
+        scene = self._scene(chip)
         window: Window = variant.window
 
         def image(stored: npt.NDArray[np.uint16], y: int, x: int, size: int) -> Tensor:

@@ -140,23 +140,25 @@ class Engine:
         fused: Tensor = self._engine(batch.lr, batch.pan, batch.revisit)[0]
         return fused.float()
 
-    def state(self, step: int) -> TrainState:
-        """Gather the whole state on every rank's CPU; all ranks must call it together."""
+    def state(self, step: int, *, moments: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         weights = {name: buffer.detach().cpu().clone() for name, buffer in self._network.named_buffers()}
-        moments: dict[str, dict[str, Tensor]] = {}
+        gathered: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._network.named_parameters():
             full = parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)
             weights[name] = full.detach().cpu().clone()
-            moments[name] = {}
+            if not moments:
+                continue
+            gathered[name] = {}
             for moment in MOMENTS:
                 if self._stage == 0:
                     value = self._adam.state[parameter][moment]
                 else:
                     value = safe_get_full_optimizer_state(parameter, moment)
-                moments[name][moment] = value.detach().cpu().clone().reshape(weights[name].shape)
-        return TrainState(weights, moments, step)
+                gathered[name][moment] = value.detach().cpu().clone().reshape(weights[name].shape)
+        return TrainState(weights, gathered, step)
 
     def _load_moments(self, state: TrainState) -> None:
         # The inner Adam makes its state at its first step; ours must stand there before that.

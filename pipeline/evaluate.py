@@ -17,6 +17,7 @@ from models.registry import build_model
 from pipeline.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
 from pipeline.data import Batch, ChipDataset, evaluation_batches
 from pipeline.metrics import ADJUSTED, METRICS, image_metrics
+from pipeline.order import CHIPS_PER_SCENE
 from pipeline.panels import panel
 from pipeline.registration import Mode
 from sharding.errors import UserError
@@ -92,7 +93,10 @@ def evaluate_run(
     dataset = ChipDataset(data_uri or checkpoint.config.data.uri, split, checkpoint.config.data)
     if dataset.num_chips == 0:
         raise UserError(f"split {split!r} of {dataset.storage.uri} is empty: name another with --split")
-    folder = run.child(f"evaluation/{split}-{checkpoint.name}")
+    dataset.check_fits(checkpoint.config.model)
+    folder = run.child(f"evaluation/{_folder_name(checkpoint, dataset, registration)}")
+    for stored in folder.list():
+        folder.delete(stored.key)
     rows: list[dict[str, object]] = []
     with progress(dataset.num_chips, f"evaluating {checkpoint.name}", "chip") as bar:
         for number, (batch, _) in enumerate(evaluation_batches(dataset)):
@@ -103,7 +107,7 @@ def evaluate_run(
             chip = batch.chips[0]
             for method in METHODS:
                 metrics = image_metrics(images[method], batch.hr, registration)
-                place = {"aoi": dataset.aoi(chip), "chip": chip % 9, "method": method}
+                place = {"aoi": dataset.aoi(chip), "chip": chip % CHIPS_PER_SCENE, "method": method}
                 rows.append(place | {column: metrics[column].item() for column in COLUMNS})
             if number < panels:
                 _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
@@ -112,6 +116,23 @@ def evaluate_run(
     _write_csvs(folder, rows)
     folder.write("table.txt", result.table().encode())
     return result
+
+
+def _folder_name(checkpoint: Checkpoint, dataset: ChipDataset, registration: Mode) -> str:
+    """Name what was measured: split and checkpoint, and what is not as usual."""
+    name = f"{dataset.split}-{checkpoint.name}"
+    if registration != "centred":
+        name += f"-{registration}"
+    digest = dataset.index.digest
+    if digest != checkpoint.position.index_digest:
+        logger.warning(
+            "%s is not the dataset that %s was trained on: its %s AOIs may be among the trained ones",
+            dataset.storage.uri,
+            checkpoint.name,
+            dataset.split,
+        )
+        name += f"-{digest[:8]}"
+    return name
 
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:

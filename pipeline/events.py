@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.runfolder import RunFolder
+from pipeline.runfolder import TEMPORARY_SUFFIX, RunFolder
 
 AGGREGATE = "events/aggregate"
 
@@ -101,7 +101,7 @@ class CsvLog:
                 rows = list(csv.reader(file))
             # A row that a kill cut short has fewer fields than the header.
             kept = [row for row in rows[1:] if len(row) == len(columns) and int(row[0]) <= last_step]
-        rewritten = path.with_suffix(".tmp")
+        rewritten = path.with_suffix(TEMPORARY_SUFFIX)
         with rewritten.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([list(columns), *kept])
         os.replace(rewritten, path)

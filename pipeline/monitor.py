@@ -38,12 +38,14 @@ class EventMirror:
         """
         fetched = 0
         for stored in self._events.list():
-            if self._sizes.get(stored.key) == stored.size:
+            here = self._sizes.get(stored.key, 0)
+            if here == stored.size:
                 continue
             path = self._folder / stored.key
             path.parent.mkdir(parents=True, exist_ok=True)
-            # In place, as TensorBoard reads on from where it stopped in the file it holds open.
-            path.write_bytes(self._events.read(stored.key))
+            # Event files only grow, and TensorBoard reads on from where it stopped in the file it holds open.
+            with path.open("ab") as file:
+                file.write(self._events.read_range(stored.key, here, stored.size - here))
             self._sizes[stored.key] = stored.size
             fetched += 1
         return fetched
@@ -104,7 +106,8 @@ def _names(uris: Sequence[str]) -> list[str]:
     """Return a folder name for each run: its last part, numbered where two are the same."""
     names: list[str] = []
     for uri in uris:
-        base = uri.rstrip("/").rsplit("/", 1)[-1] or "run"
+        place = uri if "://" in uri else str(Path(uri).resolve())
+        base = place.rstrip("/").rsplit("/", 1)[-1] or "run"
         name, number = base, 2
         while name in names:
             name, number = f"{base}-{number}", number + 1
@@ -117,5 +120,5 @@ def _follow(mirrors: Sequence[EventMirror], refresh_seconds: float, stop: thread
         for mirror in mirrors:
             try:
                 mirror.update()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 logger.warning("events not refreshed, will try again: %s", error)

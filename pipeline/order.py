@@ -40,9 +40,10 @@ class BatchPlan:
         """
         micro = micro_batch or max(1, global_batch // world_size)
         if global_batch % (world_size * micro):
+            multiple = world_size * (micro_batch or 1)
             raise UserError(
                 f"train.global_batch = {global_batch} is not divisible by ranks x micro batch = {world_size} x {micro}:"
-                f" set train.global_batch to a multiple of {world_size * micro} or change train.micro_batch"
+                f" set train.global_batch to a multiple of {multiple}, or change train.micro_batch"
             )
         return cls(global_batch, micro, world_size)
 

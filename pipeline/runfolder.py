@@ -14,6 +14,9 @@ from sharding.storage import LocalStorage, open_storage
 
 logger = logging.getLogger(__name__)
 
+TEMPORARY_SUFFIX = ".tmp"
+"""Of files that are about to be renamed; they are never uploaded."""
+
 
 class RunFolder:
     """A run's files: ``storage`` for what is published whole, ``local`` for what grows.
@@ -37,6 +40,7 @@ class RunFolder:
             self._scratch = tempfile.TemporaryDirectory(prefix="satfusion-run-")
             self.local = Path(self._scratch.name)
         self._sent: dict[str, tuple[int, int]] = {}
+        self._sending = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -50,14 +54,20 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Upload what is left and stop."""
+        """Upload what is left and stop; an error on the way out of the block is not hidden by one of the upload."""
         if self._scratch is None:
             return
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self.sync()
-        self._scratch.cleanup()
+        try:
+            self.sync()
+        except UserError as unsent:
+            if error is None:
+                raise
+            logger.warning("the last events and metrics were not uploaded: %s", unsent)
+        finally:
+            self._scratch.cleanup()
 
     def fetch(self, key: str) -> Path:
         """Return the local path of ``key``, brought from the store first if it is there and not here."""
@@ -75,20 +85,28 @@ class RunFolder:
         """
         if self._scratch is None:
             return
-        for path in sorted(self.local.rglob("*")):
-            if not path.is_file():
-                continue
+        with self._sending:
+            for path in sorted(self.local.rglob("*")):
+                self._send(path)
+
+    def _send(self, path: Path) -> None:
+        try:
             stat = path.stat()
-            key, seen = path.relative_to(self.local).as_posix(), (stat.st_size, stat.st_mtime_ns)
-            if self._sent.get(key) != seen:
-                # A copy, because an event file may grow while it is sent.
-                self.storage.write(key, path.read_bytes())
-                self._sent[key] = seen
+            data_of = (stat.st_size, stat.st_mtime_ns)
+            key = path.relative_to(self.local).as_posix()
+            if path.suffix == TEMPORARY_SUFFIX or path.is_dir() or self._sent.get(key) == data_of:
+                return
+            # A copy, because an event file may grow while it is sent.
+            data = path.read_bytes()
+        except FileNotFoundError:  # replaced by a rename since it was listed; the next round meets the new one
+            return
+        self.storage.write(key, data)
+        self._sent[key] = data_of
 
     def _sync_forever(self) -> None:
         while not self._stop.wait(self._sync_seconds):
             try:
                 self.sync()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 # Training must outlive a store that is away for a while; the next round sends what this one did not.
                 logger.warning("run folder not synchronised, will try again: %s", error)

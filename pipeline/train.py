@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import RunConfig
 from pipeline.data import Batch, ChipDataset, TrainLoader, evaluation_batches
-from pipeline.engine import Engine, TrainState
-from pipeline.logs import LOSS_TAGS, VAL_TAGS, RunLogs
+from pipeline.engine import Engine
+from pipeline.logs import LOSS_TAGS, STEP_TAGS, VAL_TAGS, RunLogs
 from pipeline.losses import fusion_loss
 from pipeline.metrics import image_metrics
 from pipeline.order import BatchPlan, random_words
@@ -38,6 +39,8 @@ from sharding.progress import Progress, progress
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.json"
+Image = npt.NDArray[np.uint8]
 Report = Callable[[Mapping[str, float]], None]
 
 
@@ -76,8 +79,8 @@ def run_training(config: RunConfig, report: Report | None = None) -> TrainResult
     world = join_world()
     plan = BatchPlan.create(config.train.global_batch, config.train.micro_batch, world.size)
     train = ChipDataset(config.data.uri, "train", config.data)
-    val = ChipDataset(config.data.uri, "val", config.data)
-    _check_fit(config, train)
+    val = train.sibling("val")
+    train.check_fits(config.model)
     with RunFolder(config.output.uri, config.output.sync_seconds) as run:
         checkpoint = _find_checkpoint(run, config, train, world)
         trainer = Trainer(config, world, plan, train, val, run, checkpoint)
@@ -155,30 +158,43 @@ class Trainer:
                 return
 
     def train_step(self, batch: Batch, epoch: int) -> Tensor:
-        """Take one optimizer step on this rank's part of the global batch; return [ranks, STEP_TAGS] values."""
+        """Take one optimizer step on this rank's part of the global batch; return [ranks, STEP_TAGS] values.
+
+        Raises:
+            NonFiniteLossError: On every rank, if any rank's loss or the gradient is no number.
+        """
         began = time.perf_counter()
         rate = learning_rate(self.step + 1, self.loader.steps_per_epoch, self.total_steps, self.config.train)
         sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
-        micro_batches = batch.to(self.world.device).split(self.plan.micro_batch)
-        for number, micro in enumerate(micro_batches, 1):
+        for micro in batch.to(self.world.device).split(self.plan.micro_batch):
             parts = fusion_loss(self.engine.forward(micro), micro.hr, self.config.loss)
             sums += torch.stack([part.detach().double().sum() for part in parts[: len(LOSS_TAGS)]])
             self.engine.backward(parts.total.mean())
-            if number == len(micro_batches):
-                self._stop_if_not_finite("loss", sums[0].item(), epoch)
             self.engine.step(rate)
         self.step += 1
-        norm = self.engine.grad_norm
-        self._stop_if_not_finite("gradient norm", norm, epoch)
-        seconds = time.perf_counter() - began + self.loader.wait_seconds
         values = (sums / len(batch.chips)).tolist()
+        seconds = time.perf_counter() - began + self.loader.wait_seconds
         speed = self.plan.global_batch / seconds
-        return self.world.gather([*values, rate, norm, speed, self.loader.wait_seconds])
+        by_rank = self.world.gather([*values, rate, self.engine.grad_norm, speed, self.loader.wait_seconds])
+        # After the step, whose weights nobody will save: one collective a step, not two.
+        if not by_rank.isfinite().all():
+            raise self._not_finite(by_rank, epoch)
+        return by_rank
+
+    def _not_finite(self, by_rank: Tensor, epoch: int) -> NonFiniteLossError:
+        loss = by_rank[:, STEP_TAGS.index("train/loss")]
+        what = "gradient" if loss.isfinite().all() else "loss"
+        ranks = ", ".join(str(rank) for rank in (~by_rank.isfinite().all(1)).nonzero().flatten().tolist())
+        chips = self.loader.global_batch(epoch, (self.step - 1) % self.loader.steps_per_epoch)
+        return NonFiniteLossError(
+            f"{what} is not finite at step {self.step} on rank {ranks}; the global batch was {'; '.join(chips)}:"
+            " look at these chips or lower train.learning_rate"
+        )
 
     def validate(self, logs: RunLogs) -> dict[str, float]:
         """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""
         rows: dict[int, list[float]] = {}
-        drawn = 0
+        panels: dict[int, Image] = {}
         for batch, counts in evaluation_batches(self.val_set, self.world.rank, self.world.size):
             there = batch.to(self.world.device)
             fused = self.engine.predict(there)
@@ -186,9 +202,11 @@ class Trainer:
                 continue
             chip = batch.chips[0]
             rows[chip] = evaluation_row(fused, there, self.config)
-            if self.world.is_main and drawn < self.config.output.panels:
-                logs.panel(self.step, f"val/{drawn}", panel(batch, fused, self.val_set.chip_id(chip)))
-                drawn += 1
+            if chip < self.config.output.panels:
+                panels[chip] = panel(batch, fused, self.val_set.chip_id(chip))
+        for drawn in self.world.gather_objects(panels):
+            for chip, image in drawn.items():
+                logs.panel(self.step, f"val/{chip}", image)
         metrics = self._merge_validation(rows, logs)
         if self.best_loss is None or metrics["val/loss"] < self.best_loss:
             self.best_loss = metrics["val/loss"]
@@ -200,7 +218,6 @@ class Trainer:
     def _merge_validation(self, rows: Mapping[int, list[float]], logs: RunLogs) -> dict[str, float]:
         everyone: dict[int, list[float]] = {}
         for part in self.world.gather_objects(rows):
-            assert isinstance(part, dict)
             everyone.update(part)
         # Summed in chip order, so that the figures do not depend on who computed which.
         table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
@@ -210,35 +227,17 @@ class Trainer:
         return metrics
 
     def _save(self, kind: str, keep: int) -> None:
-        state = self.engine.state(self.step)
-        if kind == "best":
-            state = TrainState(state.weights, {}, state.step)
+        state = self.engine.state(self.step, moments=kind == "step")
+        # What is logged of the steps before must be in the store before the checkpoint that makes them past.
+        self.run.sync()
         generators = self.world.gather_objects(_generators(self.world))
         if not self.world.is_main:
             return
-        position = Position(
-            self.step,
-            self.loader.steps_per_epoch,
-            self.best_loss,
-            self.train_set.index.digest,
-            self.world.size,
-        )
+        position = Position(self.step, self.best_loss, self.train_set.index.digest, self.world.size)
         name = f"{kind}-{self.step}"
-        save_checkpoint(self.run.storage, name, self.config, position, state, generators)  # type: ignore[arg-type]
+        save_checkpoint(self.run.storage, name, self.config, position, state, generators)
         prune_checkpoints(self.run.storage, kind, self.step, keep)
         logger.info("checkpoint %s written", name)
-
-    def _stop_if_not_finite(self, what: str, value: float, epoch: int) -> None:
-        by_rank = self.world.gather([value])[:, 0].tolist()
-        if all(map(math.isfinite, by_rank)):
-            return
-        number = self.step + (what == "loss")
-        chips = self.loader.global_batch(epoch, (number - 1) % self.loader.steps_per_epoch)
-        ranks = ", ".join(str(rank) for rank, found in enumerate(by_rank) if not math.isfinite(found))
-        raise NonFiniteLossError(
-            f"{what} is not finite at step {number} on rank {ranks}; the global batch was {'; '.join(chips)}:"
-            " look at these chips or lower train.learning_rate"
-        )
 
     def _seed_generators(self, checkpoint: Checkpoint | None) -> None:
         # Dropout draws differ between ranks, and go on exactly where the same world stood.
@@ -265,7 +264,7 @@ class Trainer:
             "index_digest": self.train_set.index.digest,
         }
         record = self.config.to_dict() | {"environment": environment}
-        self.run.storage.write("config.json", json.dumps(record, indent=1).encode())
+        self.run.storage.write(CONFIG_FILE, json.dumps(record, indent=1).encode())
         logger.info(
             "%d ranks, %d threads each, micro batch %d x %d accumulated; %d steps an epoch, %d chips of each epoch's"
             " tail dropped; %s step %d of %d",
@@ -313,45 +312,54 @@ def _shown(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('val/')} {metrics[name]:.4g}" for name in names)
 
 
-def _check_fit(config: RunConfig, dataset: ChipDataset) -> None:
-    prepared = dataset.index.preparation
-    bands, revisits = len(prepared["bands"]), int(prepared["revisits"])
-    if bands != config.model.bands:
-        raise UserError(
-            f"model.bands = {config.model.bands}, but {config.data.uri} holds {bands} bands: set model.bands"
-        )
-    if revisits != config.model.revisits:
-        raise UserError(
-            f"model.revisits = {config.model.revisits}, but {config.data.uri} holds {revisits} revisits a sample:"
-            f" set model.revisits={revisits} or shard again with --revisits {config.model.revisits}"
-        )
-
-
 def _find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, world: World) -> Checkpoint | None:
     """Return the checkpoint to go on from, refusing a run folder that holds another run."""
     checkpoint = newest_checkpoint(run.storage)
-    # All ranks go on from what rank 0 found, or none does.
-    name = world.broadcast_object(checkpoint.name if checkpoint else None)
-    if name != (checkpoint.name if checkpoint else None):
+    name = checkpoint.name if checkpoint else None
+    if set(world.gather_objects(name)) != {name}:
         raise UserError(
             f"ranks see different checkpoints in {run.storage.uri}: the run folder must be shared by all nodes;"
             " use s3:// or a network file system"
         )
-    if checkpoint is None:
+    if checkpoint:
+        before: tuple[RunConfig, str] | None = checkpoint.config, checkpoint.position.index_digest
+    else:
+        before = _recorded(run)  # A run killed before its first checkpoint is a run too.
+    if before:
+        _refuse_another_run(run, before, (config, dataset.index.digest))
+    if checkpoint:
+        logger.info("going on from %s/checkpoints/%s", run.storage.uri, name)
+    return checkpoint
+
+
+def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
+    """Return the configuration and index digest that a run's config.json records, or None without one."""
+    if not run.storage.exists(CONFIG_FILE):
         return None
-    then, now = checkpoint.config, config
-    fixed = {
-        "model": (then.model, now.model),
-        "train.seed": (then.train.seed, now.train.seed),
-        "train.global_batch": (then.train.global_batch, now.train.global_batch),
-        "data.shuffle_window": (then.data.shuffle_window, now.data.shuffle_window),
-        "the dataset's index": (checkpoint.position.index_digest[:12], dataset.index.digest[:12]),
-    }
-    for what, (before, after) in fixed.items():
-        if before != after:
+    source = f"{run.storage.uri}/{CONFIG_FILE}"
+    try:
+        record = json.loads(run.storage.read(CONFIG_FILE))
+        digest = str(record.pop("environment")["index_digest"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{source} is no record of a run: name another output.uri") from None
+    return RunConfig.from_dict(record, source), digest
+
+
+def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:
+    def fixed(config: RunConfig, digest: str) -> dict[str, object]:
+        return {
+            "model": config.model,
+            "loss": config.loss,
+            "train.seed": config.train.seed,
+            "train.global_batch": config.train.global_batch,
+            "data.shuffle_window": config.data.shuffle_window,
+            "index of the dataset": digest[:12],
+        }
+
+    before, after = fixed(*then), fixed(*now)
+    for what, value in before.items():
+        if value != after[what]:
             raise UserError(
-                f"{run.storage.uri} holds a run with another {what} ({before}, now {after}):"
+                f"{run.storage.uri} holds a run with another {what} ({value}, now {after[what]}):"
                 " name another output.uri, or give the same configuration to go on"
             )
-    logger.info("going on from %s/checkpoints/%s", run.storage.uri, name)
-    return checkpoint

@@ -38,36 +38,48 @@ class World:
         dist.all_gather(everyone, mine)
         return torch.stack(everyone).cpu()
 
-    def gather_objects(self, value: object) -> list[object]:
-        """Return every rank's ``value``, a plain Python object, in rank order."""
-        everyone: list[object] = [None] * self.size
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every rank's ``value``, anything that pickles, in rank order."""
+        everyone: list[T] = [value] * self.size
         dist.all_gather_object(everyone, value)
         return everyone
-
-    def broadcast_object(self, value: T) -> T:
-        """Return rank 0's ``value`` on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
 
 
 def join_world() -> World:
     """Join the process group that the environment describes, or make one of a single process.
 
     Ray Train has joined already; torchrun sets RANK, WORLD_SIZE and MASTER_ADDR; without these this process is alone.
-    Ranks on CUDA speak NCCL, others gloo.
+    Ranks on CUDA speak NCCL, others gloo: a group that stands already decides where its ranks compute, whatever
+    devices this process could see.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        # Whoever made the group has chosen each rank's device: it need not be the one of the local rank's number.
+        device = _cuda(torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    elif torch.cuda.is_available():
+        device = _cuda(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        device = torch.device("cpu")
+    _tell_deepspeed(device)
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _cuda(index: int) -> torch.device:
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _tell_deepspeed(device: torch.device) -> None:
+    """Have DeepSpeed compute on ``device``: it reads a variable for the kind, and the local rank for the number."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
 
 
 def leave_world() -> None:

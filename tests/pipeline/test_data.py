@@ -123,11 +123,11 @@ def test_the_cache_keeps_to_its_bound_and_reads_a_held_scene_once(dataset_uri: s
 
     sample = read_sample(storage, *places[0])
     size = sum(np.asarray(image).nbytes for image in (sample.lr, sample.clm, sample.hr, sample.pan))
-    cache = SceneCache(Counting(), places, limit_bytes=2 * size)  # type: ignore[arg-type]
+    cache = SceneCache(Counting(), limit_bytes=2 * size)  # type: ignore[arg-type]
     for number in (0, 1, 0, 1, 2, 1):
-        assert isinstance(cache.get(number), Sample)
+        assert isinstance(cache.get(*places[number]), Sample)
     assert len(reads) == 3
-    cache.get(0)  # pushed out by 2, as the least recently used
+    cache.get(*places[0])  # pushed out by 2, as the least recently used
     assert len(reads) == 4
 
 

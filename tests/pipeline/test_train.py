@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models.registry import build_model
 from pipeline.checkpoint import complete_checkpoints
 from pipeline.config import RunConfig
+from pipeline.runfolder import RunFolder
 from pipeline.train import run_training
 from pipeline.world import World
 from sharding.errors import UserError
@@ -79,13 +83,30 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
 
 @pytest.mark.distributed
 def test_another_world_and_stage_go_on_from_the_same_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
-    run_command(1, command(make_config(tmp_path / "alone", "train.max_steps=8"), tmp_path))
-    moved = tmp_path / "moved"
-    run_command(2, command(make_config(moved, "train.max_steps=4", "train.zero_stage=3"), tmp_path))
-    run_command(1, command(make_config(moved, "train.max_steps=8", "train.zero_stage=1"), tmp_path))
-    assert column(moved, "chips", "batches.csv") == column(tmp_path / "alone", "chips", "batches.csv")
-    # The schedule's length differs until step 4, so that only what follows the order can be compared.
-    assert len(column(moved, "train/loss")) == 8
+    constant = "train.schedule=warm_restarts"  # whose rates do not depend on max_steps
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    run_command(1, command(make_config(alone, constant, "train.max_steps=8"), tmp_path))
+    run_command(2, command(make_config(moved, constant, "train.max_steps=4", "train.zero_stage=3"), tmp_path))
+    run_command(1, command(make_config(moved, constant, "train.max_steps=8", "train.zero_stage=1"), tmp_path))
+    assert column(moved, "chips", "batches.csv") == column(alone, "chips", "batches.csv")
+    losses = [[float(loss) for loss in column(run, "train/loss")] for run in (moved, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "head", "used"), [("srcnn", "none", ("encoder.", "upsampler.")), ("none", "pnn", ("head.",))]
+)
+def test_a_stage_alone_trains_what_it_uses(
+    world: World, encoder: str, head: str, used: tuple[str, ...], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    options = (f"model.encoder={encoder}", f"model.head={head}", "train.zero_stage=2", "train.weight_decay=0")
+    config = make_config(tmp_path, "train.max_steps=2", *options)
+    run_training(config)
+    torch.manual_seed(config.train.seed)
+    initial = build_model(config.model).state_dict()
+    trained = last_checkpoint(tmp_path).state.weights
+    for name, value in initial.items():
+        assert torch.equal(value, trained[name]) != name.startswith(used), name
 
 
 def test_a_run_folder_on_s3_holds_what_a_local_one_holds(
@@ -103,9 +124,44 @@ def test_a_run_folder_on_s3_holds_what_a_local_one_holds(
     stored = open_storage(target).read("metrics.csv").decode().splitlines()
     losses = [row.split(",")[2] for row in stored[1:]]
     assert losses == column(tmp_path, "train/loss")
-    # Going on from S3 keeps the rows that are there.
-    run_training(make_config(target, "train.max_steps=6", "train.checkpoint_every=2"))
-    assert len(open_storage(target).read("metrics.csv").decode().splitlines()) == 1 + 6
+
+
+@pytest.mark.distributed
+def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfig, tmp_path: Path, s3: S3) -> None:
+    """Events and tables go to the store before the checkpoint that makes their steps past."""
+    target = s3.prefix()
+    storage = open_storage(target)
+    config = command(make_config(target, "train.max_steps=14", "train.checkpoint_every=5"), tmp_path)
+    rank = start_command(1, config)
+    try:
+        deadline = time.monotonic() + 200
+        while complete_checkpoints(storage, "step") != [5]:
+            assert time.monotonic() < deadline, rank.wait().output
+            time.sleep(0.01)
+    finally:
+        rank.kill()
+    run_command(1, config)
+    rows = storage.read("metrics.csv").decode().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == [str(step) for step in range(1, 15)]
+    assert len(storage.read("batches.csv").decode().splitlines()) == 1 + 14
+
+
+def test_leaving_does_not_hide_what_went_wrong(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(s3.prefix(), 60)
+    monkeypatch.setattr(run.storage, "write", refuse)
+
+    def fail() -> None:
+        with run:
+            (run.local / "metrics.csv").write_text("step")
+            raise ValueError("the real reason")
+
+    with pytest.raises(ValueError, match="the real reason"):
+        fail()
+    assert not run.local.exists()
+
+
+def refuse(key: str, data: bytes) -> None:
+    raise UserError("the store is away")
 
 
 def test_what_a_run_writes(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -157,12 +213,46 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, make_config: MakeConf
     assert last_checkpoint(tmp_path).position.step == 4
 
 
+def test_a_run_never_starts_over_by_itself(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
+    run_training(make_config(tmp_path, "train.max_steps=2"))
+    folder = tmp_path / "checkpoints" / "step-2"
+    (folder / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint in .+ is damaged"):
+        run_training(make_config(tmp_path, "train.max_steps=3"))
+    meta = json.loads((folder / "checkpoint.json").read_text()) | {"format_version": 99}
+    run_training(make_config(tmp_path / "other", "train.max_steps=1"))
+    save_checkpoint_of_another_version(tmp_path / "other", meta)
+    with pytest.raises(UserError, match="has checkpoint format 99"):
+        run_training(make_config(tmp_path / "other", "train.max_steps=2"))
+
+
+def save_checkpoint_of_another_version(run: Path, meta: dict[str, object]) -> None:
+    folder = run / "checkpoints" / "step-1"
+    data = json.dumps(meta).encode()
+    (folder / "checkpoint.json").write_bytes(data)
+    marker = json.loads((folder / "COMPLETE").read_text())
+    marker["checkpoint.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "COMPLETE").write_text(json.dumps(marker))
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_a_run_too(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_training(make_config(tmp_path, "train.max_steps=1"))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="another model"):
+        run_training(make_config(tmp_path, "train.max_steps=1", "model.head=pannet"))
+    run_training(make_config(tmp_path, "train.max_steps=1"))
+    assert column(tmp_path, "step") == ["1"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ("model.hidden=16", "another model"),
         ("model.head=pannet", "another model"),
         ("train.seed=1", "another train.seed"),
+        ("loss.bias_adjust=true", "another loss"),
         ("train.global_batch=2", "another train.global_batch"),
         ("model.revisits=4", "model.revisits = 4"),
         ("train.micro_batch=3", "not divisible by ranks x micro batch = 1 x 3"),
