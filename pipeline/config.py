@@ -216,7 +216,10 @@ def recipe_names() -> list[str]:
 def _read_recipe(recipe: str) -> str:
     path = Path(recipe)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"configuration {recipe} cannot be read as UTF-8 text: {error}") from None
     if recipe in recipe_names():
         return (resources.files("pipeline") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8")
     raise UserError(f"configuration {recipe!r} is neither a file nor a recipe{nearest(recipe, recipe_names())}")

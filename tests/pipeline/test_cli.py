@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import RunConfig
+from pipeline.train import run_training
+from pipeline.world import World
 from tests.conftest import S3
 
 
@@ -41,6 +44,7 @@ def refused(*arguments: str, environment: Mapping[str, str] | None = None) -> st
         (["train", "srcnn_pnn", "model.encoder=srcn"], ["'srcn'", "'srcnn'"]),
         (["train", "srcnn_pnn"], ["data.uri is empty"]),
         (["evaluate", "{tmp}", "--checkpoint", "best"], ["has no checkpoint 'best'", "none yet"]),
+        (["train", "{tmp}/binary.toml"], ["binary.toml", "neither a file nor a recipe"]),
         (["monitor", "{tmp}"], ["holds no events/", "run folder"]),
     ],
 )
@@ -58,6 +62,19 @@ def test_a_batch_that_does_not_divide_is_refused(dataset_uri: str, tmp_path: Pat
         "train", "demo", *options
     )
     assert not run.exists()
+
+
+def test_a_run_folder_of_another_model_is_refused(
+    world: World, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "run", "train.max_steps=1")
+    run_training(config)
+    before = sorted((tmp_path / "run").rglob("*"))
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    sentence = refused("train", str(tmp_path / "config.toml"), "model.head=pannet")
+    assert "holds a run with another model" in sentence
+    assert "output.uri" in sentence
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:

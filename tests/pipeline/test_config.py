@@ -70,3 +70,10 @@ def test_broken_toml_is_named(tmp_path: Path) -> None:
     path.write_text("[train\nepochs = 1")
     with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
         load_config(str(path))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.toml cannot be read as UTF-8 text"):
+        load_config(str(path))
