@@ -20,16 +20,20 @@ from sharding.errors import UserError
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
+    from botocore.exceptions import ClientError
 
-# A dead endpoint must be reported within seconds: three attempts of 5 s and their pauses stay under 20 s.
+# A dead endpoint must be reported within seconds: three attempts of 5 s and their pauses stay under 20 s. One that
+# takes the connection and then says nothing, within about a minute.
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
+READ_TIMEOUT_S = 20
 ATTEMPTS = 3
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
 
 _KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _DENIED_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
+_BUSY_STATUSES = {429, 500, 502, 503, 504}
+_NO_KEY_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 
 
 class NotFoundError(UserError):
@@ -38,6 +42,14 @@ class NotFoundError(UserError):
 
 class BucketNotFoundError(NotFoundError):
     """The bucket itself does not exist, so no key in it can."""
+
+
+class StorageUnavailableError(UserError):
+    """The store does not answer, breaks off, or says that it is overloaded or broken (HTTP 429 or 5xx).
+
+    The same call may work later, so a long run may wait and start again. Every other UserError of this module stays
+    until somebody mends it: a wrong key, a denied or missing bucket, a missing object, a full or protected disk.
+    """
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,10 @@ class StoredObject:
 
 
 class Storage(Protocol):
-    """Objects by key under one URI. Safe in threads, and to pickle: the copy opens its own connection."""
+    """Objects by key under one URI. Safe in threads, and to pickle: the copy opens its own connection.
+
+    Any call raises StorageUnavailableError where the store does not answer, and UserError for what the user must mend.
+    """
 
     @property
     def uri(self) -> str:
@@ -300,12 +315,7 @@ class S3Storage:
             return self._client
 
     def _get(self, key: str, byte_range: str | None) -> bytes:
-        from botocore.exceptions import (
-            ClientError,
-            IncompleteReadError,
-            ReadTimeoutError,
-            ResponseStreamingError,
-        )
+        from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
         request = {"Bucket": self._bucket, "Key": self._key(key)}
         if byte_range is not None:
@@ -313,13 +323,15 @@ class S3Storage:
         with self._explained(key):
             for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    data: bytes = self._connect().get_object(**request)["Body"].read()
-                    return data
+                    body = self._connect().get_object(**request)["Body"]
                 except ClientError as error:
                     if error.response["Error"]["Code"] == "InvalidRange":  # begins past the end: as a file reads
                         return b""
                     raise
-                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                try:
+                    data: bytes = body.read()
+                    return data
+                except (FlexibleChecksumError, HTTPClientError, IncompleteReadError):
                     if attempt == ATTEMPTS:  # botocore repeats requests, but not a body that breaks off
                         raise
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -333,11 +345,16 @@ class S3Storage:
         try:
             yield
         except ClientError as error:
-            raise self._refusal(where, error.response["Error"]["Code"]) from None
+            raise self._refusal(where, error) from None
         except (BotoCoreError, ValueError) as error:
             raise _no_answer(where, error) from None
 
-    def _refusal(self, where: str, code: str) -> UserError:
+    def _refusal(self, where: str, error: ClientError) -> UserError:
+        code = error.response["Error"]["Code"]
+        if code == "RequestTimeout" or error.response["ResponseMetadata"]["HTTPStatusCode"] in _BUSY_STATUSES:
+            return StorageUnavailableError(
+                f"the S3 server cannot serve {where} now ({code}): try again later, or ask who runs it"
+            )
         if code == "NoSuchBucket":
             return BucketNotFoundError(f"bucket {self._bucket!r} does not exist: create it, or correct the URI {where}")
         if code in {"NoSuchKey", "404"}:
@@ -356,13 +373,16 @@ class S3Storage:
 
 def _no_answer(where: str, error: Exception) -> UserError:
     """Explain a request that got no answer from S3."""
+    from botocore.exceptions import ConnectionError as NotConnectedError
+    from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
+
     name = type(error).__name__
-    if name in {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-        "ProfileNotFound",
-    }:
+    if isinstance(error, NotConnectedError | HTTPClientError | IncompleteReadError | FlexibleChecksumError):
+        return StorageUnavailableError(
+            f"the S3 endpoint does not answer for {where} ({name}): check that it runs, and that "
+            "AWS_ENDPOINT_URL names it"
+        )
+    if name in _NO_KEY_ERRORS:
         return UserError(
             f"no complete S3 credentials for {where} ({name}): set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -371,9 +391,7 @@ def _no_answer(where: str, error: Exception) -> UserError:
         return UserError(f"{where} is no valid S3 URI: a bucket has 3 to 63 small letters, digits, dots and hyphens")
     if isinstance(error, ValueError):
         return UserError(f"cannot open {where}: AWS_ENDPOINT_URL is no valid http:// or https:// URL")
-    return UserError(
-        f"the S3 endpoint does not answer for {where} ({name}): check that it runs and that AWS_ENDPOINT_URL names it"
-    )
+    return UserError(f"cannot open {where} ({name}): check the AWS_ variables and the AWS configuration file")
 
 
 def _new_client() -> BaseClient:

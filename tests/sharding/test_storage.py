@@ -1,14 +1,28 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import pickle
+import shutil
 import socket
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from sharding.errors import UserError
-from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StoredObject, open_storage
+from sharding.storage import (
+    BucketNotFoundError,
+    NotFoundError,
+    Storage,
+    StorageUnavailableError,
+    StoredObject,
+    open_storage,
+)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -125,6 +139,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
         open_storage(tmp_path / "file").write("x", b"")
 
 
+def test_a_full_disk_is_for_the_user_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        open_storage(tmp_path).upload("x", Path(__file__))
+    assert type(caught.value) is UserError
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -155,6 +179,7 @@ class TestS3Refusals:
         with pytest.raises(UserError, match="check AWS_ACCESS_KEY_ID") as caught:
             open_storage("s3://shared/x").write("y", b"1")
         assert "hush-hush" not in str(caught.value)
+        assert type(caught.value) is UserError  # waiting does not mend it
 
     def test_no_credentials(self, s3: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -168,7 +193,7 @@ class TestS3Refusals:
     def test_dead_endpoint(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
         port = _free_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        with pytest.raises(UserError, match="endpoint does not answer") as caught:
+        with pytest.raises(StorageUnavailableError, match="endpoint does not answer") as caught:
             open_storage("s3://shared/x").read("y")
         assert str(port) not in str(caught.value)
         assert caught.value.__suppress_context__  # a traceback would print the endpoint
@@ -181,3 +206,102 @@ class TestS3Refusals:
     def test_bad_bucket_name(self) -> None:
         with pytest.raises(UserError, match="no valid S3 URI"):
             open_storage("s3://Not A Bucket/x").read("y")
+
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+def error(status: int, code: str) -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        send(request, status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+
+    return answer
+
+
+def send(request: BaseHTTPRequestHandler, status: int, body: bytes, length: int | None = None) -> None:
+    request.send_response(status)
+    request.send_header("Content-Length", str(len(body) if length is None else length))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """Run a server that answers every GET in the same way; give its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Storage]:
+    """Return a function that opens a bucket at an endpoint, with any keys and little patience."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    monkeypatch.setattr("sharding.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("sharding.storage.READ_TIMEOUT_S", 0.3)
+
+    def opened(url: str) -> Storage:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        return open_storage("s3://bucket")
+
+    return opened
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_stays_silent_is_asked_no_more_than_the_attempts(endpoint: Callable[[str], Storage]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        storage = endpoint(f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(StorageUnavailableError, match="endpoint does not answer"):
+            storage.read("x")
+        server.setblocking(False)
+        asked = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                server.accept()[0].close()
+                asked += 1
+    assert asked == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "words"),
+    [
+        (503, "SlowDown", StorageUnavailableError, "cannot serve s3://bucket/x now .SlowDown.: try again later"),
+        (500, "InternalError", StorageUnavailableError, "InternalError"),
+        (403, "AccessDenied", UserError, "is denied"),
+        (403, "InvalidAccessKeyId", UserError, "check AWS_ACCESS_KEY_ID"),
+        (400, "InvalidRequest", UserError, "check the URI"),
+    ],
+)
+def test_only_what_may_pass_counts_as_unavailable(
+    endpoint: Callable[[str], Storage], status: int, code: str, kind: type[UserError], words: str
+) -> None:
+    with serving(error(status, code)) as url, pytest.raises(UserError, match=words) as caught:
+        endpoint(url).read("x")
+    assert type(caught.value) is kind
+
+
+def test_a_body_that_breaks_off_is_fetched_again(endpoint: Callable[[str], Storage]) -> None:
+    lengths = iter([10, 4])
+    with serving(lambda request: send(request, 200, b"1234", next(lengths))) as url:
+        assert endpoint(url).read("x") == b"1234"
+    with (
+        serving(lambda request: send(request, 200, b"1234", 10)) as url,
+        pytest.raises(StorageUnavailableError, match="does not answer"),
+    ):
+        endpoint(url).read("x")
