@@ -51,8 +51,9 @@ def prepare(scene: Scene) -> Prepared:
     lr = _resized(scene.lr, LR_SIZE)
     clm = _nearest(scene.clm)
     usable = (clm == 0) & (_nearest(scene.valid) > 0)
-    if scene.scl is not None:
-        usable &= ~np.isin(_nearest(scene.scl), SCL_MASKED)
+    for revisit, scl in zip(usable, scene.scl, strict=True):
+        if scl is not None:
+            revisit &= ~np.isin(_nearest(scl[None])[0], SCL_MASKED)
     return Prepared(
         lr=lr,
         clm=clm,

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypedDict, cast
@@ -190,14 +190,17 @@ class Index:
                 )
             return cls(
                 format_version=data["format_version"],
-                preparation=cast(Preparation, data["preparation"]),
+                preparation=cast(Preparation, _table(data["preparation"], Preparation.__required_keys__)),
                 split_rule=data["split_rule"],
                 split_seed=data["split_seed"],
                 splits={name: tuple(map(_shard_from_json, data["splits"][name])) for name in SPLITS},
-                statistics=data["statistics"],
+                statistics={
+                    name: cast(BandStatistics, _table(bands, BandStatistics.__required_keys__))
+                    for name, bands in data["statistics"].items()
+                },
                 skipped=tuple(Skipped(**item) for item in data["skipped"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{INDEX_NAME} is damaged ({type(error).__name__}: {error}): shard the dataset again"
             ) from error
@@ -296,6 +299,15 @@ def read_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Samp
         raise DamagedError(f"{storage.uri}/{shard.name}: {error}") from error
 
 
+def _table(data: object, keys: Iterable[str]) -> dict[str, object]:
+    """Return a JSON object that must have these keys; another value is a TypeError, a missing key a KeyError."""
+    if not isinstance(data, dict):
+        raise TypeError(f"a table is needed where {type(data).__name__} stands")
+    for key in keys:
+        data[key]
+    return data
+
+
 def _shard_to_json(shard: ShardEntry) -> dict[str, object]:
     return {**vars(shard), "samples": [vars(sample) for sample in shard.samples]}
 
@@ -306,6 +318,6 @@ def _shard_from_json(data: dict[str, object]) -> ShardEntry:
 
 
 def _sample_from_json(data: dict[str, object]) -> SampleEntry:
-    members = cast(dict[str, list[int]], data["members"])
+    members = cast(dict[str, list[int]], _table(data["members"], SUFFIXES))
     spans = {suffix: (offset, size) for suffix, (offset, size) in members.items()}
     return SampleEntry(**{**data, "members": spans})  # type: ignore[arg-type]

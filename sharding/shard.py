@@ -171,7 +171,7 @@ def shard_folder(
     if workers < 1:
         raise UserError(f"--workers {workers} is too small: the least is 1")
     found = find_aois(folder)
-    rows = read_split_file(folder)
+    rows = None if options.split == "seeded" else read_split_file(folder)
     usable, skipped = _sift(found, options)
     plan = make_plan(list(usable), rows, options)
     old = [item.key for item in output.list() if _SHARD_NAME.fullmatch(item.key)]

@@ -93,8 +93,8 @@ class Scene:
     clm: NDArray[np.uint8]
     """[R, 1, h, w] cloud masks: 0 clear, 1 cloud."""
 
-    scl: NDArray[np.uint8] | None
-    """[R, 1, h, w] scene classification, where every revisit has it."""
+    scl: tuple[NDArray[np.uint8] | None, ...]
+    """Per revisit, [1, h, w] scene classification, None where the source has none."""
 
     valid: NDArray[np.uint8]
     """[R, 1, h, w] 1 where the revisit has data."""
@@ -147,16 +147,21 @@ def read_split_file(folder: Path) -> list[tuple[str, str]] | None:
     """Return the published split file's (AOI, split) rows, or None where there is no such file.
 
     Raises:
-        UserError: when the columns ``tile`` and ``split`` are not there.
+        UserError: when it is no CSV in UTF-8 with the columns ``tile`` and ``split``.
     """
     path = folder / SPLIT_FILE
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"tile", "split"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{path} lacks the column tile or split: use the published file, or --split seeded")
-        return [(row["tile"], row["split"]) for row in reader]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            if not {"tile", "split"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{path} lacks the column tile or split: use the published file, or --split seeded")
+            return [(row["tile"], row["split"]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --split seeded"
+        ) from error
 
 
 def check_files(aoi: AoiFiles, hr_source: str, num_revisits: int) -> None:
@@ -193,9 +198,7 @@ def read_scene(aoi: AoiFiles, hr_source: str, num_revisits: int) -> Scene:
     lr = _stack([reader.raster(item["L2A_data"], S2_RGB) for item in files], files, "L2A_data")
     size = lr.shape[-2:]
     clm = _stack([reader.raster(item["CLM"], (1,), size) for item in files], files, "CLM")
-    scl = None
-    if all("SCL" in item for item in files):
-        scl = np.stack([reader.raster(item["SCL"], (1,), size) for item in files]).astype(np.uint8)
+    scl = tuple(reader.raster(item["SCL"], (1,), size).astype(np.uint8) if "SCL" in item else None for item in files)
     valid = [
         reader.raster(item["dataMask"], (1,), size) if "dataMask" in item else (image != 0).any(0, keepdims=True)
         for item, image in zip(files, lr, strict=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,23 @@ def test_masked_pixels_do_not_count() -> None:
     assert clearest_revisit(lr, usable) == 3
     usable[2, :, :12] = False
     assert clearest_revisit(lr, usable) == 2
+
+
+def test_scene_classes_mask_the_revisits_that_have_them(spoilt: World) -> None:
+    """What one revisit's SCL calls a cloud does not count, though another revisit has no SCL."""
+    aoi = next(aoi for aoi in find_aois(spoilt.folder) if "SCL" in aoi.revisits[1])
+    aoi.revisits[3]["SCL"].unlink()
+    scene = read_scene(next(other for other in find_aois(spoilt.folder) if other.name == aoi.name), "ps", 3)
+    lr = scenes(0.10, 0.12, 0.14)
+    lr[1, :, :12] = 0.8  # a cloud over the best
+    ground = np.full((1, 20, 20), 4, np.uint8)
+    cloud = ground.copy()
+    cloud[:, :12] = 9
+    clear = np.zeros((3, 1, 20, 20), np.uint8)
+    scene = replace(scene, lr=lr, clm=clear, valid=clear + 1, scl=(ground, cloud, scene.scl[2]))
+    assert scene.scl[2] is None
+    assert prepare(scene).clearest == 1
+    assert prepare(replace(scene, scl=(None, None, None))).clearest != 1
 
 
 def test_without_a_usable_pixel_it_is_the_first() -> None:

@@ -57,6 +57,34 @@ def test_a_wrong_index_is_refused_with_its_place(tmp_path: object, text: str, wo
     assert storage.uri in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("splits",),
+        ("splits", "train"),
+        ("splits", "train", 0),
+        ("splits", "train", 0, "samples"),
+        ("splits", "train", 0, "samples", 0),
+        ("splits", "train", 0, "samples", 0, "members"),
+        ("splits", "train", 0, "samples", 0, "members", "lr.npy"),
+        ("preparation",),
+        ("statistics",),
+        ("statistics", "lr"),
+        ("skipped",),
+    ],
+    ids=lambda path: ".".join(map(str, path)),
+)
+@pytest.mark.parametrize("wrong", [[1], {"a": 1}, "text", 5, None], ids=str)
+def test_a_damaged_part_of_an_index_is_refused(dataset: Dataset, path: tuple[str | int, ...], wrong: object) -> None:
+    data = json.loads(dataset.index.to_json())
+    part = data
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = wrong
+    with pytest.raises(UserError, match="is damaged"):
+        Index.from_json(json.dumps(data))
+
+
 def test_an_unknown_split_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match="no split 'validation' in the index; it has train, val, test"):
         dataset.index.samples("validation")

@@ -66,7 +66,7 @@ def test_revisits_are_numbered_by_the_last_number_in_numeric_order(shared: Path)
 
 def test_both_metadata_key_sets_are_read(world: World) -> None:
     scenes = [read_scene(aoi, "ps", 8) for aoi in find_aois(world.folder)[:4]]
-    assert {scene.scl is None for scene in scenes} == {True, False}  # SCL goes with the longer key set
+    assert {scene.scl[0] is None for scene in scenes} == {True, False}  # SCL goes with the longer key set
     for scene in scenes:
         assert scene.hr_date is not None
         assert all(revisit.date is not None for revisit in scene.revisits)
@@ -82,7 +82,7 @@ def test_a_scene_holds_the_first_revisits_and_their_digests(shared: Path) -> Non
     assert scene.hr_date == "2013-02-07"
     assert scene.lr.shape == (8, 3, 157, 159)
     assert scene.hr.shape == (3, 1054, 1054)
-    assert scene.scl is None
+    assert scene.scl == (None,) * 8
     assert len(scene.sources) == 2 + 8 * 4
     assert scene.bounds[0] == pytest.approx(92.38122, abs=1e-5)
 
@@ -98,6 +98,12 @@ def test_a_split_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     assert read_split_file(tmp_path) is None
     (tmp_path / SPLIT_FILE).write_text("aoi,part\na,train\n")
     with pytest.raises(UserError, match="lacks the column"):
+        read_split_file(tmp_path)
+
+
+def test_a_split_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SPLIT_FILE).write_text("tile,split\nLandcover-1,train\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"cannot be read as CSV in UTF-8 .*--split seeded"):
         read_split_file(tmp_path)
 
 
