@@ -17,7 +17,7 @@ from sharding.schema import INDEX_NAME, SPLITS, STEP, Index, Sample, decode_samp
 from sharding.shard import ShardOptions, make_plan, shard_folder
 from sharding.storage import LocalStorage, Storage, open_storage
 from sharding.synthetic import write_worldstrat
-from sharding.worldstrat import find_aois
+from sharding.worldstrat import SPLIT_FILE, find_aois
 from tests.sharding.conftest import TINY, Dataset, World
 
 HALF_STEP = STEP / 2
@@ -65,9 +65,10 @@ def test_chips_equal_the_golden_ones_after_a_round_trip(shared: Path, output: St
     assert [entry.aoi for _, entry in index.samples("test")] == ["Landcover-655933"]
 
 
-def test_workers_and_repetition_do_not_change_a_byte(world: World, dataset: Dataset, tmp_path: Path) -> None:
+def test_repetition_does_not_change_a_byte(world: World, dataset: Dataset, tmp_path: Path) -> None:
+    """Nor does the number of workers: ``tests/test_shard_cli.py`` shows that on the real command."""
     again = open_storage(tmp_path / "again")
-    index = shard_folder(world.folder, again, ShardOptions(shard_size=2), workers=2)
+    index = shard_folder(world.folder, again, ShardOptions(shard_size=2))
     assert index.digest == dataset.index.digest
     assert digests(again) == digests(dataset.storage)
 
@@ -176,6 +177,14 @@ def test_the_split_file_rules_where_it_is(tmp_path: Path) -> None:
     seeded = ShardOptions(revisits=1, split="seeded", seed=5)
     index = shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), seeded)
     assert (index.split_rule, index.split_seed) == ("seeded", 5)
+
+
+def test_the_seeded_split_does_not_read_the_file(spoilt: World, tmp_path: Path) -> None:
+    (spoilt.folder / SPLIT_FILE).write_bytes(b"\xff\xfe")
+    storage = open_storage(tmp_path / "out")
+    with pytest.raises(UserError, match="--split seeded"):
+        shard_folder(spoilt.folder, storage, TINY)
+    assert shard_folder(spoilt.folder, storage, replace(TINY, split="seeded")).split_rule == "seeded"
 
 
 def test_moves_are_said(tiny: World, tmp_path: Path) -> None:
