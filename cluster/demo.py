@@ -6,19 +6,19 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cluster import local
 from cluster.objectstore import ObjectStore
 from cluster.submit import build_request, follow, send
 from cluster.worker import Placement
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.evaluate import Evaluation, evaluate_run
-from pipeline.signals import sigterm_as_interrupt
 from sharding.cli import describe
 from sharding.errors import UserError
 from sharding.progress import progress
@@ -33,10 +33,13 @@ GENERATED_AOIS = 10
 GENERATED_SEED = 20251007
 BUCKET = "satfusion"
 _MARK = ".satfusion-demo"
+_STATE_PREFIX = "sf-demo-"
 
 
 def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = ()) -> int:
-    """Run the demo and return its exit status.
+    """Run the demo and return its exit status: 1 when the fused image is not above both baselines, the job's if not 0.
+
+    However it ends, the servers and nodes it started have ended then, and the S3 server's data and keys are gone.
 
     Args:
         output: Folder for everything it makes; an earlier demo's is replaced.
@@ -49,42 +52,82 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
     began = time.monotonic()
     dataset, run = f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/run"
     config = load_config("demo", [f"data.uri={dataset}", f"output.uri={run}", *overrides])
-    state = _prepare(output)
-    with sigterm_as_interrupt(), ObjectStore(output / "s3", BUCKET) as store, _environment(store.environment):
-        source = worldstrat or _generate(output / "worldstrat")
-        _say(f"sharding {source} to {dataset}")
-        storage = open_storage(dataset)
-        index = shard_folder(source, storage, ShardOptions(), workers=NODES, say=_say)
-        print(*describe(index, storage), sep="\n", flush=True)
-        with _cluster(state) as address:
-            _say(f"training on {NODES} Ray nodes, job server {address}")
-            job = send(build_request(config, Placement(NODES), os.environ, Path.cwd()), address)
-            status = follow(address, job, sys.stdout)
-        if status == 0:
-            result = evaluate_run(run, "test", "best")
-        _fetch(run, output / "run")
-    shutil.rmtree(output / "s3")
-    if status == 0:
-        _report(result, output, time.monotonic() - began)
-    return status
+    with _one_interruption() as ignore_signals, contextlib.ExitStack() as started:
+        try:
+            state = _prepare(output, started)
+            _start_store(output / "s3", started)
+            source = worldstrat or _generate(output / "worldstrat")
+            _say(f"sharding {source} to {dataset}")
+            storage = open_storage(dataset)
+            index = shard_folder(source, storage, ShardOptions(), workers=NODES, say=_say)
+            print(*describe(index, storage), sep="\n", flush=True)
+            status = _train(config, state)
+            result = evaluate_run(run, "test", "best") if status == 0 else None
+            _fetch(run, output / "run")
+        finally:
+            ignore_signals()
+    if result is None:
+        return status
+    return 0 if _report(result, output, time.monotonic() - began) else 1
 
 
-def _prepare(output: Path) -> Path:
-    """Make an empty output folder, and return a folder for the cluster's state.
+@contextlib.contextmanager
+def _one_interruption() -> Iterator[Callable[[], None]]:
+    """Take one Ctrl-C or SIGTERM within the block as `KeyboardInterrupt`; those after it must not stop the clean-up.
+
+    Gives a function that has them ignored before the first one too, for a clean-up without one.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    def interrupt(number: int, frame: object) -> None:
+        ignore()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
+    """Make an empty output folder, and return a folder for the cluster's state, which ends with ``started``.
 
     Ray puts sockets there, whose paths the kernel bounds to 107 characters, so it stands in the temporary folder; the
     mark in the output folder names it, for the demo after one that was killed.
     """
     mark = output / _MARK
-    if output.exists() and any(output.iterdir()):
-        if not mark.exists():
-            raise UserError(f"--output {output} holds files that no demo made: name an empty or new folder")
-        local.down(Path(mark.read_text()))
-        shutil.rmtree(output)
-    (output / "s3").mkdir(parents=True)
-    state = Path(tempfile.mkdtemp(prefix="satfusion-demo-"))
-    mark.write_text(str(state))
+    try:
+        if output.exists() and any(output.iterdir()):
+            if not mark.exists():
+                raise UserError(f"--output {output} holds files that no demo made: name an empty or new folder")
+            local.down(Path(mark.read_text()))
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        state = Path(
+            started.enter_context(tempfile.TemporaryDirectory(prefix=_STATE_PREFIX, ignore_cleanup_errors=True))
+        )
+        mark.write_text(str(state))
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be used ({error.strerror or error}): name an empty or new folder"
+        ) from error
+    started.callback(local.down, state)
     return state
+
+
+def _start_store(folder: Path, started: contextlib.ExitStack) -> None:
+    """Start the S3 server and set its variables; ``started`` takes back both, and the folder with data and keys."""
+    folder.mkdir()
+    started.callback(shutil.rmtree, folder, ignore_errors=True)
+    store = started.enter_context(ObjectStore(folder, BUCKET))
+    started.enter_context(_environment(store.environment))
+    _say("S3 server ready")
 
 
 def _generate(folder: Path) -> Path:
@@ -93,14 +136,14 @@ def _generate(folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _cluster(state: Path) -> Iterator[str]:
-    """Run a local Ray cluster for the block and give its job server's address."""
-    try:
-        yield local.up(local.NodeOptions(NODES), state).address
-    finally:
-        local.down(state)
-        shutil.rmtree(state, ignore_errors=True)
+def _train(config: RunConfig, state: Path) -> int:
+    """Train on a local Ray cluster, end it, and return the job's exit status."""
+    address = local.up(local.NodeOptions(NODES), state).address
+    _say(f"training on {NODES} Ray nodes, job server {address}")
+    job = send(build_request(config, Placement(NODES), os.environ, Path.cwd()), address)
+    status = follow(address, job, sys.stdout)
+    local.down(state)  # What follows wants the nodes' CPUs.
+    return status
 
 
 @contextlib.contextmanager
@@ -128,18 +171,22 @@ def _fetch(run: str, folder: Path) -> None:
             bar.update()
 
 
-def _report(result: Evaluation, output: Path, seconds: float) -> None:
-    folder = output / "run" / "evaluation" / f"{result.split}-{result.checkpoint}"
+def _report(result: Evaluation, output: Path, seconds: float) -> bool:
+    """Print what it came to, and return whether the fused image is above both baselines, raw and adjusted."""
+    folder = output / "run" / "evaluation" / result.folder.rpartition("/")[2]
+    passed = True
     print(f"\ncheckpoint rule: best, the least validation loss ({result.checkpoint})")
     print(result.table())
     for column, name in (("psnr", "raw"), ("psnr_adjusted", "adjusted")):
         fused, baseline = result.margin(column)
         verdict = "above" if fused > baseline else "NOT above"
+        passed &= fused > baseline
         print(f"fused {name} PSNR {fused:.2f} dB lies {verdict} the better baseline's {baseline:.2f} dB")
     print(f"pictures: {folder}/panel-*.png, {output / 'run' / 'images'}")
     print(f"figures:  {folder}/chips.csv, {folder}/aois.csv, {output / 'run' / 'metrics.csv'}")
     print(f"watch it: satfusion monitor {output / 'run'}")
     print(f"done in {seconds / 60:.1f} minutes; everything it started has been ended")
+    return passed
 
 
 def _say(line: str) -> None:

@@ -184,7 +184,9 @@ def _alive(cluster: LocalCluster) -> list[ProcessId]:
 
 def _claim(state: Path) -> None:
     if len(str(state.resolve())) + len(f"/{_RAY}/{_MAX_NODES}") + _RAY_SOCKET_PATH > 107:
-        raise UserError(f"the path {state} is too long for the sockets Ray makes below it: choose a shorter --state")
+        raise UserError(
+            f"the path {state} is too long for the sockets Ray makes below it: choose a shorter --state or TMPDIR"
+        )
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         (state / _STATE).touch(mode=0o600, exist_ok=False)
