@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import http.client
 import importlib
 import json
 import logging
@@ -81,12 +82,14 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
         output=dataclasses.replace(config.output, uri=_absolute(config.output.uri, folder)),
     )
     travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
+    # Ray leaves a node's GPUs visible to a rank that was given none.
+    no_gpus = {} if placement.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
     for name, value in travelling.items():
-        if "://" in value and "@" in urllib.parse.urlsplit(value).netloc:
+        if "@" in value.partition("://")[2].partition("/")[0]:
             raise UserError(f"{name} holds a user name or password, which must not travel with a job: take it out")
     return JobRequest(
         job=Job(config.to_dict(), placement),
-        environment={**travelling, **_RAY_HABITS},
+        environment={**travelling, **no_gpus, **_RAY_HABITS},
         metadata={"run": config.output.uri, "workers": str(placement.workers)},
     )
 
@@ -199,14 +202,14 @@ class _Log:
 
 def _connect(address: str) -> JobSubmissionClient:
     """Return a client of the job server, having seen within seconds that it answers."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
+    if not _is_http(address):
         raise UserError(f"--address {address!r} is no URL of a Ray job server: give http://HOST:8265")
     unanswered = f"no Ray job server answers at {address}: check the address and that the cluster is up"
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS) as response:
             json.load(response)["ray_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    # What speaks no HTTP, Ray's own control service say, breaks the protocol or sends no text.
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise UserError(unanswered) from error
 
     # Ray takes these before the address it is given.
@@ -221,6 +224,15 @@ def _connect(address: str) -> JobSubmissionClient:
         raise UserError(f"{unanswered} ({_first_line(error)})") from error
     finally:
         os.environ.update(hidden)
+
+
+def _is_http(address: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(address)
+        # The port is read when it is asked for: a word or too large a number is a ValueError then.
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _first_line(error: Exception) -> str:

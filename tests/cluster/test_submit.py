@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 from cluster import submit
 from cluster.cli import main
 from cluster.submit import JobRequest, build_request, follow, send, staged
-from cluster.worker import Job, Placement, _raise_user_error
+from cluster.worker import Job, Placement, _room
 from pipeline.config import RunConfig, load_config
 from sharding.errors import UserError
 
@@ -74,7 +78,16 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_sent(workers
 
 
 @pytest.mark.parametrize(
-    "option", [{"workers": 0}, {"cpus_per_worker": 0.0}, {"gpus_per_worker": -1.0}, {"max_failures": -1}]
+    "option",
+    [
+        {"workers": 0},
+        {"cpus_per_worker": 0.0},
+        {"cpus_per_worker": float("nan")},
+        {"gpus_per_worker": -1.0},
+        {"gpus_per_worker": 0.5},
+        {"max_failures": -1},
+        {"wait_for_resources": -1.0},
+    ],
 )
 def test_a_placement_that_cannot_be_is_refused(option: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(option)).replace('_', '-')} is"):
@@ -85,11 +98,29 @@ def test_gpus_choose_the_backend() -> None:
     assert (Placement(2).backend, Placement(2, gpus_per_worker=1).backend) == ("gloo", "nccl")
 
 
-def test_a_users_mistake_is_found_among_its_consequences() -> None:
-    failures = {0: ConnectionError("broken by rank 1"), 1: UserError("the mistake")}
-    with pytest.raises(UserError, match="the mistake"):
-        _raise_user_error(SimpleNamespace(worker_failures=failures))  # type: ignore[arg-type]
-    _raise_user_error(RuntimeError("no rank's"))
+def test_no_gpu_is_visible_to_a_rank_that_is_given_none() -> None:
+    config = load_config("srcnn_pnn")
+    assert build_request(config, Placement(2), {}, Path("/")).environment["CUDA_VISIBLE_DEVICES"] == ""
+    on_gpus = build_request(config, Placement(2, gpus_per_worker=1), {}, Path("/")).environment
+    assert "CUDA_VISIBLE_DEVICES" not in on_gpus
+
+
+def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, object]:
+    return {"Alive": alive, "Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}}
+
+
+@pytest.mark.parametrize(
+    ("placement", "nodes", "room"),
+    [
+        (Placement(2), [node(1), node(1)], 2),
+        (Placement(2), [node(1), node(1, alive=False)], 1),
+        (Placement(1, cpus_per_worker=2), [node(1), node(1)], 0),  # Two halves of it are no room.
+        (Placement(9, cpus_per_worker=0.1), [node(0.3)], 3),
+        (Placement(4, gpus_per_worker=2), [node(8, 5), node(8), node(1, 8)], 3),
+    ],
+)
+def test_room_is_counted_node_by_node(placement: Placement, nodes: list[dict[str, object]], room: int) -> None:
+    assert _room(placement, nodes) == room
 
 
 def test_an_address_without_an_answer_is_refused_soon() -> None:
@@ -98,6 +129,49 @@ def test_an_address_without_an_answer_is_refused_soon() -> None:
         with pytest.raises(UserError, match=address):
             send(request(), address)
     assert time.monotonic() - began < 60, "it must not hang"
+
+
+@pytest.mark.parametrize(
+    "address", ["http://head:port", "http://head:70000", "http://:8265", "http://[::1", "http://a b"]
+)
+def test_what_is_no_url_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match=r"--address|no Ray job server"):
+        send(request(), address)
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x00\x00\x12\x04\x00", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\n\xff"])
+def test_a_port_that_is_no_job_server_is_refused(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(UserError, match="no Ray job server answers at"):
+            send(request(), f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--address", "http://127.0.0.1:9", "--workers", "2"], "no Ray job server answers at http://127.0.0.1:9"),
+        (["--address", "http://127.0.0.1:9", "--workers", "2", "train.epoch=5"], "train.epoch"),
+        (["--address", "http://127.0.0.1:9", "--workers", "3", "train.global_batch=8"], "global_batch"),
+        (["--address", "http://127.0.0.1:9", "--workers", "2", "--gpus-per-worker", "0.5"], "--gpus-per-worker is 0.5"),
+    ],
+)
+def test_bad_input_on_the_real_command_line(arguments: list[str], sentence: str) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "submit", "srcnn_pnn", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("satfusion: error: ")
+    assert sentence in line
 
 
 def test_a_bad_configuration_is_refused_before_the_address_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
