@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster import local
 from cluster.objectstore import ObjectStore
+from cluster.processes import ProcessId, identify, is_running
 from cluster.submit import build_request, follow, send
 from cluster.worker import Placement
 from pipeline.config import RunConfig, load_config
@@ -33,6 +34,8 @@ GENERATED_AOIS = 10
 GENERATED_SEED = 20251007
 BUCKET = "satfusion"
 _MARK = ".satfusion-demo"
+_OWN_AWS = ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
+_LOOPBACK = "127.0.0.1,localhost"
 _STATE_PREFIX = "sf-demo-"
 
 
@@ -51,6 +54,9 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
     """
     began = time.monotonic()
     dataset, run = f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/run"
+    taken = [override for override in overrides if override.startswith(("data.uri", "output.uri"))]
+    if taken:
+        raise UserError(f"the demo chooses where its data and run lie: leave out {taken[0]!r}")
     config = load_config("demo", [f"data.uri={dataset}", f"output.uri={run}", *overrides])
     with _one_interruption() as ignore_signals, contextlib.ExitStack() as started:
         try:
@@ -73,11 +79,11 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
 
 @contextlib.contextmanager
 def _one_interruption() -> Iterator[Callable[[], None]]:
-    """Take one Ctrl-C or SIGTERM within the block as `KeyboardInterrupt`; those after it must not stop the clean-up.
+    """Take one Ctrl-C, SIGTERM or SIGHUP in the block as `KeyboardInterrupt`; later ones must not stop the clean-up.
 
     Gives a function that has them ignored before the first one too, for a clean-up without one.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def ignore() -> None:
         for number in numbers:
@@ -99,20 +105,25 @@ def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
     """Make an empty output folder, and return a folder for the cluster's state, which ends with ``started``.
 
     Ray puts sockets there, whose paths the kernel bounds to 107 characters, so it stands in the temporary folder; the
-    mark in the output folder names it, for the demo after one that was killed.
+    mark in the output folder names it, for the demo after one that was killed, and the process, for one meanwhile.
     """
     mark = output / _MARK
     try:
         if output.exists() and any(output.iterdir()):
             if not mark.exists():
                 raise UserError(f"--output {output} holds files that no demo made: name an empty or new folder")
-            local.down(Path(mark.read_text()))
+            pid, since, state_of_last = mark.read_text().split("\n", 2)
+            if is_running(ProcessId(int(pid), int(since))):
+                raise UserError(f"--output {output} is in use by a demo that runs (process {pid}): name another folder")
+            local.down(Path(state_of_last))
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         state = Path(
             started.enter_context(tempfile.TemporaryDirectory(prefix=_STATE_PREFIX, ignore_cleanup_errors=True))
         )
-        mark.write_text(str(state))
+        own = identify(os.getpid())
+        assert own is not None
+        mark.write_text(f"{own.pid}\n{own.started}\n{state}")
     except OSError as error:
         raise UserError(
             f"--output {output} cannot be used ({error.strerror or error}): name an empty or new folder"
@@ -125,8 +136,9 @@ def _start_store(folder: Path, started: contextlib.ExitStack) -> None:
     """Start the S3 server and set its variables; ``started`` takes back both, and the folder with data and keys."""
     folder.mkdir()
     started.callback(shutil.rmtree, folder, ignore_errors=True)
-    store = started.enter_context(ObjectStore(folder, BUCKET))
+    store = ObjectStore(folder, BUCKET)
     started.enter_context(_environment(store.environment))
+    started.enter_context(store)
     _say("S3 server ready")
 
 
@@ -148,9 +160,15 @@ def _train(config: RunConfig, state: Path) -> int:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the block; the Ray nodes and what runs in them inherit them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    """Set variables for the block, and take away the user's own that would win over them or be sent along.
+
+    The Ray nodes and what runs in them inherit them.
+    """
+    proxies = {name: ",".join(filter(None, [os.environ.get(name), _LOOPBACK])) for name in ("NO_PROXY", "no_proxy")}
+    before = {name: os.environ.get(name) for name in (*values, *proxies, *_OWN_AWS)}
+    for name in _OWN_AWS:
+        os.environ.pop(name, None)
+    os.environ.update({**values, **proxies})
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import http.client
 import importlib
 import json
@@ -76,11 +75,8 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
     from pipeline.order import BatchPlan
 
     BatchPlan.create(config.train.global_batch, config.train.micro_batch, placement.workers)
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, uri=_absolute(config.data.uri, folder)),
-        output=dataclasses.replace(config.output, uri=_absolute(config.output.uri, folder)),
-    )
+    # A rank works in a folder of Ray's, where a relative path would be lost.
+    config = config.with_absolute_uris(folder)
     travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
     # Ray leaves a node's GPUs visible to a rank that was given none.
     no_gpus = {} if placement.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
@@ -92,11 +88,6 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
         environment={**travelling, **no_gpus, **_RAY_HABITS},
         metadata={"run": config.output.uri, "workers": str(placement.workers)},
     )
-
-
-def _absolute(uri: str, folder: Path) -> str:
-    """Make a local path absolute: a rank works in a folder of Ray's, where a relative one would be lost."""
-    return uri if "://" in uri or not uri else str(folder / uri)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config import RunConfig
 from pipeline.engine import TrainState
 from sharding.errors import UserError
-from sharding.storage import Storage
+from sharding.storage import NotFoundError, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -124,14 +124,19 @@ def prune_checkpoints(runs: Storage, kind: str, newest: int, keep: int) -> None:
         folder.delete(key)
 
 
-def best_loss(runs: Storage) -> float | None:
-    """Return the validation loss of the best weights kept, or None."""
+def discard_checkpoint(runs: Storage, name: str) -> None:
+    """Make ``checkpoints/<name>/`` incomplete, so that no run goes on from it; no error where there is none."""
+    runs.child(f"checkpoints/{name}").delete(MARKER)
+
+
+def best_loss(runs: Storage, checkpoint: Checkpoint) -> float | None:
+    """Return the validation loss of the best weights kept; where they are damaged, what the checkpoint remembers."""
     steps = complete_checkpoints(runs, "best")
-    if not steps:
-        return None
-    folder = runs.child(f"checkpoints/best-{steps[-1]}")
-    loss = _parse(folder, META, folder.read(META))["position"]["best_loss"]
-    return None if loss is None else float(loss)
+    try:
+        return read_checkpoint(runs, f"best-{steps[-1]}").position.best_loss if steps else None
+    except DamagedCheckpointError as error:
+        logger.warning("%s", error)
+        return checkpoint.position.best_loss
 
 
 def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
@@ -147,7 +152,10 @@ def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
     marker = _parse(folder, MARKER, folder.read(MARKER))
     files: dict[str, bytes] = {}
     for file in (STATE, META):
-        files[file] = folder.read(file)
+        try:
+            files[file] = folder.read(file)
+        except NotFoundError:
+            files[file] = b""
         if marker.get(file, {}).get("sha256") != _sha256(files[file]):
             raise DamagedCheckpointError(
                 f"{folder.uri}/{file} is damaged: its SHA-256 is not the marker's; use another checkpoint"

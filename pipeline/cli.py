@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from sharding.errors import UserError
 
@@ -47,7 +48,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
-    config = load_config(args.config, args.overrides)
+    # Absolute, because the run folder remembers them, and is read from other folders too.
+    config = load_config(args.config, args.overrides).with_absolute_uris(Path.cwd())
     from pipeline.train import run_training
     from pipeline.world import leave_world
 

@@ -124,7 +124,7 @@ class OutputConfig:
     sync_seconds: float = 10.0
     """Pause between uploads of events and metrics when the run folder is on S3, > 0."""
     panels: int = 4
-    """Validation chips drawn as image panels by rank 0 at each validation, >= 0."""
+    """Validation chips drawn as image panels at each validation, the first ones of the split, >= 0."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -159,6 +159,18 @@ class RunConfig:
         return "\n".join(
             f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items())
             for name, section in sections
+        )
+
+    def with_absolute_uris(self, folder: Path) -> RunConfig:
+        """Return the configuration with local paths made absolute: ``~`` is the home, others start at ``folder``."""
+
+        def absolute(uri: str) -> str:
+            return uri if "://" in uri or not uri else str(folder / Path(uri).expanduser())
+
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(self.data, uri=absolute(self.data.uri)),
+            output=dataclasses.replace(self.output, uri=absolute(self.output.uri)),
         )
 
     @classmethod

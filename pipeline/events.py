@@ -121,4 +121,4 @@ class CsvLog:
 
 def _writer(folder: Path, first_step: int) -> SummaryWriter:
     folder.mkdir(parents=True, exist_ok=True)
-    return SummaryWriter(str(folder), purge_step=first_step if first_step > 1 else None)
+    return SummaryWriter(str(folder), purge_step=first_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from pipeline.checkpoint import (
     Checkpoint,
     Position,
     best_loss,
+    discard_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -111,7 +113,7 @@ class Trainer:
         self.step = checkpoint.state.step if checkpoint else 0
         self.first_step = self.step + 1
         # Of the weights that are kept, which a killed process may have found after its last full checkpoint.
-        self.best_loss = best_loss(run.storage) if checkpoint else None
+        self.best_loss = best_loss(run.storage, checkpoint) if checkpoint else None
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
@@ -176,7 +178,7 @@ class Trainer:
         seconds = time.perf_counter() - began + self.loader.wait_seconds
         speed = self.plan.global_batch / seconds
         by_rank = self.world.gather([*values, rate, self.engine.grad_norm, speed, self.loader.wait_seconds])
-        # After the step, whose weights nobody will save: one collective a step, not two.
+        # Looked at after the update, so that a step takes one collective and not two.
         if not by_rank.isfinite().all():
             raise self._not_finite(by_rank, epoch)
         return by_rank
@@ -186,10 +188,16 @@ class Trainer:
         what = "gradient" if loss.isfinite().all() else "loss"
         ranks = ", ".join(str(rank) for rank in (~by_rank.isfinite().all(1)).nonzero().flatten().tolist())
         chips = self.loader.global_batch(epoch, (self.step - 1) % self.loader.steps_per_epoch)
+        self._discard_diverged()
         return NonFiniteLossError(
             f"{what} is not finite at step {self.step} on rank {ranks}; the global batch was {'; '.join(chips)}:"
             " look at these chips or lower train.learning_rate"
         )
+
+    def _discard_diverged(self) -> None:
+        """Remove the checkpoint of the step before: its update may be what diverged, and a restart would repeat it."""
+        if self.world.is_main:
+            discard_checkpoint(self.run.storage, f"step-{self.step - 1}")
 
     def validate(self, logs: RunLogs) -> dict[str, float]:
         """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""
@@ -208,6 +216,10 @@ class Trainer:
             for chip, image in drawn.items():
                 logs.panel(self.step, f"val/{chip}", image)
         metrics = self._merge_validation(rows, logs)
+        if not math.isfinite(metrics["val/loss"]):
+            raise NonFiniteLossError(
+                f"validation loss is not finite after step {self.step}: the weights diverged; lower train.learning_rate"
+            )
         if self.best_loss is None or metrics["val/loss"] < self.best_loss:
             self.best_loss = metrics["val/loss"]
             self._save("best", keep=1)
@@ -223,7 +235,9 @@ class Trainer:
         table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
         metrics = dict(zip(VAL_TAGS, table.mean(0).tolist(), strict=True))
         own = torch.tensor(list(rows.values()), dtype=torch.float64).reshape(-1, len(VAL_TAGS))
-        logs.validation(self.step, metrics, self.world.gather(own.mean(0).tolist()))
+        by_rank = self.world.gather(own.mean(0).tolist())
+        if table.isfinite().all():
+            logs.validation(self.step, metrics, by_rank)
         return metrics
 
     def _save(self, kind: str, keep: int) -> None:

@@ -7,13 +7,20 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from sharding.errors import UserError
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.schema import SPLITS, STEP, Index, Sample, read_sample
 from sharding.splits import SHARD_SIZE, SPLIT_SEED
 from sharding.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_NO_DATA = 255
+"""Of a cloud mask; see `sharding.schema.Sample`."""
 
 MAX_DEFAULT_WORKERS = 8
 SHEET_ROWS = 12
@@ -155,7 +162,13 @@ def _row(split: str, sample: Sample) -> list[Tile]:
     revisits = zip(sample.lr, sample.clm, cast(list[dict[str, object]], sample.meta["revisits"]), strict=True)
     tiles: list[Tile] = []
     for number, (image, clm, revisit) in enumerate(revisits):
-        label = f"{split}: {sample.aoi}" if number == 0 else f"{revisit['date']}, {100 * clm.mean():.0f}% cloud"
+        label = f"{split}: {sample.aoi}" if number == 0 else f"{revisit['date']}, {_cloud(clm):.0f}% cloud"
         mark = "* " if number == sample.meta["clearest"] else ""
         tiles.append((mark + label, to_rgb8(image[:3] * STEP, 0.0, white)))
     return [*tiles, ("PAN", to_rgb8(sample.pan * STEP, 0.0, white)), ("HR", to_rgb8(hr, 0.0, white))]
+
+
+def _cloud(clm: NDArray[np.uint8]) -> float:
+    """Return the percentage of cloud among the pixels of a mask that have data."""
+    seen = clm[clm != _NO_DATA]
+    return 100 * float((seen == 1).mean()) if seen.size else 0.0

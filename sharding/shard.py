@@ -166,7 +166,8 @@ def shard_folder(
         The index that was written.
 
     Raises:
-        UserError: for a folder, an option or a storage that the user can mend; no index is left then.
+        UserError: for a folder, an option or a storage that the user can mend. An older dataset stays as it was if
+            nothing was written yet; after that no index is left.
     """
     if workers < 1:
         raise UserError(f"--workers {workers} is too small: the least is 1")

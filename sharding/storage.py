@@ -173,19 +173,21 @@ class LocalStorage:
         """Walk the folder that ``prefix`` lies in."""
         start = self._root / prefix.rpartition("/")[0]
         found = []
-        for folder, _, names in os.walk(start):
-            for name in names:
-                path = Path(folder, name)
-                key = path.relative_to(self._root).as_posix()
-                if name.startswith(TEMPORARY_PREFIX) or not key.startswith(prefix):
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # removed since the folder was read
-                    found.append(StoredObject(key, path.stat().st_size))
+        with self._explained(prefix or "."):
+            for folder, _, names in os.walk(start, onerror=_unless_gone):
+                for name in names:
+                    path = Path(folder, name)
+                    key = path.relative_to(self._root).as_posix()
+                    if name.startswith(TEMPORARY_PREFIX) or not key.startswith(prefix):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # removed since the folder was read
+                        found.append(StoredObject(key, path.stat().st_size))
         return sorted(found, key=lambda item: item.key)
 
     def exists(self, key: str) -> bool:
         """Say whether the file is there."""
-        return self._path(key).is_file()
+        with self._explained(key):
+            return self._path(key).is_file()
 
     def delete(self, key: str) -> None:
         """Remove the file if it is there, and the folders that it leaves empty: an object store shows none either."""
@@ -229,6 +231,12 @@ class LocalStorage:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise UserError(f"cannot use {self._path(key)}: {reason}; check the path and its permissions") from error
+
+
+def _unless_gone(error: OSError) -> None:
+    """Let a folder that cannot be read be an error; `os.walk` would take it for an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 class S3Storage:

@@ -91,7 +91,7 @@ class Scene:
     """[R, C, h, w] Sentinel-2 reflectance."""
 
     clm: NDArray[np.uint8]
-    """[R, 1, h, w] cloud masks: 0 clear, 1 cloud."""
+    """[R, 1, h, w] cloud masks: 0 clear, 1 cloud, 255 no data."""
 
     scl: tuple[NDArray[np.uint8] | None, ...]
     """Per revisit, [1, h, w] scene classification, None where the source has none."""

@@ -7,9 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pipeline.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
 from sharding.storage import open_storage
@@ -28,10 +31,24 @@ class Ranks:
     """Processes of the real command, one a rank."""
 
     processes: list[subprocess.Popen[str]]
+    logs: list[IO[str]]
 
     def wait(self, timeout: float = 240) -> Finished:
-        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
-        return Finished([process.returncode for process in self.processes], "\n".join(outputs))
+        """Wait until all have ended, or one has failed or taken too long; end the others then."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and None in (statuses := [process.poll() for process in self.processes]):
+            if any(statuses):
+                time.sleep(2)  # the others may say something too
+                break
+            time.sleep(0.05)
+        self.kill()
+        return Finished([process.returncode for process in self.processes], self.output())
+
+    def output(self) -> str:
+        """Return what all of them wrote so far."""
+        for log in self.logs:
+            log.seek(0)
+        return "\n".join(log.read() for log in self.logs)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -45,21 +62,22 @@ def start_command(size: int, arguments: Sequence[str], environment: Mapping[str,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    ranks = Ranks([], [])
     for rank in range(size):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables = {key: str(value) for key, value in {**group, **address}.items()}
-        processes.append(
+        ranks.logs.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - lives as long as the ranks
+        ranks.processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "cluster.cli", *arguments],
                 env={**os.environ, "OMP_NUM_THREADS": "1", **variables, **(environment or {})},
-                stdout=subprocess.PIPE,
+                stdout=ranks.logs[-1],
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
-    return Ranks(processes)
+    return ranks
 
 
 def run_command(size: int, arguments: Sequence[str]) -> Finished:

@@ -97,8 +97,9 @@ def test_ctrl_c_with_the_s3_server_up_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out/s3").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_with_the_nodes_up_leaves_nothing_even_when_repeated(
     number: signal.Signals, tmp_path: Path, worldstrat: Path
 ) -> None:

@@ -159,6 +159,7 @@ def test_gpus_of_a_node_are_hidden_from_a_job_that_asks_for_none(cluster: LocalC
     assert re.findall(r"^seen (.*)$", output.getvalue(), re.M) == ["''"]
 
 
+@pytest.mark.slow
 def test_more_than_the_cluster_has_is_refused(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
     """On two nodes of one CPU each."""
     for workers, each in (("5", ()), ("1", ("--cpus-per-worker", "2"))):
@@ -269,6 +270,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_refused(
     assert "rank 0" not in output
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_following_leaves_the_job_running(
     cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

@@ -60,11 +60,11 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
     try:
         deadline = time.monotonic() + 200
         while not ((killed / "metrics.csv").exists() and len(column(killed, "step")) >= 7):
-            assert time.monotonic() < deadline, ranks.wait().output
+            assert time.monotonic() < deadline, ranks.output()
             time.sleep(0.002)
     finally:
         ranks.kill()
-    assert column(killed, "step")[-1] in ("7", "8")
+    assert 7 <= int(column(killed, "step")[-1]) < 10
     assert complete_checkpoints(open_storage(killed), "step") == [5]
 
     finished = run_command(2, again)
@@ -81,6 +81,7 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_another_world_and_stage_go_on_from_the_same_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
     constant = "train.schedule=warm_restarts"  # whose rates do not depend on max_steps
@@ -136,7 +137,7 @@ def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfi
     try:
         deadline = time.monotonic() + 200
         while complete_checkpoints(storage, "step") != [5]:
-            assert time.monotonic() < deadline, rank.wait().output
+            assert time.monotonic() < deadline, rank.output()
             time.sleep(0.01)
     finally:
         rank.kill()
@@ -201,6 +202,18 @@ def test_a_loss_that_is_no_number_stops_with_step_and_chips(
     assert complete_checkpoints(open_storage(tmp_path), "step") == []
 
 
+def test_weights_that_diverged_are_not_gone_on_from(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
+    """The update of step 1 is the bad one: its checkpoint must not stay, nor become the best."""
+    diverging = ("train.learning_rate=1e30", "train.schedule=warm_restarts", "train.checkpoint_every=1")
+    with pytest.raises(UserError, match="not finite"):
+        run_training(make_config(tmp_path / "run", "train.max_steps=9", *diverging))
+    assert complete_checkpoints(open_storage(tmp_path / "run"), "step") == []
+    with pytest.raises(UserError, match=r"validation loss is not finite after step 1"):
+        run_training(make_config(tmp_path / "short", "train.max_steps=1", *diverging))
+    assert complete_checkpoints(open_storage(tmp_path / "short"), "best") == []
+    assert complete_checkpoints(open_storage(tmp_path / "short"), "step") == []
+
+
 def test_a_damaged_checkpoint_is_passed_over(world: World, make_config: MakeConfig, tmp_path: Path, caplog) -> None:
     run_training(make_config(tmp_path, "train.max_steps=4", "train.checkpoint_every=2"))
     newest = tmp_path / "checkpoints" / "step-4" / "state.pt"
@@ -240,10 +253,13 @@ def test_a_run_killed_before_its_first_checkpoint_is_a_run_too(
 ) -> None:
     run_training(make_config(tmp_path, "train.max_steps=1"))
     shutil.rmtree(tmp_path / "checkpoints")
+    again = make_config(tmp_path, "train.max_steps=1")
     with pytest.raises(UserError, match="another model"):
         run_training(make_config(tmp_path, "train.max_steps=1", "model.head=pannet"))
-    run_training(make_config(tmp_path, "train.max_steps=1"))
+    run_training(again)
     assert column(tmp_path, "step") == ["1"]
+    shown = EventAccumulator(str(tmp_path / "events" / "rank-0")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [1]
 
 
 @pytest.mark.parametrize(
