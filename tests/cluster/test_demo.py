@@ -18,7 +18,7 @@ import pytest
 
 from cluster import demo, objectstore
 from cluster.cli import main
-from cluster.processes import running_with, stop
+from cluster.processes import identify, running_with, stop
 from pipeline.evaluate import COLUMNS, METHODS, Evaluation
 from sharding.synthetic import write_worldstrat
 from tests.listening import is_loopback, listening
@@ -169,6 +169,17 @@ def test_an_output_that_is_no_folder_of_a_demo_is_refused(tmp_path: Path, capsys
         assert error.startswith(f"satfusion: error: --output {tmp_path / output} ")
         assert error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_demo_that_runs_keeps_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = identify(os.getpid())
+    assert own is not None
+    (tmp_path / ".satfusion-demo").write_text(f"{own.pid}\n{own.started}\n{tmp_path / 'state'}")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"is in use by a demo that runs (process {own.pid})" in capsys.readouterr().err
+    assert (tmp_path / ".satfusion-demo").exists()
+    assert main(["demo", "--output", str(tmp_path / "other"), "output.uri=runs/mine"]) == 2
+    assert "leave out 'output.uri=runs/mine'" in capsys.readouterr().err
 
 
 def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:

@@ -77,3 +77,13 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary\.toml cannot be read as UTF-8 text"):
         load_config(str(path))
+
+
+def test_local_paths_are_made_absolute_and_stores_left_alone(tmp_path: Path) -> None:
+    config = load_config("srcnn_pnn", ["data.uri=s3://bucket/data", "output.uri=~/runs/x"])
+    absolute = config.with_absolute_uris(tmp_path)
+    assert absolute.data.uri == "s3://bucket/data"
+    assert absolute.output.uri == str(Path.home() / "runs/x")
+    here = load_config("srcnn_pnn", ["output.uri=runs/x"]).with_absolute_uris(tmp_path)
+    assert here.output.uri == str(tmp_path / "runs/x")
+    assert here.data.uri == ""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import pickle
 import shutil
 import socket
@@ -305,3 +306,18 @@ def test_a_body_that_breaks_off_is_fetched_again(endpoint: Callable[[str], Stora
         pytest.raises(StorageUnavailableError, match="does not answer"),
     ):
         endpoint(url).read("x")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("folder/file", b"1")
+    scandir = os.scandir
+
+    def fail(path: str) -> object:
+        if str(path).endswith("folder"):
+            raise OSError(errno.EIO, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(UserError, match="Input/output error"):
+        storage.list()
