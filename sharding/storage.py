@@ -173,7 +173,7 @@ class LocalStorage:
         """Walk the folder that ``prefix`` lies in."""
         start = self._root / prefix.rpartition("/")[0]
         found = []
-        with self._explained(prefix or "."):
+        with self._explained(prefix):
             for folder, _, names in os.walk(start, onerror=_unless_gone):
                 for name in names:
                     path = Path(folder, name)
@@ -224,13 +224,14 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _explained(self, key: str) -> Iterator[None]:
+        place = self._path(key) if key else self._root
         try:
             yield
         except (FileNotFoundError, IsADirectoryError):
-            raise NotFoundError(f"{self._path(key)} does not exist") from None
+            raise NotFoundError(f"{place} does not exist") from None
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise UserError(f"cannot use {self._path(key)}: {reason}; check the path and its permissions") from error
+            raise UserError(f"cannot use {place}: {reason}; check the path and its permissions") from error
 
 
 def _unless_gone(error: OSError) -> None:
