@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from pipeline.config import RunConfig
 
@@ -91,3 +93,24 @@ def test_readme_names_only_verbs_and_recipes_that_exist() -> None:
         assert re.search(rf"^    {verb}\b", helped, re.M), f"satfusion {verb}"
     table = readme.split("| Recipe |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([a-z_]+)`", table.split("|---|---|")[1])) == set(recipe_names())
+
+
+def test_everything_installed_has_an_exact_version() -> None:
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    wanted: list[tuple[str, set[str]]] = [("satfusion", {"dev"})]
+    seen: set[tuple[str, str]] = set()
+    while wanted:
+        name, extras = wanted.pop()
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            chosen = {"", *extras}
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in chosen):
+                continue
+            found = (requirement.name.lower().replace("_", "-"), ",".join(sorted(requirement.extras)))
+            if found not in seen:
+                seen.add(found)
+                wanted.append((found[0], set(requirement.extras)))
+    assert {name for name, _ in seen} - {"satfusion"} <= pinned
