@@ -193,6 +193,7 @@ def kill_ranks(cluster: LocalCluster, run: Path, step: int, only: int | None = N
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_training_submitted_again_ends_bit_for_bit(
     cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

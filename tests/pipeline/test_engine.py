@@ -36,7 +36,7 @@ def random_batch(step: int, size: int = 4) -> Batch:
     return Batch(lr, pan, hr, torch.zeros(size, dtype=torch.long), tuple(range(size)))
 
 
-@pytest.mark.parametrize("pair", cases.TRAINING_PAIRS)
+@pytest.mark.parametrize("pair", ["SRCNN+PNN", pytest.param("HighResNet+PANNet", marks=pytest.mark.slow)])
 def test_ten_published_steps_through_deepspeed(pair: str, world: World) -> None:
     golden = cases.load("training")[f"{pair}/32/loss"]
     config = TrainConfig(learning_rate=cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY, global_batch=2)
