@@ -58,7 +58,7 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
     if taken:
         raise UserError(f"the demo chooses where its data and run lie: leave out {taken[0]!r}")
     config = load_config("demo", [f"data.uri={dataset}", f"output.uri={run}", *overrides])
-    with _one_interruption() as ignore_signals, contextlib.ExitStack() as started:
+    with _interruptible() as ignore_signals, contextlib.ExitStack() as started:
         try:
             state = _prepare(output, started)
             _start_store(output / "s3", started)
@@ -78,10 +78,10 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
 
 
 @contextlib.contextmanager
-def _one_interruption() -> Iterator[Callable[[], None]]:
-    """Take one Ctrl-C, SIGTERM or SIGHUP in the block as `KeyboardInterrupt`; later ones must not stop the clean-up.
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Take Ctrl-C, SIGTERM and SIGHUP in the block as `KeyboardInterrupt`, each time: a library may swallow one.
 
-    Gives a function that has them ignored before the first one too, for a clean-up without one.
+    Gives a function to call before the clean-up, which has them ignored from then on.
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -90,7 +90,6 @@ def _one_interruption() -> Iterator[Callable[[], None]]:
             signal.signal(number, signal.SIG_IGN)
 
     def interrupt(number: int, frame: object) -> None:
-        ignore()
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in numbers}
