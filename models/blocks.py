@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.contracts import NamePairs
+from models.contracts import NamePairs, Size
 
 
 def reflect_conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -45,11 +45,10 @@ def double_conv_names(published: str, own: str) -> NamePairs:
     return tuple((f"{published}.doubleconv2d.{theirs}", f"{own}.{ours}") for theirs, ours in entries)
 
 
-def check_reflectable(lr: Tensor, encoder: str) -> None:
-    """Raise ValueError where ``lr`` [..., h, w] is too small for a reflect padding of 1 pixel."""
-    height, width = lr.shape[-2:]
-    if min(height, width) < 2:
-        raise ValueError(f"{encoder} needs revisits of at least 2 x 2 px, and these are {height} x {width}")
+def check_reflectable(lr: Size, encoder: str) -> None:
+    """Raise ValueError where revisits of size ``lr`` are too small for a reflect padding of 1 pixel."""
+    if min(lr) < 2:
+        raise ValueError(f"{encoder} needs revisits of at least 2 x 2 px, and these are {lr[0]} x {lr[1]}")
 
 
 def bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:

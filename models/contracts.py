@@ -13,12 +13,38 @@ if TYPE_CHECKING:  # the registry imports the encoders and heads, so at run time
 NamePairs = tuple[tuple[str, str], ...]
 """(published prefix, own prefix) of each group of parameters, in the order of the published state dict.
 
-A published prefix that repeats an own one is a second name of the same tensor.
+A prefix is a module's name, a parameter's whole name, or empty for the stage itself. A published prefix that repeats an
+own one is a second name of the same tensor. Groups that a model was built without are passed over.
 """
 
+Size = tuple[int, int]
+"""Height and width, pixels."""
 
-class Encoder(nn.Module, ABC):
-    """Multi-frame image fusion (MFIF): R revisits become one feature map on their own grid."""
+
+class Stage(nn.Module, ABC):
+    """What encoders and heads share: what they refuse, and their published names."""
+
+    @classmethod
+    def check_config(cls, config: ModelConfig) -> None:
+        """Raise ValueError where this stage cannot be built as ``config`` asks; it says why and what to change."""
+
+    @classmethod
+    def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
+        """Raise ValueError where this stage cannot take revisits of size ``lr`` beside a PAN of size ``pan``."""
+
+    def at_step(self, step: int) -> None:
+        """Hear, before an optimizer step in training, how many were taken; most stages need not know."""
+
+    def published_names(self) -> NamePairs:
+        """Return the published names of this stage, paired with our own; by default they are the same."""
+        return (("", ""),)
+
+
+class Encoder(Stage):
+    """Multi-frame image fusion (MFIF): R revisits become one feature map on their own grid.
+
+    Its published names stand below ``MISR.``.
+    """
 
     @abstractmethod
     def __init__(self, config: ModelConfig) -> None:
@@ -36,16 +62,15 @@ class Encoder(nn.Module, ABC):
             Features [B, D, h, w], D being ``config.hidden``.
 
         Raises:
-            ValueError: If the encoder cannot take this number of revisits or this size.
+            ValueError: If the encoder cannot take this number of revisits.
         """
 
-    @abstractmethod
-    def published_names(self) -> NamePairs:
-        """Return the published names below ``MISR.``, paired with the names of this module."""
 
+class Head(Stage):
+    """Multi-source image fusion (MSIF): a multispectral image takes detail from a panchromatic one.
 
-class Head(nn.Module, ABC):
-    """Multi-source image fusion (MSIF): a multispectral image takes detail from a panchromatic one."""
+    Its published names stand below ``Sharpening.blockSharp.``.
+    """
 
     adds_input: ClassVar[bool] = True
     """Whether a head without encoder adds the image it was given to its result."""
@@ -57,7 +82,3 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def forward(self, ms: Tensor, pan: Tensor) -> Tensor:
         """Return the detail [B, C, H, W] for a multispectral ``ms`` [B, C, H, W] and ``pan`` [B, 1, H, W]."""
-
-    def published_names(self) -> NamePairs:
-        """Return the published names below ``Sharpening.blockSharp.``; by default they are our own."""
-        return (("", ""),)

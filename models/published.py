@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from models.contracts import NamePairs
+from models.registry import build_model
 from models.satfusion import SatFusion
 
 PREFIX = "backbone."
@@ -15,26 +18,39 @@ PREFIX = "backbone."
 REGISTRATION = "shifter."
 """Constants of the published loss that the same checkpoint holds; no part of the model."""
 
+SETTING = "reserved_NXY"
+"""Last part of the name of each pair of integers that the published ARConv keeps as a parameter."""
+
 
 def to_published(model: SatFusion) -> dict[str, Tensor]:
-    """Return the model's state under all published names, in their order, second names included."""
+    """Return the model's state under all published names, in their order, second names included.
+
+    What the published model holds and never uses is zero where ``model`` was built without it.
+
+    Raises:
+        ValueError: If the published model cannot be what ``model`` is.
+    """
     state = model.state_dict()
-    return {theirs: state[own] for theirs, own in _names(model)}
+    idle = {theirs: torch.zeros(value.shape, dtype=value.dtype) for theirs, value in _idle(model).items()}
+    own = dict(_names(model))
+    return {theirs: idle[theirs] if theirs in idle else state[own[theirs]] for theirs, _ in _names(_twin(model))}
 
 
 def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     """Fill ``model`` from a published state dict.
 
     Names may be bare or begin with ``backbone.``. Where copies of one tensor differ, the last name in the
-    published order wins.
+    published order wins. Entries that the published model never uses are passed over where ``model`` was built
+    without them.
 
     Raises:
         ValueError: If a name is missing or left over, or a shape is not the model's; nothing is then loaded.
     """
     given = {name.removeprefix(PREFIX): value for name, value in state.items() if not name.startswith(REGISTRATION)}
     names = _names(model)
-    known = {theirs for theirs, _ in names}
-    _refuse("lacks", [theirs for theirs, _ in names if theirs not in given])
+    idle = _idle(model)
+    known = {**dict(names), **idle}
+    _refuse("lacks", [theirs for theirs in known if theirs not in given])
     _refuse("holds, beyond what this model has,", [name for name in given if name not in known])
     own = model.state_dict()
     for theirs, ours in names:
@@ -46,10 +62,36 @@ def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({ours: given[theirs] for theirs, ours in names})
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters as published counts have it.
+
+    Integer settings that the published ARConv keeps among its parameters count too; here they are buffers, which no
+    optimizer and no ZeRO stage touches.
+    """
+    settings = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(SETTING))
+    return settings + sum(parameter.numel() for parameter in model.parameters())
+
+
 def _refuse(verb: str, names: Sequence[str]) -> None:
     if names:
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(f"the published state dict {verb} {', '.join(names[:3])}{rest}")
+
+
+def _twin(model: SatFusion) -> SatFusion:
+    """Return the published form of ``model``, names and shapes alone."""
+    if model.config.published:
+        return model
+    with torch.device("meta"):
+        return build_model(replace(model.config, published=True))
+
+
+def _idle(model: SatFusion) -> dict[str, Tensor]:
+    """Return what the published form of ``model`` holds beyond ``model``, by published name."""
+    twin = _twin(model)
+    state = twin.state_dict()
+    own = dict(_names(model))
+    return {theirs: state[ours] for theirs, ours in _names(twin) if theirs not in own}
 
 
 def _names(model: SatFusion) -> list[tuple[str, str]]:
@@ -58,7 +100,7 @@ def _names(model: SatFusion) -> list[tuple[str, str]]:
     names = []
     for theirs, ours in _prefixes(model):
         for name in own:
-            if name.startswith(f"{ours}."):
+            if name == ours or name.startswith(f"{ours}."):
                 names.append((theirs + name.removeprefix(ours), name))
     assert {ours for _, ours in names} == set(own), "a model's published_names leave some of its state out"
     return names
@@ -69,10 +111,13 @@ def _prefixes(model: SatFusion) -> NamePairs:
     if model.encoder is not None:
         pairs += _below("MISR", "encoder", model.encoder.published_names())
     upsampler = (("1", "conv1"), ("3", "act1"), ("4", "conv2"), ("6", "act2"))
-    pairs += _below("MISR.sr.upsample", "upsampler", upsampler)
+    if model.upsampler is not None:
+        pairs += _below("MISR.sr.upsample", "upsampler", upsampler)
     if model.head is not None:
         pairs += _below("Sharpening.blockSharp", "head", model.head.published_names())
-    return pairs + _below("color_correct.conv", "refinement", (("0", "conv1"), ("2", "conv2")))
+    if model.refinement is not None:
+        pairs += _below("color_correct.conv", "refinement", (("0", "conv1"), ("2", "conv2")))
+    return pairs
 
 
 def _below(theirs: str, ours: str, pairs: NamePairs) -> NamePairs:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from models.contracts import Encoder, Head
+from models.contracts import Encoder, Head, Size, Stage
 from models.encoders.highresnet import HighResNet
 from models.encoders.srcnn import SRCNN
 from models.heads.pannet import PanNet
@@ -56,6 +56,13 @@ class ModelConfig:
     dropout: str = "off"
     """Either "off" or "published": at the rates of the published training."""
 
+    published: bool = False
+    """Whether to compute and hold exactly what the published model does, parameters that nothing uses included, within
+    its limits of size, bands and revisits; docs/published.md says for each model what differs."""
+
+    kernel_freeze_step: int = 1000
+    """Optimizer steps after which ARConv keeps the kernel sizes it last chose; other heads ignore it."""
+
     def __post_init__(self) -> None:
         _check_name("encoder", self.encoder, (*ENCODERS, ABSENT))
         _check_name("head", self.head, (*HEADS, ABSENT))
@@ -65,11 +72,40 @@ class ModelConfig:
         for field in ("bands", "revisits", "hidden", "zoom"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)} is out of range: it must be at least 1")
+        if self.kernel_freeze_step < 0:
+            raise ValueError(f"kernel_freeze_step = {self.kernel_freeze_step} is out of range: it must be 0 or more")
         if self.hidden % self.zoom**2:
             raise ValueError(
                 f"hidden = {self.hidden} cannot be shuffled into zoom = {self.zoom}: "
                 f"it must be a multiple of {self.zoom**2}"
             )
+        for stage in stages(self):
+            stage.check_config(self)
+
+
+def stages(config: ModelConfig) -> list[type[Stage]]:
+    """Return the classes of the encoder and the head, without those that are absent."""
+    found: list[type[Stage]] = []
+    if config.encoder != ABSENT:
+        found.append(ENCODERS[config.encoder])
+    if config.head != ABSENT:
+        found.append(HEADS[config.head])
+    return found
+
+
+def check_sizes(config: ModelConfig, lr: Size, pan: Size) -> None:
+    """Refuse sizes before any model is built.
+
+    Args:
+        config: The model.
+        lr: Height and width of the revisits, pixels.
+        pan: Height and width of the panchromatic image, pixels.
+
+    Raises:
+        ValueError: If a stage cannot take them; it says which, and what it can take.
+    """
+    for stage in stages(config):
+        stage.check_sizes(config, lr, pan)
 
 
 def build_model(config: ModelConfig) -> SatFusion:

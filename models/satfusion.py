@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import bilinear, resize
-from models.contracts import Encoder, Head
+from models.contracts import Encoder, Head, Size
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -65,8 +65,8 @@ class SatFusion(nn.Module):
     """Multi-frame and multi-source fusion: an encoder, a head, or one after the other.
 
     Tong et al., "SatFusion: A Unified Framework for Enhancing Remote Sensing Images via Multi-Frame and
-    Multi-Source Images Fusion", arXiv 2510.07905. Upsampler and refinement are always built, used or not, so
-    that parameter counts and state dicts are the published ones.
+    Multi-Source Images Fusion", arXiv 2510.07905. The published model holds upsampler and refinement even where its
+    stages do not use them.
 
     Args:
         config: What the model was asked to be.
@@ -78,9 +78,9 @@ class SatFusion(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder
-        self.upsampler = Upsampler(config.hidden, config.bands, config.zoom)
+        self.upsampler = Upsampler(config.hidden, config.bands, config.zoom) if encoder or config.published else None
         self.head = head
-        self.refinement = SpectralRefinement(config.bands)
+        self.refinement = SpectralRefinement(config.bands) if (encoder and head) or config.published else None
 
     def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor | None = None) -> Fusion:
         """Fuse one batch.
@@ -97,15 +97,23 @@ class SatFusion(nn.Module):
             ValueError: If a shape is not what the model was built for.
         """
         self._check(lr, pan)
-        size = (pan.shape[-2], pan.shape[-1])
+        size = _size(pan)
         if self.encoder is None:
             ms = bilinear(_pick(lr, revisit), size)
             return self._sharpen_alone(ms, pan)
+        assert self.upsampler is not None  # an encoder never comes without it
         mfif = resize(self.upsampler(self.encoder(lr, pan)), size)
         if self.head is None:
             return Fusion(fused=mfif, mfif=mfif, msif=None)
         msif = self.head(mfif, pan)
+        assert self.refinement is not None  # nor a pair without this
         return Fusion(fused=self.refinement(mfif + msif), mfif=mfif, msif=msif)
+
+    def at_step(self, step: int) -> None:
+        """Hear, before an optimizer step in training, how many were taken."""
+        for stage in (self.encoder, self.head):
+            if stage is not None:
+                stage.at_step(step)
 
     def _sharpen_alone(self, ms: Tensor, pan: Tensor) -> Fusion:
         assert self.head is not None  # build_model makes no model without a stage
@@ -120,6 +128,13 @@ class SatFusion(nn.Module):
             raise ValueError(f"lr must be [B, R, {bands}, h, w] for {bands} bands, and is {list(lr.shape)}")
         if pan.ndim != 4 or pan.shape[1] != 1 or pan.shape[0] != lr.shape[0]:
             raise ValueError(f"pan must be [{lr.shape[0]}, 1, H, W] beside this lr, and is {list(pan.shape)}")
+        for stage in (self.encoder, self.head):
+            if stage is not None:
+                stage.check_sizes(self.config, _size(lr), _size(pan))
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]
 
 
 def _pick(lr: Tensor, revisit: Tensor | None) -> Tensor:

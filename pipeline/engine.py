@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.satfusion import Fusion
+from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data import Batch
 from pipeline.order import BatchPlan
@@ -60,7 +60,7 @@ def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
 class _AutocastModel(nn.Module):
     """Runs the network under bfloat16 autocast when asked; DeepSpeed switches off an autocast outside of it."""
 
-    def __init__(self, network: nn.Module, device_type: str, bf16: bool) -> None:
+    def __init__(self, network: SatFusion, device_type: str, bf16: bool) -> None:
         super().__init__()
         self.network = network
         self._device_type = device_type
@@ -78,7 +78,7 @@ class Engine:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: SatFusion,
         config: TrainConfig,
         plan: BatchPlan,
         world: World,
@@ -121,6 +121,10 @@ class Engine:
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             grads = [p.grad for p in self._network.parameters() if p.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+
+    def begin_step(self, step: int) -> None:
+        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        self._network.at_step(step)
 
     def step(self, learning_rate: float) -> None:
         """Count a micro-batch, and after the last of a global batch update the weights."""

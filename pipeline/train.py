@@ -58,8 +58,6 @@ class TrainResult:
     """Optimizer steps taken in all."""
     best_loss: float | None
     """Least validation loss."""
-    resumed_from: int
-    """Step this process went on from; 0 for a fresh start."""
 
 
 def run_training(config: RunConfig, report: Report | None = None) -> TrainResult:
@@ -124,10 +122,9 @@ class Trainer:
 
     def fit(self, report: Report) -> TrainResult:
         """Train to the last step, validating after each epoch and at the end."""
-        resumed_from = self.step
         if self.step >= self.total_steps:
             logger.info("the run is complete at step %d: raise train.epochs or train.max_steps to go on", self.step)
-            return TrainResult(self.step, self.best_loss, resumed_from)
+            return TrainResult(self.step, self.best_loss)
         self._announce()
         logs = RunLogs(self.run, self.world, self.config.train, self.first_step)
         try:
@@ -136,7 +133,7 @@ class Trainer:
                     self.train_epoch(self.step // self.loader.steps_per_epoch, logs, bar, report)
         finally:
             logs.close()
-        return TrainResult(self.step, self.best_loss, resumed_from)
+        return TrainResult(self.step, self.best_loss)
 
     def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
         """Train the rest of ``epoch``, then validate."""
@@ -167,6 +164,7 @@ class Trainer:
         """
         began = time.perf_counter()
         rate = learning_rate(self.step + 1, self.loader.steps_per_epoch, self.total_steps, self.config.train)
+        self.engine.begin_step(self.step)
         sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
         for micro in batch.to(self.world.device).split(self.plan.micro_batch):
             parts = fusion_loss(self.engine.forward(micro), micro.hr, self.config.loss)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import DoubleConv, check_reflectable, double_conv_names, reflect_conv
-from models.contracts import Encoder, NamePairs
+from models.contracts import Encoder, NamePairs, Size
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -21,22 +21,28 @@ class HighResNet(Encoder):
     """Encode each revisit alone, then halve their number by one shared fusion block until one is left.
 
     Deudon et al., "HighRes-net: Recursive Fusion for Multi-Frame Super-Resolution of Satellite Imagery",
-    arXiv 2002.06460. As published with SatFusion: no reference channel, no alpha mask in the fusion. Empty
-    feature maps fill the revisits up to a power of two. The block is one set of weights, so a model
-    that was built for two revisits or more takes any number of them.
+    arXiv 2002.06460. As published with SatFusion: no reference channel. Where revisits cannot all be paired, the one
+    without a partner goes on to the next level as it is, which is what the paper's mask alpha = 0 of an absent partner
+    comes to (section 3.2); the published form fuses it with empty feature maps, up to a power of two. The block is one
+    set of weights, so a model that was built for two revisits or more takes any number of them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         dropout = DROPOUT if config.dropout == "published" else 0.0
+        self.published = config.published
         self.levels = (config.revisits - 1).bit_length()
         self.encode = DoubleConv(config.bands, config.hidden, dropout)
         self.fuse = PairFusion(config.hidden, dropout) if self.levels else None
 
+    @classmethod
+    def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
+        """Refuse revisits too small to be mirrored at their border."""
+        check_reflectable(lr, "HighRes-net")
+
     def forward(self, lr: Tensor, pan: Tensor) -> Tensor:
         """Map lr [B, R, C, h, w] to features [B, D, h, w]; ``pan`` is not used."""
         batch, revisits = lr.shape[:2]
-        check_reflectable(lr, "HighRes-net")
         x = self.encode(lr.flatten(0, 1)).unflatten(0, (batch, revisits))
         if revisits == 1:
             return cast(Tensor, x.squeeze(1))
@@ -45,10 +51,13 @@ class HighResNet(Encoder):
                 f"this HighRes-net was built for a single revisit, has nothing to fuse with, and was given "
                 f"{revisits}: build it with revisits = {revisits}"
             )
-        empty = (1 << (revisits - 1).bit_length()) - revisits
-        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, empty))
+        if self.published:
+            x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, (1 << (revisits - 1).bit_length()) - revisits))
         while x.shape[1] > 1:
-            x = self.fuse(x)
+            pairs = x.shape[1] // 2
+            ahead = x.shape[1] - pairs
+            fused = self.fuse(torch.cat([x[:, :pairs], x[:, ahead:]], dim=1))
+            x = torch.cat([fused, x[:, pairs:ahead]], dim=1)
         return cast(Tensor, x.squeeze(1))
 
     def published_names(self) -> NamePairs:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.blocks import DoubleConv, check_reflectable, double_conv_names
-from models.contracts import Encoder, NamePairs
+from models.contracts import Encoder, NamePairs, Size
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -32,6 +32,11 @@ class SRCNN(Encoder):
         self.merge = DoubleConv(config.revisits * config.hidden, config.hidden, dropout)
         self.residual = DoubleConv(config.hidden, config.hidden, dropout)
 
+    @classmethod
+    def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
+        """Refuse revisits too small to be mirrored at their border."""
+        check_reflectable(lr, "SRCNN")
+
     def forward(self, lr: Tensor, pan: Tensor) -> Tensor:
         """Map lr [B, R, C, h, w] to features [B, D, h, w]; ``pan`` is not used."""
         if lr.shape[1] != self.revisits:
@@ -39,7 +44,6 @@ class SRCNN(Encoder):
                 f"this SRCNN was built for {self.revisits} revisits and was given {lr.shape[1]}: "
                 f"build it with revisits = {lr.shape[1]}"
             )
-        check_reflectable(lr, "SRCNN")
         reference = lower_median(lr).unsqueeze(1).expand_as(lr)
         # A sample's revisits are neighbours in the batch, so its channels come out revisit by revisit.
         features = self.encode(torch.cat([lr, reference], dim=2).flatten(0, 1))

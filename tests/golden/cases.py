@@ -22,12 +22,12 @@ from tests.golden import formula
 HERE = Path(__file__).parent
 
 CONFIGS = {
-    "SRCNN+None": ModelConfig("srcnn", "none"),
-    "HighResNet+None": ModelConfig("highresnet", "none"),
-    "None+PNN": ModelConfig("none", "pnn"),
-    "None+PANNet": ModelConfig("none", "pannet"),
-    "SRCNN+PNN": ModelConfig("srcnn", "pnn"),
-    "HighResNet+PANNet": ModelConfig("highresnet", "pannet"),
+    "SRCNN+None": ModelConfig("srcnn", "none", published=True),
+    "HighResNet+None": ModelConfig("highresnet", "none", published=True),
+    "None+PNN": ModelConfig("none", "pnn", published=True),
+    "None+PANNet": ModelConfig("none", "pannet", published=True),
+    "SRCNN+PNN": ModelConfig("srcnn", "pnn", published=True),
+    "HighResNet+PANNet": ModelConfig("highresnet", "pannet", published=True),
 }
 """A case for each published model; a new one is a row here."""
 
