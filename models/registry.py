@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from models.contracts import Encoder, Head, Size, Stage
 from models.encoders.highresnet import HighResNet
+from models.encoders.rams import RAMS
 from models.encoders.srcnn import SRCNN
+from models.encoders.trnet import TRNet
+from models.encoders.trnet_pan import TRNetPan
 from models.heads.pannet import PanNet
 from models.heads.pnn import PNN
 from models.satfusion import SatFusion
@@ -16,6 +19,9 @@ from models.satfusion import SatFusion
 ENCODERS: dict[str, type[Encoder]] = {
     "srcnn": SRCNN,
     "highresnet": HighResNet,
+    "rams": RAMS,
+    "trnet": TRNet,
+    "trnet_pan": TRNetPan,
 }
 HEADS: dict[str, type[Head]] = {
     "pnn": PNN,

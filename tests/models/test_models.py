@@ -95,13 +95,13 @@ def test_only_some_heads_alone_add_their_input(head: str, adds: bool) -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_dropout_is_off_unless_published(encoder: str) -> None:
+    rates = {"rams": set(), "trnet": {0.1}, "trnet_pan": {0.1}}.get(encoder, {0.5})
     off, published = small(encoder, "none"), small(encoder, "none", dropout="published")
     batch = inputs()
     assert torch.equal(off.train()(*batch).fused, off.eval()(*batch).fused)
-    assert not torch.equal(published.train()(*batch).fused, published(*batch).fused)
+    assert torch.equal(published.train()(*batch).fused, published(*batch).fused) == (not rates)
     assert torch.equal(published.eval()(*batch).fused, off(*batch).fused)
-    rates = {m.p for m in published.modules() if isinstance(m, torch.nn.Dropout)}
-    assert rates == {0.5}
+    assert {m.p for m in published.modules() if isinstance(m, torch.nn.Dropout)} == rates
 
 
 @pytest.mark.parametrize(("revisits", "rank"), [(1, 0), (4, 1), (5, 2), (8, 3)])
