@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from models.satfusion import Fusion
 from pipeline.losses import LossConfig, fusion_loss
 from pipeline.metrics import image_metrics
 from pipeline.registration import register
@@ -39,7 +40,7 @@ def main() -> None:
     config = LossConfig()
 
     def step() -> None:
-        fusion_loss(prediction, target, config).total.mean().backward()
+        fusion_loss(Fusion(prediction, None, None), target, config).total.mean().backward()
 
     print(f"{device}, {torch.get_num_threads()} threads, batch {options.batch}, 3 x {options.size} x {options.size}")
     print(f"loss, forward and backward {milliseconds(step):8.1f} ms")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.registry import ModelConfig
+from models.registry import ModelConfig, check_sizes
 from pipeline.chips import Variant, Window, chip_window, cut, training_variant, turn_and_flip
 from pipeline.config import DataConfig
 from pipeline.order import (
@@ -28,11 +28,15 @@ from pipeline.order import (
     rank_slots,
     steps_per_epoch,
 )
+from pipeline.simulate import SIMULATORS, chip_generator
 from sharding.errors import UserError
 from sharding.schema import Index, Sample, SampleEntry, ShardEntry, read_sample
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
+
+EVALUATION_DRAW = (0, 0)
+"""Seed and epoch of the revisits simulated for evaluation: every run and every evaluation sees the same."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class ChipDataset:
         Args:
             uri: Folder or s3:// prefix of the dataset.
             split: ``train``, ``val`` or ``test``.
-            config: Cache bound and augmentation.
+            config: Cache bound, augmentation and simulation.
 
         Raises:
             UserError: No index there, or no such split.
@@ -168,10 +172,10 @@ class ChipDataset:
         return other
 
     def check_fits(self, model: ModelConfig) -> None:
-        """Refuse a model of other bands or revisits than the samples hold.
+        """Refuse a model of other bands or revisits than the samples hold, or that cannot take the chips' sizes.
 
         Raises:
-            UserError: It names both numbers.
+            UserError: It names both numbers, or the size.
         """
         uri, bands = self.storage.uri, len(self.index.preparation["bands"])
         if bands != model.bands:
@@ -181,6 +185,11 @@ class ChipDataset:
                 f"model.revisits = {model.revisits}, but {uri} holds {self.revisits} revisits a sample:"
                 f" set model.revisits={self.revisits} or shard again with --revisits {model.revisits}"
             )
+        window = chip_window(0, self.scale)
+        try:
+            check_sizes(model, (window.size, window.size), (window.hr_size, window.hr_size))
+        except ValueError as error:
+            raise UserError(f"chips of {uri} do not fit: {error}") from None
 
     @property
     def num_chips(self) -> int:
@@ -212,16 +221,17 @@ class ChipDataset:
         """Return ``chip`` as evaluation sees it: its own window, unturned, the clearest revisit for heads alone."""
         clearest = self._scene(chip).meta["clearest"]
         assert isinstance(clearest, int)
-        return collate([self._cut(chip, Variant(chip_window(chip, self.scale), 0, False, clearest))])
+        unchanged = Variant(chip_window(chip, self.scale), 0, False, clearest)
+        return collate([self._cut(chip, unchanged, *EVALUATION_DRAW)])
 
     def training_chip(self, chip: int, seed: int, epoch: int) -> Batch:
         """Return ``chip`` as training sees it in ``epoch``, a batch of one."""
-        return self._cut(chip, self.variant(chip, seed, epoch))
+        return self._cut(chip, self.variant(chip, seed, epoch), seed, epoch)
 
     def _scene(self, chip: int) -> Sample:
         return self._cache.get(*self._places[chip // CHIPS_PER_SCENE])
 
-    def _cut(self, chip: int, variant: Variant) -> Batch:
+    def _cut(self, chip: int, variant: Variant, seed: int, epoch: int) -> Batch:
         scene = self._scene(chip)
         window: Window = variant.window
 
@@ -230,10 +240,15 @@ class ChipDataset:
             part = cut(whole, y, x, size).to(torch.float32) * self._step
             return turn_and_flip(part, variant.quarter_turns, variant.flip)[None]
 
+        hr = image(scene.hr, window.hr_y, window.hr_x, window.hr_size)
+        if simulator := SIMULATORS.get(self._config.simulate):
+            lr = simulator(hr[0], self.revisits, (window.size, window.size), chip_generator(seed, epoch, chip))[None]
+        else:
+            lr = image(scene.lr, window.y, window.x, window.size)
         return Batch(
-            lr=image(scene.lr, window.y, window.x, window.size),
+            lr=lr,
             pan=image(scene.pan, window.hr_y, window.hr_x, window.hr_size),
-            hr=image(scene.hr, window.hr_y, window.hr_x, window.hr_size),
+            hr=hr,
             revisit=torch.tensor([variant.revisit]),
             chips=(chip,),
         )

@@ -109,11 +109,17 @@ class Engine:
         if state is not None and state.step > 0:
             self._load_moments(state)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the fused image [B, C, H, W] with its graph, in training mode, in the forward pass's precision."""
+    def forward(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
         self._engine.train()
-        fused: Tensor = self._engine(batch.lr, batch.pan, batch.revisit)[0]
-        return fused
+        return self._run(batch)
+
+    def _run(self, batch: Batch) -> Fusion:
+        fused, *stages = self._engine(batch.lr, batch.pan, batch.revisit)
+        if len(stages) == 2:
+            return Fusion(fused, *stages)
+        # A stage alone is the result; ZeRO 3 returns it as a tensor of its own.
+        return Fusion(fused, fused if self._network.encoder else None, fused if self._network.head else None)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
@@ -138,11 +144,11 @@ class Engine:
         return self._grad_norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Return the fused image [B, C, H, W] in evaluation mode, float32."""
+    def predict(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] in evaluation mode, float32."""
         self._engine.eval()
-        fused: Tensor = self._engine(batch.lr, batch.pan, batch.revisit)[0]
-        return fused.float()
+        fused, mfif, msif = self._run(batch)
+        return Fusion(fused.float(), None if mfif is None else mfif.float(), None if msif is None else msif.float())
 
     def state(self, step: int, *, moments: bool = True) -> TrainState:
         """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""

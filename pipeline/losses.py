@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.registration import MODES, Mode, register
+from models.satfusion import Fusion
+from pipeline.registration import MODES, Mode, Registered, register
 from pipeline.similarity import spectral_cosine, ssim_map, widen
 from sharding.errors import UserError, nearest
 
 SSIM_TAPS = 5
 """Window of the SSIM loss, pixels; the metric's is wider."""
+
+Placement = Literal["fused", "staged"]
+PLACEMENTS: tuple[Placement, ...] = ("fused", "staged")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class LossConfig:
     """Weights of the loss and how a prediction is compared with its target.
 
     Raises:
-        UserError: If a weight is negative, the weights do not sum to 1, or the registration is unknown.
+        UserError: If a weight is negative, the weights do not sum to 1, or a name is unknown.
     """
 
     mse: float = 0.3
@@ -40,6 +44,11 @@ class LossConfig:
     registration: Mode = "centred"
     """How the target is shifted to the prediction: "centred", or "published" for the paper's figures."""
 
+    placement: Placement = "fused"
+    """Which image each part looks at: "fused", all at the result; "staged", the squared error at the encoder's image,
+    SSIM at the head's, the absolute error and the spectral angle at the result. A stage that is absent leaves its part
+    to the result."""
+
     bias_adjust: bool = False
     """Whether a prediction is first moved to its target's band means, which leaves its radiometry free."""
 
@@ -55,6 +64,8 @@ class LossConfig:
         if self.registration not in MODES:
             known = nearest(self.registration, MODES)
             raise UserError(f"loss.registration = {self.registration!r} is unknown{known}")
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"loss.placement = {self.placement!r} is unknown{nearest(self.placement, PLACEMENTS)}")
 
 
 class LossParts(NamedTuple):
@@ -76,7 +87,7 @@ class LossParts(NamedTuple):
     """Mean of 1 - cosine of the spectral angle, without registration, 0 to 2."""
 
     shift: Tensor
-    """Chosen (dy, dx) [B, 2], pixels."""
+    """Chosen (dy, dx) of the result [B, 2], pixels."""
 
 
 def bias_adjust(prediction: Tensor, target: Tensor) -> Tensor:
@@ -84,30 +95,42 @@ def bias_adjust(prediction: Tensor, target: Tensor) -> Tensor:
     return prediction + (target - prediction).mean(dim=(-2, -1), keepdim=True)
 
 
-def fusion_loss(prediction: Tensor, target: Tensor, config: LossConfig) -> LossParts:
+def fusion_loss(images: Fusion, target: Tensor, config: LossConfig) -> LossParts:
     """Return the loss of each sample.
 
     Half and bfloat16 images, and images under autocast, are compared in float32.
 
     Args:
-        prediction: Fused images [B, C, H, W], reflectance.
+        images: What the network returned, images [B, C, H, W], reflectance.
         target: High-resolution images of the same shape.
-        config: Weights and registration.
+        config: Weights, placement and registration.
 
     Raises:
         UserError: If the images are smaller than 11 px.
         ValueError: If the shapes differ.
     """
-    with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target = widen(prediction), widen(target)
-        if config.bias_adjust:
-            prediction = bias_adjust(prediction, target)
+    with torch.autocast(target.device.type, enabled=False):
+        target = widen(target)
+        prediction = _prepare(images.fused, target, config)
         pair = register(prediction, target, config.registration)
-        difference = pair.prediction - pair.target
-        similarity = ssim_map(pair.prediction, pair.target, SSIM_TAPS, mirror=True, epsilon=1e-12)
-        mse = difference.square().mean(dim=(1, 2, 3))
-        mae = difference.abs().mean(dim=(1, 2, 3))
+        of_encoder = _pair_of(images.mfif, images, pair, target, config)
+        of_head = _pair_of(images.msif, images, pair, target, config)
+        similarity = ssim_map(of_head.prediction, of_head.target, SSIM_TAPS, mirror=True, epsilon=1e-12)
+        mse = (of_encoder.prediction - of_encoder.target).square().mean(dim=(1, 2, 3))
+        mae = (pair.prediction - pair.target).abs().mean(dim=(1, 2, 3))
         ssim = ((1 - similarity) / 2).clamp(0, 1).mean(dim=(1, 2, 3))
         sam = (1 - spectral_cosine(prediction, target)).mean(dim=(1, 2))
         total = config.mse * mse + config.mae * mae + config.ssim * ssim + config.sam * sam
     return LossParts(total, mse, mae, ssim, sam, pair.shift)
+
+
+def _prepare(image: Tensor, target: Tensor, config: LossConfig) -> Tensor:
+    image = widen(image)
+    return bias_adjust(image, target) if config.bias_adjust else image
+
+
+def _pair_of(image: Tensor | None, images: Fusion, fused: Registered, target: Tensor, config: LossConfig) -> Registered:
+    """Register a stage's image by itself where the loss is staged; where it is not, or is the result, take that."""
+    if config.placement == "fused" or image is None or image is images.fused:
+        return fused
+    return register(_prepare(image, target, config), target, config.registration)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.registry import build_model
+from models.satfusion import Fusion
 from pipeline.checkpoint import (
     Checkpoint,
     Position,
@@ -203,13 +204,13 @@ class Trainer:
         panels: dict[int, Image] = {}
         for batch, counts in evaluation_batches(self.val_set, self.world.rank, self.world.size):
             there = batch.to(self.world.device)
-            fused = self.engine.predict(there)
+            images = self.engine.predict(there)
             if not counts:
                 continue
             chip = batch.chips[0]
-            rows[chip] = evaluation_row(fused, there, self.config)
+            rows[chip] = evaluation_row(images, there, self.config)
             if chip < self.config.output.panels:
-                panels[chip] = panel(batch, fused, self.val_set.chip_id(chip))
+                panels[chip] = panel(batch, images.fused, self.val_set.chip_id(chip))
         for drawn in self.world.gather_objects(panels):
             for chip, image in drawn.items():
                 logs.panel(self.step, f"val/{chip}", image)
@@ -292,10 +293,10 @@ class Trainer:
         )
 
 
-def evaluation_row(fused: Tensor, batch: Batch, config: RunConfig) -> list[float]:
+def evaluation_row(images: Fusion, batch: Batch, config: RunConfig) -> list[float]:
     """Return the values of VAL_TAGS for a batch of one chip."""
-    loss = fusion_loss(fused, batch.hr, config.loss).total
-    metrics = image_metrics(fused, batch.hr, config.loss.registration)
+    loss = fusion_loss(images, batch.hr, config.loss).total
+    metrics = image_metrics(images.fused, batch.hr, config.loss.registration)
     return [loss.item(), *(metrics[tag.removeprefix("val/")].item() for tag in VAL_TAGS[1:])]
 
 
@@ -365,6 +366,7 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
             "train.seed": config.train.seed,
             "train.global_batch": config.train.global_batch,
             "data.shuffle_window": config.data.shuffle_window,
+            "data.simulate": config.data.simulate,
             "index of the dataset": digest[:12],
         }
 

@@ -21,7 +21,7 @@ def test_ten_steps(pair: str, name: str) -> None:
     losses = []
     for step in range(cases.TRAINING_STEPS):
         lr, pan, hr = cases.training_batch(step, dtype)
-        loss = fusion_loss(model(lr, pan).fused, hr, cases.TRAINING_LOSS).total.mean()
+        loss = fusion_loss(model(lr, pan), hr, cases.TRAINING_LOSS).total.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
