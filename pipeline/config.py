@@ -15,6 +15,7 @@ from typing import Any
 
 from models.registry import ModelConfig
 from pipeline.losses import LossConfig
+from pipeline.simulate import MODES as SIMULATIONS
 from sharding.errors import UserError, nearest
 
 
@@ -28,6 +29,9 @@ class DataConfig:
     """Training rotates by a random quarter turn and flips; keyed by (seed, epoch, chip)."""
     random_windows: bool = False
     """Training replaces each chip's window by a random one of the same scene and size."""
+    simulate: str = "off"
+    """``sensor`` or ``shifts`` make the revisits from the target (`pipeline.simulate`) in training, validation and
+    test, as the published training does; ``off`` takes those of the dataset."""
     shuffle_window: int = 16
     """Shards whose chips are shuffled together, >= 1."""
     cache_mib: int = 4096
@@ -41,6 +45,7 @@ class DataConfig:
         """Refuse values that cannot work."""
         for name in ("shuffle_window", "prefetch_batches", "loader_threads"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number from 1 up")
+        require_one_of("data.simulate", self.simulate, SIMULATIONS)
         require(self.cache_mib >= 0, "data.cache_mib", self.cache_mib, "a whole number from 0 up")
 
 
