@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.contracts import NamePairs
-from models.registry import build_model
+from models.registry import ModelConfig, all_pairs, build_model
 from models.satfusion import SatFusion
 
 PREFIX = "backbone."
 """What a published training checkpoint puts before the model's names."""
+
+BARE, PREFIXED = "backbone_state_dict", "state_dict"
+"""Where such a checkpoint holds a state dict, without the prefix and with it."""
 
 REGISTRATION = "shifter."
 """Constants of the published loss that the same checkpoint holds; no part of the model."""
@@ -46,7 +52,7 @@ def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If a name is missing or left over, or a shape is not the model's; nothing is then loaded.
     """
-    given = {name.removeprefix(PREFIX): value for name, value in state.items() if not name.startswith(REGISTRATION)}
+    given = _bare(state)
     names = _names(model)
     idle = _idle(model)
     known = {**dict(names), **idle}
@@ -76,6 +82,58 @@ def _refuse(verb: str, names: Sequence[str]) -> None:
     if names:
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(f"the published state dict {verb} {', '.join(names[:3])}{rest}")
+
+
+def read_published(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict of a published checkpoint; nothing in the file is executed.
+
+    The file holds the state dict itself, or it under ``backbone_state_dict`` or ``state_dict`` as Lightning writes it.
+
+    Raises:
+        ValueError: If there is no such file, it is not PyTorch's, it holds more than tensors and plain values, or
+            no state dict.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(_why_unreadable(path, error)) from None
+    if isinstance(content, dict):
+        content = content.get(BARE, content.get(PREFIXED, content))
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict, neither bare nor under {BARE} or {PREFIXED}")
+    return content
+
+
+def _why_unreadable(path: str | Path, error: Exception) -> str:
+    if not zipfile.is_zipfile(path):
+        return f"{path} is cut short, or not a checkpoint of tensors that torch.save wrote"
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"{path} is damaged: {str(error).splitlines()[0]}"
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return (
+        f"{path} holds pickled code ({', '.join(foreign[:3]) or 'of an unknown kind'}), which is not run: where you "
+        f"trust it, save its {PREFIXED} alone with torch.save and give that file"
+    )
+
+
+def identify(state: Mapping[str, Tensor], config: ModelConfig) -> str | None:
+    """Return the ``ENCODER+HEAD`` whose published form, otherwise as ``config``, has just the names of ``state``."""
+    given = set(_bare(state))
+    for encoder, head in all_pairs():
+        try:
+            with torch.device("meta"):
+                model = build_model(replace(config, encoder=encoder, head=head, published=True))
+        except ValueError:
+            continue
+        if {theirs for theirs, _ in _names(model)} == given:
+            return f"{encoder}+{head}"
+    return None
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if not name.startswith(REGISTRATION)}
 
 
 def _twin(model: SatFusion) -> SatFusion:

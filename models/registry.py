@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ HEADS: dict[str, type[Head]] = {
 }
 ABSENT = "none"
 """The name of a stage that a model does without."""
+
+ALIASES = {"psit": "innformer"}
+"""Published names that are not ours, in lower case."""
 
 DROPOUTS = ("off", "published")
 
@@ -87,6 +91,26 @@ class ModelConfig:
             )
         for stage in stages(self):
             stage.check_config(self)
+
+
+def parse_pair(text: str) -> tuple[str, str]:
+    """Return encoder and head of ``ENCODER+HEAD``, in our names or the published ones, whatever their case.
+
+    Raises:
+        ValueError: If it has no plus sign, or a name is unknown.
+    """
+    encoder, plus, head = (ALIASES.get(part, part) for part in text.strip().lower().partition("+"))
+    if not plus:
+        raise ValueError(f"{text!r} is no model: it must be ENCODER+HEAD, for example {next(iter(ENCODERS))}+{ABSENT}")
+    _check_name("encoder", encoder, (*ENCODERS, ABSENT))
+    _check_name("head", head, (*HEADS, ABSENT))
+    return encoder, head
+
+
+def all_pairs() -> list[tuple[str, str]]:
+    """Return (encoder, head) of every model there is: each stage alone, and each encoder with each head."""
+    everything = itertools.product((ABSENT, *ENCODERS), (ABSENT, *HEADS))
+    return [pair for pair in everything if pair != (ABSENT, ABSENT)]
 
 
 def stages(config: ModelConfig) -> list[type[Stage]]:

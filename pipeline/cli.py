@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Evaluation
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,10 +25,17 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="measure a checkpoint on a split",
         description="Print metrics, raw and bias-adjusted, beside two baselines; write CSVs and panels to the run.",
     )
-    evaluate.add_argument("run_uri", metavar="RUN", help="run folder, local or s3://")
+    evaluate.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
-    evaluate.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    evaluate.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
     evaluate.add_argument("--data", default="", metavar="URI", help="dataset, if it is not the run's own")
+    evaluate.add_argument(
+        "--published-checkpoint", type=Path, metavar="FILE", help="weights of the published code, instead of a RUN"
+    )
+    evaluate.add_argument("--model", metavar="ENCODER+HEAD", help="what FILE holds, for example trnet_pan+u2net")
+    evaluate.add_argument(
+        "--output", metavar="URI", help="where FILE's figures go (default: evaluation; a run's go to the run)"
+    )
     evaluate.add_argument("--registration", default="centred", choices=("centred", "published"))
     evaluate.add_argument("--panels", type=int, default=9, metavar="N", help="chips drawn as PNG (default 9)")
     evaluate.set_defaults(run=_evaluate)
@@ -63,19 +74,48 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     if args.panels < 0:
         raise UserError(f"--panels = {args.panels} is out of range: it must be 0 or more")
+    result = _evaluate_published(args) if args.published_checkpoint else _evaluate_run(args)
+    print(result.table())
+    print(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
+    return 0
+
+
+def _evaluate_run(args: argparse.Namespace) -> Evaluation:
     from pipeline.evaluate import evaluate_run
 
-    result = evaluate_run(
+    if args.run_uri is None:
+        raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE")
+    for option in ("model", "output"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} belongs to --published-checkpoint: a run knows its own")
+    return evaluate_run(
         args.run_uri,
         args.split,
-        args.checkpoint,
+        args.checkpoint or "best",
         data_uri=args.data,
         registration=args.registration,
         panels=args.panels,
     )
-    print(result.table())
-    print(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
-    return 0
+
+
+def _evaluate_published(args: argparse.Namespace) -> Evaluation:
+    from pipeline.evaluate import evaluate_published
+
+    if args.run_uri is not None or args.checkpoint is not None:
+        given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
+        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is no run")
+    for option in ("model", "data"):
+        if not getattr(args, option):
+            raise UserError(f"--published-checkpoint needs --{option} {'ENCODER+HEAD' if option == 'model' else 'URI'}")
+    return evaluate_published(
+        args.published_checkpoint,
+        args.model,
+        args.data,
+        args.split,
+        args.output or "evaluation",
+        registration=args.registration,
+        panels=args.panels,
+    )
 
 
 def _monitor(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.registry import build_model
+from models.published import identify, load_published, read_published
+from models.registry import ModelConfig, build_model, parse_pair
 from pipeline.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
+from pipeline.config import DataConfig
 from pipeline.data import Batch, ChipDataset, evaluation_batches
 from pipeline.metrics import ADJUSTED, METRICS, image_metrics
 from pipeline.order import CHIPS_PER_SCENE
@@ -88,17 +91,86 @@ def evaluate_run(
     run = open_storage(uri)
     checkpoint = read_checkpoint(run, select_checkpoint(run, which))
     network = load_network(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device).eval()
-    dataset = ChipDataset(data_uri or checkpoint.config.data.uri, split, checkpoint.config.data)
+    dataset = _open_split(data_uri or checkpoint.config.data.uri, split, checkpoint.config.data)
+    dataset.check_fits(checkpoint.config.model)
+    name = _folder_name(checkpoint.name, dataset, registration)
+    digest = dataset.index.digest
+    if digest != checkpoint.position.index_digest:
+        logger.warning(
+            "%s is not the dataset that %s was trained on: its %s AOIs may be among the trained ones",
+            dataset.storage.uri,
+            checkpoint.name,
+            dataset.split,
+        )
+        name += f"-{digest[:8]}"
+    return _measure(network, dataset, checkpoint.name, run.child(f"evaluation/{name}"), registration, panels)
+
+
+def evaluate_published(
+    path: Path,
+    pair: str,
+    data_uri: str,
+    split: str,
+    output: str,
+    *,
+    registration: Mode = "centred",
+    panels: int = 9,
+) -> Evaluation:
+    """Evaluate a checkpoint of the published code, and write the figures below the folder ``output``.
+
+    Bands and revisits are the dataset's; width and zoom the published ones.
+
+    Args:
+        path: The file, see `models.published.read_published`.
+        pair: ``ENCODER+HEAD``.
+        data_uri: Dataset.
+        split: Split of the dataset.
+        output: Folder or s3:// prefix.
+        registration: ``centred`` or ``published``.
+        panels: Chips drawn as PNG, the first ones of the split.
+
+    Raises:
+        UserError: The file is unreadable, of another model, or holds pickled code; no such model or dataset.
+    """
+    dataset = _open_split(data_uri, split, DataConfig())
+    bands = len(dataset.index.preparation["bands"])
+    try:
+        encoder, head = parse_pair(pair)
+        config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
+        state = read_published(path)
+        network = build_model(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    dataset.check_fits(config)
+    try:
+        load_published(network, state)
+    except ValueError as error:
+        known = identify(state, config)
+        advice = f"; it is one of {known}" if known and known != f"{encoder}+{head}" else ""
+        raise UserError(
+            f"{path} does not fit {encoder}+{head} at {dataset.revisits} revisits: {error}{advice}"
+        ) from None
+    folder = open_storage(output).child(_folder_name(path.stem, dataset, registration))
+    return _measure(network, dataset, path.name, folder, registration, panels)
+
+
+def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
+    dataset = ChipDataset(uri, split, config)
     if dataset.num_chips == 0:
         raise UserError(f"split {split!r} of {dataset.storage.uri} is empty: name another with --split")
-    dataset.check_fits(checkpoint.config.model)
-    folder = run.child(f"evaluation/{_folder_name(checkpoint, dataset, registration)}")
+    return dataset
+
+
+def _measure(
+    network: nn.Module, dataset: ChipDataset, name: str, folder: Storage, registration: Mode, panels: int
+) -> Evaluation:
+    """Run the split through the network, and write rows and panels into ``folder``, emptied first."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device).eval()
     for stored in folder.list():
         folder.delete(stored.key)
     rows: list[dict[str, object]] = []
-    with progress(dataset.num_chips, f"evaluating {checkpoint.name}", "chip") as bar:
+    with progress(dataset.num_chips, f"evaluating {name}", "chip") as bar:
         for number, (batch, _) in enumerate(evaluation_batches(dataset)):
             batch = batch.to(device)
             with torch.no_grad():
@@ -112,27 +184,16 @@ def evaluate_run(
             if number < panels:
                 _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
             bar.update()
-    result = Evaluation(checkpoint.name, split, registration, rows, folder.uri)
+    result = Evaluation(name, dataset.split, registration, rows, folder.uri)
     _write_csvs(folder, rows)
     folder.write("table.txt", result.table().encode())
     return result
 
 
-def _folder_name(checkpoint: Checkpoint, dataset: ChipDataset, registration: Mode) -> str:
+def _folder_name(checkpoint: str, dataset: ChipDataset, registration: Mode) -> str:
     """Name what was measured: split and checkpoint, and what is not as usual."""
-    name = f"{dataset.split}-{checkpoint.name}"
-    if registration != "centred":
-        name += f"-{registration}"
-    digest = dataset.index.digest
-    if digest != checkpoint.position.index_digest:
-        logger.warning(
-            "%s is not the dataset that %s was trained on: its %s AOIs may be among the trained ones",
-            dataset.storage.uri,
-            checkpoint.name,
-            dataset.split,
-        )
-        name += f"-{digest[:8]}"
-    return name
+    name = f"{dataset.split}-{checkpoint}"
+    return name if registration == "centred" else f"{name}-{registration}"
 
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from models.published import load_published, to_published
+from models.published import identify, load_published, read_published, to_published
 from models.registry import ModelConfig, build_model
 
 SMALL = ModelConfig("highresnet", "pannet", bands=2, revisits=5, hidden=8)
@@ -41,3 +44,72 @@ def test_missing_and_left_over_names_are_named() -> None:
     with pytest.raises(ValueError, match=r"upsample\.1\.bias of shape \[3\] where this model needs \[2\]"):
         load_published(model, state | {"MISR.sr.upsample.1.bias": torch.zeros(3)})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_idle_parameters_are_passed_over_and_written_as_zeros() -> None:
+    config = ModelConfig("highresnet", "none", hidden=8)
+    published, ours = build_model(replace(config, published=True)), build_model(config)
+    state = to_published(published)
+    assert ours.refinement is None
+    load_published(ours, state)
+    written = to_published(ours)
+    assert list(written) == list(state)
+    for name, value in state.items():
+        expected = torch.zeros_like(value) if name.startswith("color_correct") else value
+        assert torch.equal(written[name], expected), name
+
+
+@pytest.mark.parametrize("wrapping", ["bare", "state_dict", "backbone_state_dict"])
+def test_a_file_is_read_however_it_was_saved(wrapping: str, tmp_path: Path) -> None:
+    state = to_published(build_model(SMALL))
+    prefixed = {f"backbone.{name}": value for name, value in state.items()}
+    content: dict[str, object] = {
+        "bare": dict(state),
+        "state_dict": {"epoch": 3, "optimizer_states": [{"lr": 0.1}], "state_dict": prefixed},
+        "backbone_state_dict": {"backbone_state_dict": state, "config": {"scale": 3}},
+    }[wrapping]
+    torch.save(content, tmp_path / "weights.ckpt")
+    copy = build_model(SMALL)
+    load_published(copy, read_published(tmp_path / "weights.ckpt"))
+    assert all(torch.equal(value, state[name]) for name, value in to_published(copy).items())
+
+
+class Malicious:
+    """Pickles into a call that writes a file when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.write_text, (self.target, "executed")
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Malicious(tmp_path / "executed")}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt holds pickled code \(.*pathlib.+\), which is not run"):
+        read_published(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.pt cannot be read: No such file"):
+        read_published(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("weights")
+    with pytest.raises(ValueError, match=r"text\.pt is cut short, or not a checkpoint"):
+        read_published(tmp_path / "text.pt")
+    torch.save({"epoch": 1}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="holds no state dict, neither bare nor under"):
+        read_published(tmp_path / "empty.pt")
+    torch.save(to_published(build_model(SMALL)), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pt is cut short"):
+        read_published(tmp_path / "cut.pt")
+
+
+def test_a_state_dict_is_recognised_by_its_names() -> None:
+    for encoder, head in (("srcnn", "pnn"), ("none", "pannet"), ("highresnet", "none")):
+        config = ModelConfig(encoder, head, revisits=5)
+        state = {f"backbone.{name}": value for name, value in to_published(build_model(config)).items()}
+        assert identify(state, SMALL) == f"{encoder}+{head}"
+    assert identify({"other": torch.zeros(1)}, SMALL) is None

@@ -9,11 +9,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.config import RunConfig
+from models.published import to_published
+from pipeline.config import DataConfig, RunConfig
+from pipeline.data import ChipDataset
+from pipeline.metrics import image_metrics
 from pipeline.train import run_training
 from pipeline.world import World
+from tests.command import column
 from tests.conftest import S3
+from tests.golden import cases
 
 
 def satfusion(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -45,6 +51,10 @@ def refused(*arguments: str, environment: Mapping[str, str] | None = None) -> st
         (["train", "srcnn_pnn"], ["data.uri is empty"]),
         (["evaluate", "{tmp}", "--checkpoint", "best"], ["has no checkpoint 'best'", "none yet"]),
         (["train", "{tmp}/binary.toml"], ["binary.toml", "neither a file nor a recipe"]),
+        (["evaluate"], ["needs the run folder RUN, or --published-checkpoint FILE"]),
+        (["evaluate", "{tmp}", "--model", "srcnn+pnn"], ["--model belongs to --published-checkpoint"]),
+        (["evaluate", "--published-checkpoint", "f.pt", "--data", "{tmp}"], ["needs --model ENCODER+HEAD"]),
+        (["evaluate", "{tmp}", "--published-checkpoint", "f.pt"], ["RUN", "exclude each other"]),
         (["monitor", "{tmp}"], ["holds no events/", "run folder"]),
     ],
 )
@@ -97,3 +107,43 @@ def test_a_store_that_refuses(change: dict[str, str], bucket: str, words: list[s
     for word in words:
         assert word in sentence
     assert environment["AWS_SECRET_ACCESS_KEY"] not in sentence
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file as the published training writes it, of SRCNN+PNN at full width with the golden weights."""
+    file = tmp_path_factory.mktemp("published") / "srcnn_pnn.ckpt"
+    state = {f"backbone.{name}": value for name, value in to_published(cases.golden_model("SRCNN+PNN")).items()}
+    torch.save({"epoch": 19, "global_step": 7780, "state_dict": state}, file)
+    return file
+
+
+def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tmp_path: Path) -> None:
+    options = ["--published-checkpoint", str(weights), "--data", dataset_uri, "--output", str(tmp_path)]
+    ended = satfusion("evaluate", *options, "--model", "SRCNN+PNN", "--panels", "1")
+    assert ended.returncode == 0, ended.stderr
+    folder = tmp_path / "test-srcnn_pnn"
+    assert {path.name for path in folder.iterdir()} == {"chips.csv", "aois.csv", "table.txt", "panel-000.png"}
+    batch = ChipDataset(dataset_uri, "test", DataConfig()).evaluation_batch(0)
+    with torch.no_grad():
+        fused = cases.golden_model("SRCNN+PNN").eval()(batch.lr, batch.pan).fused
+    first = column(folder, "mse", "chips.csv")[0]
+    assert float(first) == pytest.approx(image_metrics(fused, batch.hr)["mse"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("srcnn+panet", ["head = 'panet' is unknown; did you mean 'pannet'"]),
+        ("srcnn", ["'srcnn' is no model: it must be ENCODER+HEAD"]),
+        ("srcnn+pannet", ["does not fit srcnn+pannet", "lacks Sharpening.blockSharp", "it is one of srcnn+pnn"]),
+    ],
+)
+def test_a_published_checkpoint_of_another_model_is_refused(
+    model: str, words: list[str], weights: Path, dataset_uri: str, tmp_path: Path
+) -> None:
+    options = ["--data", dataset_uri, "--output", str(tmp_path / "figures"), "--model", model]
+    sentence = refused("evaluate", "--published-checkpoint", str(weights), *options)
+    for word in words:
+        assert word in sentence
+    assert not (tmp_path / "figures").exists()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from models.registry import ModelConfig
 from pipeline.chips import chip_window, training_variant, turn_and_flip
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, SceneCache, TrainLoader, collate, evaluation_batches
@@ -155,3 +157,13 @@ def test_a_uri_without_an_index_is_refused(tmp_path: Path) -> None:
         ChipDataset(str(tmp_path), "train", DataConfig())
     with pytest.raises(UserError, match=r"data\.uri is empty"):
         ChipDataset("", "train", DataConfig())
+
+
+def test_chips_of_a_size_that_a_model_cannot_take_are_refused(dataset_uri: str) -> None:
+    dataset = ChipDataset(dataset_uri, "train", DataConfig())
+    published = ModelConfig("none", "arconv", published=True)
+    dataset.check_fits(published)
+    dataset.scale = 2.5
+    with pytest.raises(UserError, match=r"chips of .+ do not fit: .+125"):
+        dataset.check_fits(published)
+    dataset.check_fits(replace(published, published=False))
