@@ -13,6 +13,7 @@ from models.encoders.rams import RAMS
 from models.encoders.srcnn import SRCNN
 from models.encoders.trnet import TRNet
 from models.encoders.trnet_pan import TRNetPan
+from models.heads.arconv import ARConv
 from models.heads.pannet import PanNet
 from models.heads.pnn import PNN
 from models.satfusion import SatFusion
@@ -27,6 +28,7 @@ ENCODERS: dict[str, type[Encoder]] = {
 HEADS: dict[str, type[Head]] = {
     "pnn": PNN,
     "pannet": PanNet,
+    "arconv": ARConv,
 }
 ABSENT = "none"
 """The name of a stage that a model does without."""

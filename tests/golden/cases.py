@@ -31,6 +31,8 @@ CONFIGS = {
     "None+PANNet": ModelConfig("none", "pannet", published=True),
     "SRCNN+PNN": ModelConfig("srcnn", "pnn", published=True),
     "HighResNet+PANNet": ModelConfig("highresnet", "pannet", published=True),
+    "None+ARConv": ModelConfig("none", "arconv", published=True),
+    "TRNet_pan+ARConv": ModelConfig("trnet_pan", "arconv", published=True),
 }
 """A case for each published model; a new one is a row here."""
 
@@ -74,7 +76,7 @@ def load(name: str) -> dict[str, np.ndarray]:
 def golden_model(case: str, dtype: torch.dtype = torch.float32, **changes: int | str) -> SatFusion:
     """Build a case's model with the formula's weights, dropout off; ``changes`` alter its configuration."""
     model = build_model(replace(CONFIGS[case], **changes)).to(dtype)
-    state = {name: weight(name, value) for name, value in to_published(model).items()}
+    state = {n: weight(n, v) if v.is_floating_point() else v for n, v in to_published(model).items()}
     load_published(model, state)
     return model
 

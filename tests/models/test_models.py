@@ -39,7 +39,8 @@ def test_the_output_lies_on_the_grid_of_pan(encoder: str, head: str, pan: tuple[
 
 @pytest.mark.parametrize(("encoder", "head"), STAGES)
 def test_samples_do_not_mix(encoder: str, head: str) -> None:
-    model = small(encoder, head).double()
+    # Evaluation, since batch norms mix the samples in training, as they should.
+    model = small(encoder, head).double().eval()
     lr, pan = (x.double() for x in inputs())
     both = model(lr, pan).fused
     alone = torch.cat([model(lr[:1], pan[:1]).fused, model(lr[1:], pan[1:]).fused])
@@ -50,7 +51,8 @@ def test_samples_do_not_mix(encoder: str, head: str) -> None:
 def test_every_parameter_gets_a_gradient(encoder: str, head: str) -> None:
     model = small(encoder, head)
     model(*inputs()).fused.square().sum().backward()
-    idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    # Of the kernels of an adaptive convolution a forward pass takes one.
+    idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None and ".convs." not in name}
     assert not idle
 
 
