@@ -15,6 +15,7 @@ from torch.nn import functional
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data import Batch
+from pipeline.idle import IdleParameters
 from pipeline.order import BatchPlan
 from pipeline.world import World
 
@@ -106,8 +107,10 @@ class Engine:
             model=model, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
         )
         self._grad_norm = 0.0
+        self._make_moments(state.step if state is not None else 0)
         if state is not None and state.step > 0:
             self._load_moments(state)
+        self._idle = IdleParameters(network.parameters(), self._adam, self._local_views)
 
     def forward(self, batch: Batch) -> Fusion:
         """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
@@ -136,7 +139,13 @@ class Engine:
         """Count a micro-batch, and after the last of a global batch update the weights."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if boundary:
+            self._idle.begin()
+            if self._stage == 3:
+                # Where no new gradient comes, ZeRO 3 would take this step's for the next one's.
+                self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     @property
     def grad_norm(self) -> float:
@@ -170,14 +179,16 @@ class Engine:
                 gathered[name][moment] = value.detach().cpu().clone().reshape(weights[name].shape)
         return TrainState(weights, gathered, step)
 
-    def _load_moments(self, state: TrainState) -> None:
+    def _make_moments(self, step: int) -> None:
         # The inner Adam makes its state at its first step; ours must stand there before that.
         for flat in self._flat_parameters():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self._adam.state[flat] = {"step": torch.tensor(float(state.step)), **zeros}
+            self._adam.state[flat] = {"step": torch.tensor(float(step)), **zeros}
         if self._stage in (1, 2):
             # Tells each parameter where its moments lie; DeepSpeed does it after its first step.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _load_moments(self, state: TrainState) -> None:
         for name, parameter in self._network.named_parameters():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, state.moments[name][moment].to(self._device))
@@ -187,6 +198,15 @@ class Engine:
         if self._stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [flat for group in self._adam.param_groups for flat in group["params"]]
+
+    def _local_views(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return this rank's parts of a parameter's fp32 weight and moments, in place; none where it has no part."""
+        if self._stage == 0:
+            return [parameter.detach(), *(self._adam.state[parameter][moment] for moment in MOMENTS)]
+        if self._stage == 3:
+            return [self._engine.optimizer.get_local_fp32_param(parameter, key) for key in (None, *MOMENTS)]
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+        return [] if fragment is None else [fragment.get_hp_fragment(key) for key in (None, *MOMENTS)]
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
         from deepspeed import utils
