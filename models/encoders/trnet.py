@@ -24,10 +24,10 @@ PAN_FEATURES = 3
 DROPOUT = 0.1
 PUBLISHED_SIZE = (50, 50)
 
-MAX_SEQUENCES = 1 << 14
-"""Sequences that one call of the attention kernel is given: flash attention on CUDA refuses more than 65,535
-(github.com/pytorch/pytorch/issues/146704), and its backward pads the queries of each to 128 x 32 floats a head, so that
-already these take 2 GiB for a moment."""
+MAX_SEQUENCES = 1 << 13
+"""Sequences, one a pixel, that go through the transformer together. Flash attention on CUDA refuses more than 65,535
+(github.com/pytorch/pytorch/issues/146704), and its backward pads the queries of each to 128 x 32 floats a head: 1 GiB
+for these. On CPU fewer at a time are faster, for their tensors are not returned to the system in between."""
 
 
 class TRNet(Encoder):
@@ -88,12 +88,16 @@ class RevisitFusion(nn.Module):
         x = self.encode(lr.flatten(0, 1)).unflatten(0, (batch, revisits))
         x = x.permute(0, 3, 4, 1, 2).flatten(0, 2)
         x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.gather(part) for part in torch.split(x, MAX_SEQUENCES)])
+        x = x.reshape(batch, height, width, WIDTH).permute(0, 3, 1, 2)
+        return cast(Tensor, self.act(self.conv(x)))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Map sequences [N, 1 + R, 64] to their tokens after the transformer, [N, 1, 64]."""
         for layer in self.layers[:-1]:
             x = layer(x)
         # Of the last layer nothing but the token is kept, so nothing else is made.
-        x = self.layers[-1](x, kept=1)
-        x = x.reshape(batch, height, width, WIDTH).permute(0, 3, 1, 2)
-        return cast(Tensor, self.act(self.conv(x)))
+        return cast(Tensor, self.layers[-1](x, kept=1))
 
 
 class RevisitEncoder(nn.Module):
@@ -157,8 +161,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, kept: int | None = None) -> Tensor:
         """Map [N, T, 64] to what the first ``kept`` positions, or all of them, find in it."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        found = attend(q[:, :, :kept], k, v).flatten(2)
-        return cast(Tensor, self.dropout(self.out(found)))
+        found = F.scaled_dot_product_attention(q[:, :, :kept], k, v, scale=WIDTH**-0.5)
+        return cast(Tensor, self.dropout(self.out(found.transpose(1, 2).flatten(2))))
 
 
 class PanToken(nn.Module):
@@ -175,13 +179,6 @@ class PanToken(nn.Module):
         """Map [B, 3, h, w] to tokens [B h w, 1, 64], row after row."""
         x = self.project(features).permute(0, 2, 3, 1).reshape(-1, 1, WIDTH)
         return cast(Tensor, self.linear2(F.gelu(self.linear1(self.norm(x)))))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return what the queries q [N, heads, Q, 8] find in k and v [N, heads, T, 8], as [N, Q, heads, 8]."""
-    parts = zip(*(torch.split(x, MAX_SEQUENCES) for x in (q, k, v)), strict=True)
-    found = [F.scaled_dot_product_attention(q, k, v, scale=WIDTH**-0.5) for q, k, v in parts]
-    return torch.cat([part.transpose(1, 2) for part in found])
 
 
 def dropout_rate(config: ModelConfig) -> float:
