@@ -1,4 +1,4 @@
-"""The verbs of one run: train, evaluate, monitor."""
+"""The verbs of one run: train, evaluate, monitor, models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``train``, ``evaluate`` and ``monitor`` to the command."""
+    """Add ``train``, ``evaluate``, ``monitor`` and ``models`` to the command."""
     train = verbs.add_parser(
         "train", help="train in this process group", description="Train alone, or in each process under torchrun."
     )
@@ -48,6 +48,23 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     monitor.add_argument("--port", type=int, default=6006)
     monitor.add_argument("--refresh", type=float, default=5.0, metavar="SECONDS", help="pause between looks at s3://")
     monitor.set_defaults(run=_monitor)
+
+    models = verbs.add_parser(
+        "models",
+        help="list every model with its cost",
+        description="List every encoder, head and pair with parameters, operations and activation memory for a chip.",
+    )
+    for option, default, what in (
+        ("revisits", 8, "revisits a sample"),
+        ("bands", 3, "bands"),
+        ("hidden", 128, "width of the encoder's features"),
+        ("zoom", 2, "factor of the pixel shuffle"),
+        ("lr-size", 50, "side of a revisit, px"),
+        ("hr-size", 156, "side of PAN and of the result, px"),
+    ):
+        models.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"{what} (default {default})")
+    models.add_argument("--markdown", action="store_true", help="print the page docs/models.md")
+    models.set_defaults(run=_models)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,3 +141,26 @@ def _monitor(args: argparse.Namespace) -> int:
     from pipeline.monitor import monitor
 
     return monitor(args.uris, args.host, args.port, args.refresh)
+
+
+def _models(args: argparse.Namespace) -> int:
+    from models.registry import ModelConfig
+    from pipeline import catalogue
+
+    for option in ("lr_size", "hr_size"):
+        if getattr(args, option) < 1:
+            raise UserError(
+                f"--{option.replace('_', '-')} = {getattr(args, option)} is out of range: 1 px is the least"
+            )
+    try:
+        like = ModelConfig(bands=args.bands, revisits=args.revisits, hidden=args.hidden, zoom=args.zoom)
+        entries = catalogue.catalogue(like, args.lr_size, args.hr_size)
+        if args.markdown:
+            print(catalogue.as_markdown(list(entries), args.lr_size, args.hr_size), end="")
+            return 0
+        print(catalogue.as_text(catalogue.HEADINGS))
+        for entry in entries:
+            print(catalogue.as_text(catalogue.cells(entry)), flush=True)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return 0

@@ -1,0 +1,69 @@
+"""What a model costs: parameters, floating-point operations and the memory of its activations, without computing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.contracts import Size
+from models.registry import ModelConfig, build_model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one chip."""
+
+    parameters: int
+    """Trainable parameters, each counted once."""
+
+    flops: int
+    """Floating-point operations of a forward pass: two a multiply-add, of convolutions, matrix products, attention
+    and scans; what works element by element is left out."""
+
+    activation_bytes: int
+    """Bytes that a forward pass in float32 keeps for the backward pass, beside the parameters."""
+
+
+def cost(config: ModelConfig, lr: Size, pan: Size) -> Cost:
+    """Return the cost of one sample; shapes alone are worked with, so it takes no memory and hardly any time.
+
+    Args:
+        config: The model.
+        lr: Height and width of the revisits, pixels.
+        pan: Height and width of the panchromatic image, pixels.
+
+    Raises:
+        ValueError: If the model cannot take these sizes.
+    """
+    with FakeTensorMode():
+        # As in training but for what training decides from values: ARConv's kernels are as they are stored.
+        model = build_model(config).eval()
+        images = torch.empty(1, config.revisits, config.bands, *lr), torch.empty(1, 1, *pan)
+        with FlopCounterMode(display=False) as counter, _kept(model) as kept:
+            fusion = model(*images)
+        activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        del fusion
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Cost(trainable, counter.get_total_flops(), activations)
+
+
+@contextmanager
+def _kept(model: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Collect what autograd keeps for the backward pass, once a storage, without the model's own tensors."""
+    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            kept[storage] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
