@@ -1,7 +1,7 @@
-"""Time and memory of every encoder and head, forward and backward, on a GPU where there is one: ``-m benchmarks.family``.
+"""Time and memory of every encoder and head, forward and backward, on a GPU where there is one.
 
-Each stage is trained alone (``--pairs`` takes all 41 models), under bfloat16 autocast or in float32. On CUDA the memory is
-the allocator's peak during the step, on CPU what autograd keeps (`models.cost`).
+``python -m benchmarks.family`` trains each stage alone (``--pairs`` all 41 models), in float32 or under bfloat16
+autocast. On CUDA the memory is the allocator's peak during the step, on CPU what autograd keeps (`models.cost`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,9 +20,8 @@ from models.satfusion import Fusion, SatFusion
 LR, HR = 50, 156
 
 
-def seconds(device: torch.device, work: object, repeats: int) -> float:
-    """Return the median wall time of calling ``work`` after one warm-up call."""
-    assert callable(work)
+def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
+    """Return the median wall time of ``work`` after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
