@@ -14,6 +14,7 @@ from models.encoders.srcnn import SRCNN
 from models.encoders.trnet import TRNet
 from models.encoders.trnet_pan import TRNetPan
 from models.heads.arconv import ARConv
+from models.heads.pan_mamba import PanMamba
 from models.heads.pannet import PanNet
 from models.heads.pnn import PNN
 from models.satfusion import SatFusion
@@ -28,6 +29,7 @@ ENCODERS: dict[str, type[Encoder]] = {
 HEADS: dict[str, type[Head]] = {
     "pnn": PNN,
     "pannet": PanNet,
+    "pan_mamba": PanMamba,
     "arconv": ARConv,
 }
 ABSENT = "none"

@@ -31,6 +31,8 @@ CONFIGS = {
     "None+PANNet": ModelConfig("none", "pannet", published=True),
     "SRCNN+PNN": ModelConfig("srcnn", "pnn", published=True),
     "HighResNet+PANNet": ModelConfig("highresnet", "pannet", published=True),
+    "None+Pan_Mamba": ModelConfig("none", "pan_mamba", published=True),
+    "TRNet+Pan_Mamba": ModelConfig("trnet", "pan_mamba", published=True),
     "None+ARConv": ModelConfig("none", "arconv", published=True),
     "TRNet_pan+ARConv": ModelConfig("trnet_pan", "arconv", published=True),
 }
