@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sharding.errors import UserError, nearest
@@ -111,18 +110,19 @@ def _search_centred(prediction: Tensor, target: Tensor, kernels: Tensor) -> Tens
     """Return the mean squared error of every shift [81, B].
 
     Half a pixel is the same kernel wherever it lies, and whole pixels need none: four images (moved by half a
-    pixel down, right, both and not at all) hold all 81 shifted targets as windows. In about a hundred
-    tensor operations, where filtering for each shift takes a thousand.
+    pixel down, right, both and not at all) hold all 81 shifted targets as windows. One window at a time: its
+    difference stays in the processor's cache, which that of a row of windows does not.
     """
     height, width = prediction.shape[-2:]
     half_pixel = [tap for tap in kernels[STEPS.index(0.5)].tolist() if tap != 0]
     mse = prediction.new_empty(len(prediction), len(STEPS), len(STEPS))
     for odd_row, rows in enumerate(_phases(target, half_pixel, -2)):
         for odd_column, image in enumerate(_phases(rows, half_pixel, -1)):
-            for whole in range(image.shape[-2] - height + 1):
-                windows = image.narrow(-2, whole, height).unfold(-1, width, 1)
-                error = (windows - prediction.unsqueeze(3)).square_().mean(dim=(1, 2, 4))
-                mse[:, 2 * whole + odd_row, odd_column::2] = error
+            for row in range(image.shape[-2] - height + 1):
+                for column in range(image.shape[-1] - width + 1):
+                    window = image.narrow(-2, row, height).narrow(-1, column, width)
+                    error = (window - prediction).square_().mean(dim=(1, 2, 3))
+                    mse[:, 2 * row + odd_row, 2 * column + odd_column] = error
     return mse.flatten(1).T.contiguous()
 
 
@@ -137,15 +137,13 @@ def _phases(image: Tensor, half_pixel: list[float], axis: int) -> tuple[Tensor, 
 @torch.no_grad()
 def _search_published(prediction: Tensor, target: Tensor, kernels: Tensor) -> Tensor:
     """Return the mean squared error of every shift [81, B]; these kernels have nothing in common."""
-    count, taps = kernels.shape
-    kernels = kernels.to(target)
-    rows = F.conv2d(target.flatten(0, 1).unsqueeze(1), kernels.view(count, 1, taps, 1))
     errors = []
-    for row in range(count):
-        shifted = F.conv2d(rows[:, row : row + 1], kernels.view(count, 1, 1, taps))
-        shifted = shifted.view(*target.shape[:2], *shifted.shape[1:])
-        errors.append((shifted - prediction.unsqueeze(2)).square_().mean(dim=(1, 3, 4)))
-    return torch.cat(errors, dim=1).T.contiguous()
+    for row_taps in kernels.tolist():
+        rows = _correlate(target, row_taps, -2)
+        for column_taps in kernels.tolist():
+            shifted = _correlate(rows, column_taps, -1)
+            errors.append(shifted.sub_(prediction).square_().mean(dim=(1, 2, 3)))
+    return torch.stack(errors)
 
 
 def _correlate(image: Tensor, taps: list[float], axis: int) -> Tensor:
@@ -167,5 +165,5 @@ def _filter_each(image: Tensor, taps: Tensor, axis: int) -> Tensor:
     weights = taps.view(len(taps), -1, 1, 1, 1).unbind(dim=1)
     total = image.narrow(axis, 0, length) * weights[0]
     for start, weight in enumerate(weights[1:], 1):
-        total = total + image.narrow(axis, start, length) * weight
+        total = torch.addcmul(total, image.narrow(axis, start, length), weight)
     return total
