@@ -71,6 +71,8 @@ class _Place:
     """Rows and columns of its L2A rasters."""
     taken: date
     """The day of the SPOT image."""
+    offset: NDArray[np.float64]
+    """Rows and columns, in L2A pixels, by which SPOT shows the land further down and right than the revisits do."""
 
     @property
     def lr_transform(self) -> Affine:
@@ -100,6 +102,7 @@ def write_worldstrat(
     revisits: int = 8,
     hr_side: int = HR_SIDE,
     split_file: bool = False,
+    offset: tuple[float, float] = (0.0, 0.0),
 ) -> list[str]:
     """Write a dataset in WorldStrat's folder layout.
 
@@ -113,29 +116,36 @@ def write_worldstrat(
         revisits: Sentinel-2 images an AOI.
         hr_side: pixels of the 1.5 m rasters; fewer show less land, and the L2A rasters follow.
         split_file: also write ``stratified_train_val_test_split.csv`` (8 : 1 : 1).
+        offset: rows and columns, in pixels of the 1.5 m rasters, by which these show the land further down and
+            right than the revisits do on average, as where two products are georeferenced apart.
 
     Returns:
         The AOIs' names in the order they were made.
     """
     folder = Path(folder)
-    names = [_write_aoi(folder, i, np.random.default_rng([seed, i]), revisits, hr_side) for i in range(aois)]
+    names = [_write_aoi(folder, i, np.random.default_rng([seed, i]), revisits, hr_side, offset) for i in range(aois)]
     if split_file:
         _write_split_file(folder, names)
     return names
 
 
-def _write_aoi(folder: Path, number: int, rng: np.random.Generator, revisits: int, hr_side: int) -> str:
+def _write_aoi(
+    folder: Path, number: int, rng: np.random.Generator, revisits: int, hr_side: int, offset: tuple[float, float]
+) -> str:
     style = NAME_STYLES[number % len(NAME_STYLES)]
     base = round(hr_side * LR_PER_HR)
     lon, lat = float(rng.uniform(-120, 140)), float(rng.uniform(-45, 60))
     half = hr_side * 1.5 / 2 / 111_320
     wide = half / float(np.cos(np.radians(lat)))
+    name = style.format(n=100_000 + 7 * number + int(rng.integers(7)), m=number + 1)
+    shape = (base + int(rng.integers(-2, 6)), base + int(rng.integers(-5, 4)))
     place = _Place(
-        name=style.format(n=100_000 + 7 * number + int(rng.integers(7)), m=number + 1),
+        name=name,
         folder=folder,
         bounds=(lon - wide, lat - half, lon + wide, lat + half),
-        shape=(base + int(rng.integers(-2, 6)), base + int(rng.integers(-5, 4))),
+        shape=shape,
         taken=date(2018, 5, 1) + timedelta(days=int(rng.integers(120))),
+        offset=np.array(offset) * shape / hr_side,
     )
     land = make_land(rng, hr_side)
     _write_spot(place, land, rng, bordered=number % 3 == 1)
@@ -179,7 +189,7 @@ def _through_psf(land: Land, scale: float) -> torch.Tensor:
 def _see(place: _Place, land: torch.Tensor, gain: Image, rng: np.random.Generator, *, cloudy: bool) -> _Revisit:
     """Take one Sentinel-2 image of the blurred land."""
     days = int(rng.integers(-60, 61))
-    seen = _sample(land, place.shape, rng.uniform(-0.5, 0.5, 2)).numpy()
+    seen = _sample(land, place.shape, rng.uniform(-0.5, 0.5, 2) + place.offset).numpy()
     season = min(1.0, max(-0.2, days / 80 + rng.normal(0, 0.05)))
     bands = seen[:4] + SENESCENCE[:, None, None] * (0.6 * float(season)) * seen[4]
     bands *= (0.96 * gain + 0.02 * rng.standard_normal(4).astype(np.float32))[:, None, None]

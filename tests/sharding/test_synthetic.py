@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from benchmarks.phase import offset
 from sharding.prepare import prepare
 from sharding.scenes import make_land
 from sharding.synthetic import write_worldstrat
@@ -36,6 +37,19 @@ def test_it_has_the_published_shape(scenes: list[Scene], world: World) -> None:
     assert any(" " in name for name in world.names)
     assert {(scene.hr == 0).any() for scene in scenes} == {True, False}
     assert any(scene.clm.any() for scene in scenes)
+
+
+def test_an_offset_moves_the_revisits_and_nothing_else(tmp_path: Path) -> None:
+    """SPOT further down by 10 px of 1.5 m and left by 4: the land of the revisits lies as much up and right."""
+    scenes = []
+    for name, off in (("on", (0.0, 0.0)), ("off", (10.0, -4.0))):
+        write_worldstrat(tmp_path / name, 1, seed=3, revisits=1, hr_side=528, offset=off)
+        scenes.append(read_scene(find_aois(tmp_path / name)[0], "ps", 1))
+    assert np.array_equal(scenes[0].hr, scenes[1].hr)
+    assert np.array_equal(scenes[0].pan, scenes[1].pan)
+    before, after = (torch.from_numpy(scene.lr[0]) for scene in scenes)
+    rows, columns = before.shape[-2:]
+    assert offset(after, before, border=4) == pytest.approx((-10 * rows / 528, 4 * columns / 528), abs=0.05)
 
 
 def test_a_split_file_lists_every_aoi(tmp_path: Path) -> None:
