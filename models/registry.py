@@ -14,9 +14,11 @@ from models.encoders.srcnn import SRCNN
 from models.encoders.trnet import TRNet
 from models.encoders.trnet_pan import TRNetPan
 from models.heads.arconv import ARConv
+from models.heads.innformer import INNformer
 from models.heads.pan_mamba import PanMamba
 from models.heads.pannet import PanNet
 from models.heads.pnn import PNN
+from models.heads.u2net import U2Net
 from models.satfusion import SatFusion
 
 ENCODERS: dict[str, type[Encoder]] = {
@@ -29,6 +31,8 @@ ENCODERS: dict[str, type[Encoder]] = {
 HEADS: dict[str, type[Head]] = {
     "pnn": PNN,
     "pannet": PanNet,
+    "innformer": INNformer,
+    "u2net": U2Net,
     "pan_mamba": PanMamba,
     "arconv": ARConv,
 }

@@ -29,12 +29,16 @@ CONFIGS = {
     "TRNet_pan+None": ModelConfig("trnet_pan", "none", published=True),
     "None+PNN": ModelConfig("none", "pnn", published=True),
     "None+PANNet": ModelConfig("none", "pannet", published=True),
+    "None+PSIT": ModelConfig("none", "innformer", published=True),
+    "None+U2Net": ModelConfig("none", "u2net", published=True),
     "SRCNN+PNN": ModelConfig("srcnn", "pnn", published=True),
     "HighResNet+PANNet": ModelConfig("highresnet", "pannet", published=True),
     "None+Pan_Mamba": ModelConfig("none", "pan_mamba", published=True),
     "TRNet+Pan_Mamba": ModelConfig("trnet", "pan_mamba", published=True),
     "None+ARConv": ModelConfig("none", "arconv", published=True),
     "TRNet_pan+ARConv": ModelConfig("trnet_pan", "arconv", published=True),
+    "RAMS+U2Net": ModelConfig("rams", "u2net", published=True),
+    "TRNet+PSIT": ModelConfig("trnet", "innformer", published=True),
 }
 """A case for each published model; a new one is a row here."""
 
