@@ -88,9 +88,12 @@ class INNformer(Head):
 class PatchTransformer(nn.Module):
     """Hard attention: every 3 x 3 patch of one image takes the most similar one of the other.
 
-    AAAI 2022, section 3.2. Patches are sought inside a window of 24 x 24 px. As published, in both forms: the
-    unfolded windows, whose memory runs over the windows last, are read as if it ran over them first. So what is
-    called a window below holds values from many places; weights are trained for that order. Samples never mix.
+    The customized transformer of AAAI 2022. With the 3 x 3 patches q_i of the query and k_j of the key as unit vectors
+    r_ij = q_i . k_j, s_j = max_i r_ij, and T is the query's patches argmax_i r_ij laid over each other; the result is
+    key + s N([T; key]) with two convolutions N. Patches are sought inside a window of 24 x 24 px.
+
+    As published, in both forms, the unfolded windows [B, 8 576, L] are read in memory as [B L, 8, 24, 24]. So what is
+    called a window below holds values from many places, and weights are trained for that order. Samples never mix.
     """
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class U2Net(Head):
     """Two U-shaped streams that share their way down and up; the spectral one takes from the spatial one.
 
     Peng et al., "U2Net: A General Framework with Spatial-Spectral-Integrated Double U-Net for Image Fusion", ACM
-    Multimedia 2023. The attention over all n = H W pixels (section 3.3) is evaluated without its n x n weights.
+    Multimedia 2023. The attention over all n = H W pixels is evaluated without its n x n weights.
     Images that cannot be halved twice are filled up by repeating their lower and right edge, and the result is cut;
     the published form takes 3 bands and sides divisible by 4, and holds layers that it never uses.
     """
@@ -119,7 +119,9 @@ def _up_names(i: int) -> NamePairs:
 class SpatialSpectralBlock(nn.Module):
     """Spatial and spectral self-attention, multiplied, then two linear maps; each beside a shortcut.
 
-    Section 3.3 of the paper ("S2Block"). The image of ``n`` pixels is a list of n tokens, row by row.
+    The paper's S2Block: x + Wo(softmax(Ya Yb^T / 4) Xa * Ya softmax(Xa^T Xb / (4 n / 16))) with linear maps Ya, Yb of
+    the spatial and Xa, Xb of the spectral image after a common layer norm, in heads of 16 channels. The image of n
+    pixels is a list of n tokens, row by row.
 
     Args:
         width: Channels C of both images.
