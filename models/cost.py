@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from models.contracts import Size
 from models.registry import ModelConfig, build_model
+
+Shape = Sequence[int]
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""The one attention that PyTorch's counter passes over."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ def cost(config: ModelConfig, lr: Size, pan: Size) -> Cost:
         # As in training but for what training decides from values: ARConv's kernels are as they are stored.
         model = build_model(config).eval()
         images = torch.empty(1, config.revisits, config.bands, *lr), torch.empty(1, 1, *pan)
-        with FlopCounterMode(display=False) as counter, _kept(model) as kept:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, _kept(model) as kept:
             fusion = model(*images)
         activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         del fusion

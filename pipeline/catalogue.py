@@ -33,9 +33,12 @@ def catalogue(like: ModelConfig, lr_size: int, hr_size: int) -> Iterator[Entry]:
         ValueError: If a model cannot take these sizes.
     """
     for encoder, head in all_pairs():
-        config = replace(like, encoder=encoder, head=head)
-        found = cost(config, (lr_size, lr_size), (hr_size, hr_size))
-        yield Entry(config, found, _published_parameters(config))
+        yield entry(replace(like, encoder=encoder, head=head), lr_size, hr_size)
+
+
+def entry(config: ModelConfig, lr_size: int, hr_size: int) -> Entry:
+    """Return one model's line of it."""
+    return Entry(config, cost(config, (lr_size, lr_size), (hr_size, hr_size)), _published_parameters(config))
 
 
 def _published_parameters(config: ModelConfig) -> int | None:
@@ -49,16 +52,16 @@ def _published_parameters(config: ModelConfig) -> int | None:
 HEADINGS = ("encoder", "head", "parameters", "published", "GFLOP", "activations, MiB")
 
 
-def cells(entry: Entry) -> tuple[str, ...]:
+def cells(of: Entry) -> tuple[str, ...]:
     """Return what HEADINGS name."""
-    published = "-" if entry.published_parameters is None else f"{entry.published_parameters:,}"
+    published = "-" if of.published_parameters is None else f"{of.published_parameters:,}"
     return (
-        entry.config.encoder,
-        entry.config.head,
-        f"{entry.cost.parameters:,}",
+        of.config.encoder,
+        of.config.head,
+        f"{of.cost.parameters:,}",
         published,
-        f"{entry.cost.flops / 1e9:.1f}",
-        f"{entry.cost.activation_bytes / 2**20:,.0f}",
+        f"{of.cost.flops / 1e9:.1f}",
+        f"{of.cost.activation_bytes / 2**20:,.0f}",
     )
 
 
