@@ -17,6 +17,14 @@ from sharding.errors import UserError, nearest
 SSIM_TAPS = 5
 """Window of the SSIM loss, pixels; the metric's is wider."""
 
+PREFERENCE = 0.1
+"""What the centred loss adds to an error for each squared pixel of shift, as a share of it.
+
+A loss that takes any shift does not care where the whole image lies: whatever shift a blurred image happens to fit best
+in the first steps becomes the network's own, for good. A tenth is enough to make that the centre (docs/experiments.md),
+and little beside what a real misregistration costs. Metrics go without.
+"""
+
 Placement = Literal["fused", "staged"]
 PLACEMENTS: tuple[Placement, ...] = ("fused", "staged")
 
@@ -112,7 +120,7 @@ def fusion_loss(images: Fusion, target: Tensor, config: LossConfig) -> LossParts
     with torch.autocast(target.device.type, enabled=False):
         target = widen(target)
         prediction = _prepare(images.fused, target, config)
-        pair = register(prediction, target, config.registration)
+        pair = _register(prediction, target, config)
         of_encoder = _pair_of(images.mfif, images, pair, target, config)
         of_head = _pair_of(images.msif, images, pair, target, config)
         similarity = ssim_map(of_head.prediction, of_head.target, SSIM_TAPS, mirror=True, epsilon=1e-12)
@@ -129,8 +137,12 @@ def _prepare(image: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     return bias_adjust(image, target) if config.bias_adjust else image
 
 
+def _register(prediction: Tensor, target: Tensor, config: LossConfig) -> Registered:
+    return register(prediction, target, config.registration, PREFERENCE if config.registration == "centred" else 0.0)
+
+
 def _pair_of(image: Tensor | None, images: Fusion, fused: Registered, target: Tensor, config: LossConfig) -> Registered:
     """Register a stage's image by itself where the loss is staged; where it is not, or is the result, take that."""
     if config.placement == "fused" or image is None or image is images.fused:
         return fused
-    return register(_prepare(image, target, config), target, config.registration)
+    return _register(_prepare(image, target, config), target, config)

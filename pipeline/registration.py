@@ -49,7 +49,7 @@ class Registered:
     """Mean squared error of every shift [81, B]."""
 
 
-def register(prediction: Tensor, target: Tensor, mode: Mode = "centred") -> Registered:
+def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", preference: float = 0.0) -> Registered:
     """Shift each sample's target to where its mean squared error to the prediction is least.
 
     The choice carries no gradient and keeps no graph; the chosen pair does. Ties go to no shift at all where
@@ -62,6 +62,8 @@ def register(prediction: Tensor, target: Tensor, mode: Mode = "centred") -> Regi
             kernel of sum 1, so equal images give a zero shift and a zero error. "published" is the formula
             behind the paper's figures, which crops 3 px off that place, has no such tie rule, and does not
             normalise its kernel.
+        preference: By how much an error counts more for each squared pixel of its shift's length, so that of two
+            shifts that fit about as well the shorter is chosen. An error of zero stays one.
 
     Raises:
         UserError: If the images are smaller than 11 px, or ``mode`` is unknown.
@@ -78,13 +80,15 @@ def register(prediction: Tensor, target: Tensor, mode: Mode = "centred") -> Regi
     cropped = prediction[..., crop : crop + height, crop : crop + width]
     search = _search_centred if mode == "centred" else _search_published
     mse = search(cropped.detach(), target.detach(), kernels)
-    index = mse.argmin(dim=0)
+    steps = target.new_tensor(STEPS)
+    squared_length = (steps.square().unsqueeze(1) + steps.square()).flatten()
+    weighed = mse * (1 + preference * squared_length).unsqueeze(1)
+    index = weighed.argmin(dim=0)
     if mode == "centred":
-        index = torch.where(mse[CENTRE] <= mse.amin(dim=0), CENTRE, index)
+        index = torch.where(mse[CENTRE] <= weighed.amin(dim=0), CENTRE, index)
     rows, columns = index // len(STEPS), index % len(STEPS)
     kernels = kernels.to(target)
     shifted = _filter_each(_filter_each(target, kernels[rows], -2), kernels[columns], -1)
-    steps = target.new_tensor(STEPS)
     shift = torch.stack([steps[rows], steps[columns]], dim=1)
     return Registered(cropped, shifted, shift, index, mse)
 

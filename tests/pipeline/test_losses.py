@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.satfusion import Fusion
-from pipeline.losses import LossConfig, LossParts, bias_adjust, fusion_loss
+from pipeline.losses import PREFERENCE, LossConfig, LossParts, bias_adjust, fusion_loss
 from pipeline.registration import register
 from sharding.errors import UserError
 from tests.golden import cases
@@ -85,7 +85,7 @@ def test_a_constant_offset_in_closed_form() -> None:
 
 def test_the_ssim_part_mirrors_the_border() -> None:
     prediction, target = golden_pair(torch.float64)
-    pair = register(prediction, target)
+    pair = register(prediction, target, preference=PREFERENCE)
     taps = torch.exp(-0.5 * (torch.arange(-2.0, 3.0, dtype=torch.float64) / 1.5) ** 2)
     window = torch.outer(taps, taps).expand(3, 1, 5, 5) / taps.sum() ** 2
 
@@ -99,6 +99,16 @@ def test_the_ssim_part_mirrors_the_border() -> None:
     ssim = ssim / (variances + 9e-4)
     expected = ((1 - ssim) / 2).clamp(0, 1).mean(dim=(1, 2, 3))
     torch.testing.assert_close(result_loss(prediction, target, LossConfig()).ssim, expected, atol=1e-8, rtol=0)
+
+
+def test_the_centred_loss_prefers_short_shifts_and_the_published_one_does_not() -> None:
+    generator = torch.Generator().manual_seed(2)
+    prediction, target = (torch.rand(8, 3, 40, 40, generator=generator) for _ in range(2))
+    centred = result_loss(prediction, target, LossConfig())
+    assert torch.equal(centred.shift, register(prediction, target, preference=PREFERENCE).shift)
+    assert not torch.equal(centred.shift, register(prediction, target).shift)
+    published = result_loss(prediction, target, LossConfig(registration="published"))
+    assert torch.equal(published.shift, register(prediction, target, "published").shift)
 
 
 def test_staged_placement_looks_at_each_stage() -> None:

@@ -78,15 +78,26 @@ def test_equal_images_are_left_alone(size: tuple[int, int], dtype: torch.dtype) 
     assert (pair.mse_per_shift[:, 0] > 0).sum() == 80
 
 
-def test_all_81_sub_pixel_shifts_are_found() -> None:
+@pytest.mark.parametrize("preference", [0.0, 0.1])
+def test_all_81_sub_pixel_shifts_are_found(preference: float) -> None:
     target = waves(64, [(0, 0)]).expand(81, -1, -1, -1)
-    pair = register(waves(64, SHIFTS), target)
+    pair = register(waves(64, SHIFTS), target, preference=preference)
     assert pair.index.tolist() == list(range(81))
     assert [tuple(shift) for shift in pair.shift.tolist()] == SHIFTS
     least = pair.mse_per_shift.gather(0, pair.index.unsqueeze(0)).squeeze(0)
     others = pair.mse_per_shift.topk(2, dim=0, largest=False).values[1]
     assert (least < others / 20).all()
     torch.testing.assert_close(pair.prediction, pair.target, atol=0.03 * target.std().item(), rtol=0)
+
+
+def test_of_shifts_that_fit_about_as_well_the_shorter_is_preferred() -> None:
+    prediction, target = noise(8, 3, 40, 40, seed=1), noise(8, 3, 40, 40, seed=2)
+    free, preferring = (register(prediction, target, preference=preference) for preference in (0.0, 0.1))
+    assert torch.equal(free.mse_per_shift, preferring.mse_per_shift)
+    length = torch.tensor(SHIFTS).square().sum(dim=1, keepdim=True)
+    assert torch.equal(preferring.index, (free.mse_per_shift * (1 + 0.1 * length)).argmin(dim=0))
+    assert (preferring.shift.norm(dim=1) <= free.shift.norm(dim=1)).all()
+    assert preferring.shift.norm() < free.shift.norm() / 2
 
 
 def test_shifts_between_the_steps_go_to_the_nearest() -> None:
