@@ -24,8 +24,8 @@ WINDOW, STRIDE, MARGIN = 24, 8, 8
 SMALLEST = WINDOW - 2 * MARGIN
 """Least side of an image that holds a window, pixels."""
 
-CHUNK = 64
-"""Windows that are matched at a time; their similarities take 85 MB."""
+CHUNK = 32
+"""Windows that are matched at a time; their similarities take 42 MB."""
 
 SCALE_LIMIT = 0.8
 """Bound of the logarithm of the factor in an affine coupling."""
