@@ -1,7 +1,8 @@
 """Time and memory of every encoder and head, forward and backward, on a GPU where there is one.
 
 ``python -m benchmarks.family`` trains each stage alone (``--pairs`` all 41 models), in float32 or under bfloat16
-autocast. On CUDA the memory is the allocator's peak during the step, on CPU what autograd keeps (`models.cost`).
+autocast. On CUDA the memory is the allocator's peak during the step, on CPU what autograd keeps in float32
+(`models.cost`).
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ def measure(config: ModelConfig, device: torch.device, options: argparse.Namespa
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients), "a gradient is not finite"
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
+        memory = f"{torch.cuda.max_memory_allocated(device) / 2**20:12.0f}"
+    elif options.precision == "fp32":
+        memory = f"{options.batch * cost(config, (LR, LR), (HR, HR)).activation_bytes / 2**20:12.0f}"
     else:
-        memory = options.batch * cost(config, (LR, LR), (HR, HR)).activation_bytes
-    return f"{1000 * alone:12.1f}{1000 * whole:20.1f}{memory / 2**20:12.0f}"
+        memory = f"{'-':>12}"
+    return f"{1000 * alone:12.1f}{1000 * whole:20.1f}{memory}"
 
 
 def main() -> None:

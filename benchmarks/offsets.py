@@ -9,7 +9,6 @@ cores take half an hour. A run that stands in FOLDER is not trained again.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,17 +174,15 @@ def main() -> None:
     parser.add_argument("--chip", type=int, default=4, help="test chip that is drawn")
     options = parser.parse_args()
     results: dict[tuple[str, str, Mode], Measured] = {}
-    print("| Data | Model | Registration | dy | dx | offset | less the data's | data's own | s/step |", flush=True)
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| Data | Model | Registration | dy | dx | offset | less the data's | data's own |", flush=True)
+    print("|---|---|---|---|---|---|---|---|")
     for source, dataset in make_datasets(options.worldstrat, options.output).items():
         for model in MODELS:
             for mode in MODES:
-                run = options.output / f"{source}-{'-'.join(MODELS[model])}-{mode}-{options.hidden}"
-                began = time.perf_counter()
+                run = options.output / f"{source}-{'-'.join(MODELS[model])}-{mode}-{options.hidden}-{options.steps}"
                 run_training(configure(dataset, run, model, mode, options))
-                seconds = (time.perf_counter() - began) / options.steps
                 measured = results[source, model, mode] = measure(run, options.chip)
-                print(f"| {source} | {model} | {mode} | {measured.row()} | {seconds:.2f} |", flush=True)
+                print(f"| {source} | {model} | {mode} | {measured.row()} |", flush=True)
     draw(results).save(options.picture)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.contracts import NamePairs, Size
+
+if TYPE_CHECKING:
+    from models.registry import ModelConfig
 
 
 def reflect_conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -49,6 +52,24 @@ def check_reflectable(lr: Size, encoder: str) -> None:
     """Raise ValueError where revisits of size ``lr`` are too small for a reflect padding of 1 pixel."""
     if min(lr) < 2:
         raise ValueError(f"{encoder} needs revisits of at least 2 x 2 px, and these are {lr[0]} x {lr[1]}")
+
+
+def check_published_bands(config: ModelConfig, model: str) -> None:
+    """Raise ValueError where the published form of a model is asked for other than 3 bands."""
+    if config.published and config.bands != 3:
+        raise ValueError(
+            f"the published {model} is written for 3 bands and cannot take bands = {config.bands}; "
+            f"with published = false it takes any number"
+        )
+
+
+def check_published_grid(config: ModelConfig, pan: Size, grid: int, model: str) -> None:
+    """Raise ValueError where the published form of a model is asked for sides that ``grid`` does not divide."""
+    if config.published and (pan[0] % grid or pan[1] % grid):
+        raise ValueError(
+            f"the published {model} halves its images twice and cannot take a PAN of {pan[0]} x {pan[1]} px, whose "
+            f"sides {grid} does not divide; with published = false it takes any size"
+        )
 
 
 def bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -55,6 +55,7 @@ def cost(config: ModelConfig, lr: Size, pan: Size) -> Cost:
     with FakeTensorMode():
         # As in training but for what training decides from values: ARConv's kernels are as they are stored.
         model = build_model(config).eval()
+        model.at_step(config.kernel_freeze_step)
         images = torch.empty(1, config.revisits, config.bands, *lr), torch.empty(1, 1, *pan)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, _kept(model) as kept:
             fusion = model(*images)

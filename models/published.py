@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,12 @@ def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
                 f"the published state dict has {theirs} of shape {list(given[theirs].shape)} where this "
                 f"model needs {list(own[ours].shape)}"
             )
-    model.load_state_dict({ours: given[theirs] for theirs, ours in names})
+    before = {name: value.clone() for name, value in own.items()}
+    try:
+        model.load_state_dict({ours: given[theirs] for theirs, ours in names})
+    except ValueError:  # a stage that refuses a value, when others have taken theirs
+        model.load_state_dict(before)
+        raise
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -97,24 +102,30 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(_why_unreadable(path, error)) from None
+    except Exception:  # damaged bytes end the unpickler in whatever error they happen to lead to
+        raise ValueError(_why_unreadable(path)) from None
     if isinstance(content, dict):
         content = content.get(BARE, content.get(PREFIXED, content))
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    tensors = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+    if not content or not tensors:
         raise ValueError(f"{path} holds no state dict, neither bare nor under {BARE} or {PREFIXED}")
-    return content
+    return cast(dict[str, Tensor], content)
 
 
-def _why_unreadable(path: str | Path, error: Exception) -> str:
+def _why_unreadable(path: str | Path) -> str:
     if not zipfile.is_zipfile(path):
         return f"{path} is cut short, or not a checkpoint of tensors that torch.save wrote"
-    if not isinstance(error, pickle.UnpicklingError):
-        return f"{path} is damaged: {str(error).splitlines()[0]}"
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # as above
+        foreign = []
+    if not foreign:
+        return f"{path} is damaged: its bytes are not those of a checkpoint of tensors; fetch it again"
     return (
-        f"{path} holds pickled code ({', '.join(foreign[:3]) or 'of an unknown kind'}), which is not run: where you "
-        f"trust it, save its {PREFIXED} alone with torch.save and give that file"
+        f"{path} holds pickled code ({', '.join(foreign[:3])}), which is not run: where you trust it, save its "
+        f"{PREFIXED} alone with torch.save and give that file"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from models.contracts import Stage
 from models.cost import Cost, cost
 from models.published import count_parameters
-from models.registry import ENCODERS, HEADS, ModelConfig, all_pairs, build_model
+from models.registry import ENCODERS, HEADS, ModelConfig, all_pairs, build_model, check_sizes
 
 
 @dataclass(frozen=True)
@@ -20,49 +20,45 @@ class Entry:
 
     config: ModelConfig
     """The model."""
-    cost: Cost
-    """What it costs as we build it."""
+    cost: Cost | None
+    """What it costs as we build it; None where it cannot take these sizes."""
     published_parameters: int | None
     """Parameters of its published form, idle ones included; None where that cannot be what is asked."""
 
 
 def catalogue(like: ModelConfig, lr_size: int, hr_size: int) -> Iterator[Entry]:
-    """Yield every pair, encoder and head, otherwise as ``like``, at a chip of these sides in pixels.
-
-    Raises:
-        ValueError: If a model cannot take these sizes.
-    """
+    """Yield every pair, encoder and head, otherwise as ``like``, at a chip of these sides in pixels."""
     for encoder, head in all_pairs():
         yield entry(replace(like, encoder=encoder, head=head), lr_size, hr_size)
 
 
 def entry(config: ModelConfig, lr_size: int, hr_size: int) -> Entry:
     """Return one model's line of it."""
-    return Entry(config, cost(config, (lr_size, lr_size), (hr_size, hr_size)), _published_parameters(config))
-
-
-def _published_parameters(config: ModelConfig) -> int | None:
+    lr, pan = (lr_size, lr_size), (hr_size, hr_size)
     try:
-        with torch.device("meta"):
-            return count_parameters(build_model(replace(config, published=True)))
+        found = cost(config, lr, pan)
     except ValueError:
-        return None
+        found = None
+    try:
+        published = replace(config, published=True)
+        check_sizes(published, lr, pan)
+        with torch.device("meta"):
+            return Entry(config, found, count_parameters(build_model(published)))
+    except ValueError:
+        return Entry(config, found, None)
 
 
 HEADINGS = ("encoder", "head", "parameters", "published", "GFLOP", "activations, MiB")
 
 
 def cells(of: Entry) -> tuple[str, ...]:
-    """Return what HEADINGS name."""
+    """Return what HEADINGS name; a dash stands for what there is not."""
     published = "-" if of.published_parameters is None else f"{of.published_parameters:,}"
-    return (
-        of.config.encoder,
-        of.config.head,
-        f"{of.cost.parameters:,}",
-        published,
-        f"{of.cost.flops / 1e9:.1f}",
-        f"{of.cost.activation_bytes / 2**20:,.0f}",
-    )
+    names = (of.config.encoder, of.config.head)
+    if of.cost is None:
+        return (*names, "-", published, "-", "-")
+    flops, memory = f"{of.cost.flops / 1e9:.1f}", f"{of.cost.activation_bytes / 2**20:,.0f}"
+    return (*names, f"{of.cost.parameters:,}", published, flops, memory)
 
 
 def as_text(texts: Sequence[str]) -> str:

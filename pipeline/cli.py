@@ -36,6 +36,9 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument(
         "--output", metavar="URI", help="where FILE's figures go (default: evaluation; a run's go to the run)"
     )
+    evaluate.add_argument(
+        "--simulate", choices=("off", "shifts", "sensor"), help="revisits made from the truth, for FILE (default off)"
+    )
     evaluate.add_argument("--registration", default="centred", choices=("centred", "published"))
     evaluate.add_argument("--panels", type=int, default=9, metavar="N", help="chips drawn as PNG (default 9)")
     evaluate.set_defaults(run=_evaluate)
@@ -52,7 +55,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     models = verbs.add_parser(
         "models",
         help="list every model with its cost",
-        description="List every encoder, head and pair with parameters, operations and activation memory for a chip.",
+        description="List every encoder, head and pair with parameters, operations and activation memory for a chip. "
+        "A dash stands where a model, or its published form, cannot take what is asked.",
     )
     for option, default, what in (
         ("revisits", 8, "revisits a sample"),
@@ -102,7 +106,7 @@ def _evaluate_run(args: argparse.Namespace) -> Evaluation:
 
     if args.run_uri is None:
         raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE")
-    for option in ("model", "output"):
+    for option in ("model", "output", "simulate"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --published-checkpoint: a run knows its own")
     return evaluate_run(
@@ -130,6 +134,7 @@ def _evaluate_published(args: argparse.Namespace) -> Evaluation:
         args.data,
         args.split,
         args.output or "evaluation",
+        simulate=args.simulate or "off",
         registration=args.registration,
         panels=args.panels,
     )

@@ -192,6 +192,11 @@ class ChipDataset:
             raise UserError(f"chips of {uri} do not fit: {error}") from None
 
     @property
+    def simulation(self) -> str:
+        """How revisits are made from the target, or ``off``."""
+        return self._config.simulate
+
+    @property
     def num_chips(self) -> int:
         """Chips of the split."""
         return len(self._places) * CHIPS_PER_SCENE

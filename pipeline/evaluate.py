@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class Evaluation:
     """Folder name of the checkpoint."""
     split: str
     """``train``, ``val`` or ``test``."""
+    simulation: str
+    """How revisits were made from the truth, or ``off``."""
     registration: Mode
     """How predictions were registered to the truth."""
     chips: list[dict[str, object]]
@@ -62,6 +65,7 @@ class Evaluation:
         """Return the table that the command prints: a line a method, raw then adjusted."""
         lines = [
             f"split {self.split}, checkpoint {self.checkpoint}, {self.registration} registration,"
+            f"{'' if self.simulation == 'off' else f' simulated revisits ({self.simulation}),'}"
             f" {len(self.chips) // len(METHODS)} chips",
             f"{'':18}" + "".join(f"{name:>10}" for name in (*METRICS, *(f"{name}*" for name in METRICS))),
         ]
@@ -113,6 +117,7 @@ def evaluate_published(
     split: str,
     output: str,
     *,
+    simulate: str = "off",
     registration: Mode = "centred",
     panels: int = 9,
 ) -> Evaluation:
@@ -126,22 +131,27 @@ def evaluate_published(
         data_uri: Dataset.
         split: Split of the dataset.
         output: Folder or s3:// prefix.
+        simulate: How revisits are made from the target, as the later published trainings and tests do; ``off`` takes
+            the dataset's.
         registration: ``centred`` or ``published``.
         panels: Chips drawn as PNG, the first ones of the split.
 
     Raises:
         UserError: The file is unreadable, of another model, or holds pickled code; no such model or dataset.
     """
-    dataset = _open_split(data_uri, split, DataConfig())
-    bands = len(dataset.index.preparation["bands"])
     try:
         encoder, head = parse_pair(pair)
-        config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
         state = read_published(path)
-        network = build_model(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    dataset = _open_split(data_uri, split, DataConfig(simulate=simulate))
+    bands = len(dataset.index.preparation["bands"])
+    try:
+        config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
     except ValueError as error:
         raise UserError(str(error)) from None
     dataset.check_fits(config)
+    network = build_model(config)
     try:
         load_published(network, state)
     except ValueError as error:
@@ -150,8 +160,11 @@ def evaluate_published(
         raise UserError(
             f"{path} does not fit {encoder}+{head} at {dataset.revisits} revisits: {error}{advice}"
         ) from None
-    folder = open_storage(output).child(_folder_name(path.stem, dataset, registration))
-    return _measure(network, dataset, path.name, folder, registration, panels)
+    # What training has stored, as in the published test, which came after training in the same process.
+    network.at_step(config.kernel_freeze_step)
+    name = f"{encoder}+{head}-{path.stem}"
+    folder = f"{_folder_name(name, dataset, registration)}-{dataset.index.digest[:8]}"
+    return _measure(network, dataset, name, open_storage(output).child(folder), registration, panels)
 
 
 def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
@@ -167,8 +180,10 @@ def _measure(
     """Run the split through the network, and write rows and panels into ``folder``, emptied first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
+    # Of an evaluation before, nothing else: the folder may be one of the user's own.
     for stored in folder.list():
-        folder.delete(stored.key)
+        if re.fullmatch(r"chips\.csv|aois\.csv|table\.txt|panel-\d+\.png", stored.key):
+            folder.delete(stored.key)
     rows: list[dict[str, object]] = []
     with progress(dataset.num_chips, f"evaluating {name}", "chip") as bar:
         for number, (batch, _) in enumerate(evaluation_batches(dataset)):
@@ -184,7 +199,7 @@ def _measure(
             if number < panels:
                 _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
             bar.update()
-    result = Evaluation(name, dataset.split, registration, rows, folder.uri)
+    result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, folder.uri)
     _write_csvs(folder, rows)
     folder.write("table.txt", result.table().encode())
     return result
@@ -193,13 +208,16 @@ def _measure(
 def _folder_name(checkpoint: str, dataset: ChipDataset, registration: Mode) -> str:
     """Name what was measured: split and checkpoint, and what is not as usual."""
     name = f"{dataset.split}-{checkpoint}"
-    return name if registration == "centred" else f"{name}-{registration}"
+    if registration != "centred":
+        name += f"-{registration}"
+    return name if dataset.simulation == "off" else f"{name}-{dataset.simulation}"
 
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:
     """Return the checkpoint's network with its weights."""
     network = build_model(checkpoint.config.model)
     network.load_state_dict(checkpoint.state.weights)
+    network.at_step(checkpoint.position.step)
     return network
 
 

@@ -20,6 +20,7 @@ DROPOUT = 0.5
 class HighResNet(Encoder):
     """Encode each revisit alone, then halve their number by one shared fusion block until one is left.
 
+    s_i = prelu(W (z + g(z))) with z = [s_i; s_j], the features of a pair of revisits [B, 2D, h, w], at each level.
     Deudon et al., "HighRes-net: Recursive Fusion for Multi-Frame Super-Resolution of Satellite Imagery",
     arXiv 2002.06460. As published with SatFusion: no reference channel. Where revisits cannot all be paired, the one
     without a partner goes on to the next level as it is, which is what the paper's mask alpha = 0 of an absent partner

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import check_reflectable
+from models.blocks import check_published_bands, check_reflectable
 from models.contracts import Encoder, NamePairs, Size
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ class RAMS(Encoder):
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
         """Refuse bands and revisits that the published model cannot take."""
-        if config.published and config.bands != 3:
-            raise ValueError(
-                f"the published RAMS is written for 3 bands and cannot take bands = {config.bands}; "
-                f"with published = false it takes any number"
-            )
+        check_published_bands(config, "RAMS")
         if config.published and config.revisits < 3:
             raise ValueError(
                 f"the published RAMS cannot take revisits = {config.revisits}: it reduces them to 3 or 2, and its "

@@ -19,6 +19,9 @@ DROPOUT = 0.5
 class SRCNN(Encoder):
     """Encode each revisit beside the median revisit, then fuse all of them by convolution.
 
+    F = x + g(x) with x = m([e([lr_1; median]); ...; e([lr_R; median])]), two 3 x 3 convolutions each: e encodes
+    [R B, 2C, h, w] to D channels, m merges [B, R D, h, w] to D, g keeps D.
+
     The multi-frame form of SRCNN: Cornebise, Orsolic, Kalaitzis, "Open High-Resolution Satellite Imagery: The
     WorldStrat Dataset", NeurIPS Datasets and Benchmarks 2022; named after Dong et al., TPAMI 2016.
     The number of revisits is fixed when the model is built, for all of them become channels.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import bilinear, resize
+from models.blocks import bilinear, check_published_bands, resize
 from models.contracts import Encoder, NamePairs, Size
 from models.encoders.trnet import (
     PAN_FEATURES,
@@ -47,11 +47,7 @@ class TRNetPan(Encoder):
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
         """Refuse bands that the published model cannot take."""
-        if config.published and config.bands != 3:
-            raise ValueError(
-                f"the published SatFusion* encoder is written for 3 bands and cannot take bands = {config.bands}; "
-                f"with published = false it takes any number"
-            )
+        check_published_bands(config, "SatFusion* encoder")
 
     @classmethod
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.adaptive import AdaptiveConv, adaptive_names
+from models.blocks import check_published_grid
 from models.contracts import Head, NamePairs, Size
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ SHRINKING = 4
 
 
 class ARConv(Head):
-    """Wang et al., "Adaptive Rectangular Convolution for Remote Sensing Pansharpening", CVPR 2025, arXiv 2503.00467.
+    """Residual blocks x -> x + A2(relu(A1 x)) of adaptive convolutions A on three grids, joined as in a U-Net.
 
-    The paper's ARNet: residual blocks of adaptive convolutions on three grids, 32, 64 and 128 channels wide. Sizes that
-    cannot be halved twice are filled up by repeating the last row and column, which the published form cannot.
+    Wang et al., "Adaptive Rectangular Convolution for Remote Sensing Pansharpening", CVPR 2025, arXiv 2503.00467: the
+    paper's ARNet, 32, 64 and 128 channels wide at H x W, H/2 x W/2 and H/4 x W/4; what A computes stands at
+    `models.adaptive.AdaptiveConv`. Sizes that cannot be halved twice are filled up by repeating the last row and
+    column, which the published form cannot.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,12 +52,13 @@ class ARConv(Head):
 
     @classmethod
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
-        """Refuse, in the published form, sizes that cannot be halved twice."""
-        if config.published and (pan[0] % SHRINKING or pan[1] % SHRINKING):
+        """Refuse a coarsest grid of one pixel, and in the published form sizes that cannot be halved twice."""
+        if max(pan) <= SHRINKING:
             raise ValueError(
-                f"the published ARConv halves its images twice and cannot take one of {pan[0]} x {pan[1]} px, which "
-                f"{SHRINKING} does not divide: set published = false"
+                f"ARConv normalises over the pixels of its coarsest grid, a quarter of a side, and of a PAN of "
+                f"{pan[0]} x {pan[1]} px that is a single one: it needs one side of at least {SHRINKING + 1} px"
             )
+        check_published_grid(config, pan, SHRINKING, "ARConv")
 
     def forward(self, ms: Tensor, pan: Tensor) -> Tensor:
         """Map ms [B, C, H, W] and pan [B, 1, H, W] to [B, C, H, W]."""

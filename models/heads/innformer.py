@@ -139,8 +139,14 @@ def transfer(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def nearest_patch(query: Tensor, key: Tensor) -> Tensor:
-    """Return for each patch of ``key`` the number of its nearest in ``query`` [P, 576], the first of equals."""
-    return torch.bmm(_unit(_patches(key)).transpose(1, 2), _unit(_patches(query))).argmax(dim=2)
+    """Return for each patch of ``key`` the number of its nearest in ``query`` [P, 576], the first of equals.
+
+    In float32 at least, under autocast too: cosines that bfloat16 cannot tell apart would all go to the first.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        keys, queries = _unit(_patches(key.to(wide))), _unit(_patches(query.to(wide)))
+        return torch.bmm(keys.transpose(1, 2), queries).argmax(dim=2)
 
 
 def _gather(query: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks import check_published_bands
 from models.contracts import Head, NamePairs, Size
 from models.mamba import CrossMamba, Mamba
 
@@ -52,11 +53,7 @@ class PanMamba(Head):
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
         """Refuse the bands that the published model cannot take."""
-        if config.published and config.bands != 3:
-            raise ValueError(
-                f"the published Pan-Mamba is written for 3 bands and cannot take bands = {config.bands}; "
-                f"with published = false it takes any number"
-            )
+        check_published_bands(config, "Pan-Mamba")
 
     @classmethod
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:

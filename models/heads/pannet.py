@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class PanNet(Head):
-    """Yang et al., "PanNet: A Deep Network Architecture for Pan-Sharpening", ICCV 2017.
+    """Residual blocks x -> relu(W2 relu(W1 x) + shortcut(x)) of 64, 64 and 32 channels between two convolutions.
 
-    As published with SatFusion: without the paper's high-pass filters.
+    Yang et al., "PanNet: A Deep Network Architecture for Pan-Sharpening", ICCV 2017: a residual network of the
+    stacked images [B, C + 1, H, W]. As published with SatFusion: without the paper's high-pass filters.
     """
 
     def __init__(self, config: ModelConfig) -> None:

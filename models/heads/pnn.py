@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class PNN(Head):
-    """Masi et al., "Pansharpening by Convolutional Neural Networks", Remote Sensing 8(7):594, 2016."""
+    """Three convolutions: detail = W3 relu(W2 relu(W1 [ms; pan])), 9, 5 and 5 px wide, C + 1 -> 64 -> 32 -> C channels.
+
+    Masi et al., "Pansharpening by Convolutional Neural Networks", Remote Sensing 8(7):594, 2016.
+    """
 
     adds_input: ClassVar[bool] = False
 

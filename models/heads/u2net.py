@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks import check_published_bands, check_published_grid
 from models.contracts import Head, NamePairs, Size
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ WIDTHS = (32, 64, 128, 64, 32)
 HEAD_WIDTH = 16
 GRID = 4
 """Sizes are halved twice, so images are padded to a multiple of this."""
-
-PUBLISHED_BANDS = 3
 
 
 class U2Net(Head):
@@ -48,20 +47,12 @@ class U2Net(Head):
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
         """Refuse bands that the published model cannot take."""
-        if config.published and config.bands != PUBLISHED_BANDS:
-            raise ValueError(
-                f"the published U2Net is written for {PUBLISHED_BANDS} bands and cannot take bands = {config.bands}; "
-                f"with published = false it takes any number"
-            )
+        check_published_bands(config, "U2Net")
 
     @classmethod
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
         """Refuse sizes that the published model cannot take."""
-        if config.published and (pan[0] % GRID or pan[1] % GRID):
-            raise ValueError(
-                f"the published U2Net halves its images twice and cannot take a PAN of {pan[0]} x {pan[1]} px, whose "
-                f"sides {GRID} does not divide; with published = false it takes any size"
-            )
+        check_published_grid(config, pan, GRID, "U2Net")
 
     def forward(self, ms: Tensor, pan: Tensor) -> Tensor:
         """Map ms [B, C, H, W] and pan [B, 1, H, W] to [B, C, H, W]."""

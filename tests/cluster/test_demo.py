@@ -187,7 +187,7 @@ def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:
         {"aoi": "a", "chip": 0, "method": method, **dict.fromkeys(COLUMNS, 0.0), "psnr": psnr, "psnr_adjusted": shifted}
         for method, psnr, shifted in zip(METHODS, raw, adjusted, strict=True)
     ]
-    return Evaluation("best-2", "test", "centred", rows, "s3://satfusion/run/evaluation/test-best-2")
+    return Evaluation("best-2", "test", "off", "centred", rows, "s3://satfusion/run/evaluation/test-best-2")
 
 
 @pytest.mark.parametrize(

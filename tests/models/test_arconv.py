@@ -185,7 +185,7 @@ def test_any_size_is_filled_up_by_its_edge_and_cut() -> None:
     filled = [F.pad(x, (0, 2, 0, 3), mode="replicate") for x in (lr[:, 0], pan)]
     expected = model(filled[0].unsqueeze(1), filled[1]).fused[..., :13, :10]
     torch.testing.assert_close(model(lr, pan).fused, expected)
-    with pytest.raises(ValueError, match=r"cannot take one of 13 x 12 px, which 4 does not divide: set published"):
+    with pytest.raises(ValueError, match=r"cannot take a PAN of 13 x 12 px, whose sides 4 does not divide; with pub"):
         check_sizes(ModelConfig("none", "arconv", published=True), (5, 5), (13, 12))
 
 

@@ -169,3 +169,11 @@ def test_bfloat16_runs() -> None:
     head = INNformer(ModelConfig("none", "innformer")).bfloat16()
     ms, pan = torch.rand(1, 3, 17, 21).bfloat16(), torch.rand(1, 1, 17, 21).bfloat16()
     assert head(ms, pan).isfinite().all()
+
+
+def test_the_search_is_wide_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(2, 8, 24, 24, generator=generator) for _ in range(2))
+    expected = nearest_patch(query, key)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_patch(query, key), expected)

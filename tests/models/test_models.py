@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +9,10 @@ from torch import Tensor
 
 from models.blocks import resize
 from models.encoders.srcnn import lower_median
-from models.registry import ENCODERS, HEADS, ModelConfig, build_model
+from models.registry import ENCODERS, HEADS, ModelConfig, all_pairs, build_model
 from models.satfusion import SatFusion
 
-STAGES = [(e, h) for e, h in itertools.product([*ENCODERS, "none"], [*HEADS, "none"]) if {e, h} != {"none"}]
+STAGES = all_pairs()
 
 
 def small(encoder: str, head: str, **changes: int | str) -> SatFusion:
@@ -147,7 +145,7 @@ def test_bfloat16_and_autocast_run() -> None:
     [
         ({"encoder": "SRCN"}, "encoder = 'SRCN' is unknown; did you mean 'srcnn'"),
         ({"encoder": "highres"}, "did you mean 'highresnet'"),
-        ({"head": "zzz"}, "head = 'zzz' is unknown; known: pnn, pannet, none"),
+        ({"head": "zzz"}, f"head = 'zzz' is unknown; known: {', '.join(HEADS)}, none"),
         ({"encoder": "none", "head": "none"}, "at least one of them"),
         ({"dropout": "on"}, "dropout = 'on' is unknown"),
         ({"bands": 0}, "bands = 0 is out of range"),

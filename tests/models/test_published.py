@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,17 +95,47 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.pt cannot be read: No such file"):
         read_published(tmp_path / "none.pt")
-    (tmp_path / "text.pt").write_text("weights")
-    with pytest.raises(ValueError, match=r"text\.pt is cut short, or not a checkpoint"):
-        read_published(tmp_path / "text.pt")
-    torch.save({"epoch": 1}, tmp_path / "empty.pt")
-    with pytest.raises(ValueError, match="holds no state dict, neither bare nor under"):
-        read_published(tmp_path / "empty.pt")
+    for text in ("weights", "step,loss\n1,0.5\n", "hello world", "a quick brown fox"):
+        (tmp_path / "text.pt").write_text(text)
+        with pytest.raises(ValueError, match=r"text\.pt is cut short, or not a checkpoint"):
+            read_published(tmp_path / "text.pt")
+    for content in ({"epoch": 1}, {0: torch.zeros(1)}, {"state_dict": {}}, [torch.zeros(1)], torch.zeros(1)):
+        torch.save(content, tmp_path / "empty.pt")
+        with pytest.raises(ValueError, match="holds no state dict, neither bare nor under"):
+            read_published(tmp_path / "empty.pt")
     torch.save(to_published(build_model(SMALL)), tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut\.pt is cut short"):
         read_published(tmp_path / "cut.pt")
+
+
+def test_damaged_bytes_end_in_a_sentence(tmp_path: Path) -> None:
+    torch.save(to_published(build_model(SMALL)), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    start = whole.index(b"data.pkl") + 64
+    refused = 0
+    for byte in range(start, start + 400, 3):
+        damaged = bytearray(whole)
+        damaged[byte] ^= 0x24
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        # Some bytes do not matter; where one does, any other error than the sentence fails the test.
+        with contextlib.suppress(ValueError):
+            read_published(tmp_path / "damaged.pt")
+            refused -= 1
+        refused += 1
+    assert refused > 20
+
+
+def test_a_kernel_size_that_is_none_leaves_the_model_as_it_was() -> None:
+    model = build_model(ModelConfig("none", "arconv", published=True))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: torch.zeros_like(value) for name, value in to_published(model).items()}
+    kept = {name: torch.full_like(value, 3) for name, value in state.items() if name.endswith("reserved_NXY")}
+    kept["Sharpening.blockSharp.rb5.conv2.reserved_NXY"] = torch.tensor([4, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"reserved_NXY = \[4, 4\] is no size of a kernel"):
+        load_published(model, state | kept)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_state_dict_is_recognised_by_its_names() -> None:

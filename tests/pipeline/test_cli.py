@@ -119,12 +119,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tmp_path: Path) -> None:
+    digest = ChipDataset(dataset_uri, "test", DataConfig()).index.digest[:8]
+    folder = tmp_path / f"test-srcnn+pnn-srcnn_pnn-sensor-{digest}"
+    folder.mkdir()
+    for name in ("of-mine.txt", "panel-007.png"):
+        (folder / name).touch()
     options = ["--published-checkpoint", str(weights), "--data", dataset_uri, "--output", str(tmp_path)]
-    ended = satfusion("evaluate", *options, "--model", "SRCNN+PNN", "--panels", "1")
+    ended = satfusion("evaluate", *options, "--model", "SRCNN+PNN", "--panels", "1", "--simulate", "sensor")
     assert ended.returncode == 0, ended.stderr
-    folder = tmp_path / "test-srcnn_pnn"
-    assert {path.name for path in folder.iterdir()} == {"chips.csv", "aois.csv", "table.txt", "panel-000.png"}
-    batch = ChipDataset(dataset_uri, "test", DataConfig()).evaluation_batch(0)
+    assert "simulated revisits (sensor)" in ended.stdout
+    written = {"chips.csv", "aois.csv", "table.txt", "panel-000.png"}
+    assert {path.name for path in folder.iterdir()} == written | {"of-mine.txt"}
+    batch = ChipDataset(dataset_uri, "test", DataConfig(simulate="sensor")).evaluation_batch(0)
     with torch.no_grad():
         fused = cases.golden_model("SRCNN+PNN").eval()(batch.lr, batch.pan).fused
     first = column(folder, "mse", "chips.csv")[0]
@@ -139,6 +145,17 @@ def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tm
         ("srcnn+pannet", ["does not fit srcnn+pannet", "lacks Sharpening.blockSharp", "it is one of srcnn+pnn"]),
     ],
 )
+def test_files_that_hold_more_or_less_than_weights_are_refused(dataset_uri: str, weights: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "config": Path("anything")}, tmp_path / "code.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(weights.read_bytes()[:100_000])
+    for name, words in (("code.ckpt", "holds pickled code"), ("cut.ckpt", "is cut short"), ("no.ckpt", "No such file")):
+        options = ["--data", dataset_uri, "--model", "srcnn+pnn", "--output", str(tmp_path / "figures")]
+        sentence = refused("evaluate", "--published-checkpoint", str(tmp_path / name), *options)
+        assert words in sentence
+        assert name in sentence
+    assert not (tmp_path / "figures").exists()
+
+
 def test_a_published_checkpoint_of_another_model_is_refused(
     model: str, words: list[str], weights: Path, dataset_uri: str, tmp_path: Path
 ) -> None:

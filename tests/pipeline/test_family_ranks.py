@@ -38,7 +38,9 @@ def three_steps(place: Rank, stage: int, encoder: str, head: str) -> dict[str, t
     # Of ARConv's nine kernel sizes three steps use few.
     still = {name for name, _ in network.named_parameters() if name not in moved and ".convs." not in name}
     assert not still, still
-    return weights | {"losses": torch.tensor(losses)}
+    # Beside what is gathered, which is the same on all ranks by nature, what this rank itself computes with.
+    own = {f"own {name}": value.clone() for name, value in network.state_dict().items()}
+    return weights | own | {"losses": torch.tensor(losses)}
 
 
 @pytest.mark.distributed
