@@ -137,14 +137,6 @@ def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tm
     assert float(first) == pytest.approx(image_metrics(fused, batch.hr)["mse"].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("srcnn+panet", ["head = 'panet' is unknown; did you mean 'pannet'"]),
-        ("srcnn", ["'srcnn' is no model: it must be ENCODER+HEAD"]),
-        ("srcnn+pannet", ["does not fit srcnn+pannet", "lacks Sharpening.blockSharp", "it is one of srcnn+pnn"]),
-    ],
-)
 def test_files_that_hold_more_or_less_than_weights_are_refused(dataset_uri: str, weights: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "config": Path("anything")}, tmp_path / "code.ckpt")
     (tmp_path / "cut.ckpt").write_bytes(weights.read_bytes()[:100_000])
@@ -156,6 +148,14 @@ def test_files_that_hold_more_or_less_than_weights_are_refused(dataset_uri: str,
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("srcnn+panet", ["head = 'panet' is unknown; did you mean 'pannet'"]),
+        ("srcnn", ["'srcnn' is no model: it must be ENCODER+HEAD"]),
+        ("srcnn+pannet", ["does not fit srcnn+pannet", "lacks Sharpening.blockSharp", "it is one of srcnn+pnn"]),
+    ],
+)
 def test_a_published_checkpoint_of_another_model_is_refused(
     model: str, words: list[str], weights: Path, dataset_uri: str, tmp_path: Path
 ) -> None:
