@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-STEP_NUMBERS = 1 << 16
+STEP_NUMBERS = {"cpu": 1 << 15, "cuda": 1 << 20}
 """How many numbers a step of the recurrence works on, as far as there are chunks to fill it: enough that the time goes
-into arithmetic and not into calls, few enough to stay in a core's cache."""
-
-BLOCK_STEPS = 16
-"""About how many steps lie between two kept states, and are in memory with all their states at once."""
+into arithmetic and not into calls, few enough to stay in a core's cache. At 2^16 and above PyTorch shares a step among
+threads, which is a little faster on an idle machine and many times slower on a busy one, where a step then waits for
+the thread that is scheduled last."""
 
 FORWARD_FLOPS = 7
 """Of one state of one token: its decay (2), its input (1), the recurrence (2), its part of y (2)."""
@@ -59,11 +58,14 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     wide = torch.promote_types(x.dtype, torch.float32)
     u, delta, A, B, C, D = (value.to(wide) for value in (x, delta, A, B, C, D))
     fused = _fused_scan(x.device.type, wide)
-    if fused is not None:
-        y = fused(u.mT, delta.mT, A, B.mT, C.mT, D).mT
-    else:
-        y = cast(Tensor, _scan(u, delta, A, B, C)[0]) + D * u
-    return y.to(x.dtype)
+    if fused is None:
+        return chunked_scan(u, delta, A, B, C, D).to(x.dtype)
+    return fused(u.mT, delta.mT, A, B.mT, C.mT, D).mT.to(x.dtype)
+
+
+def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Scan as :func:`selective_scan` does without mamba_ssm, all tensors of one type, float32 or float64."""
+    return cast(Tensor, _scan(x, delta, A, B, C)[0]) + D * x
 
 
 def _fused_scan(device: str, dtype: torch.dtype) -> FusedScan | None:
@@ -85,7 +87,8 @@ class Plan:
     """How a batch of sequences is cut.
 
     Each sequence becomes ``chunks`` that are scanned side by side, once without knowing the state they begin with to
-    find what they add to it, and once knowing it. A chunk is ``blocks`` of ``steps`` tokens: what is computed at once.
+    find what they add to it, and once knowing it. A chunk is ``blocks`` of ``steps`` tokens. The states of one
+    block are in memory at once, and one state before each is kept: both grow with the root of a chunk's length.
     """
 
     batch: int
@@ -95,13 +98,14 @@ class Plan:
     steps: int
 
     @classmethod
-    def of(cls, batch: int, tokens: int, state: int) -> Plan:
-        """Plan for sequences of ``tokens`` with ``state`` numbers in the state of each."""
+    def of(cls, batch: int, tokens: int, state: int, device: str = "cpu") -> Plan:
+        """Plan for sequences of ``tokens``, with ``state`` numbers in the state of each."""
+        numbers = STEP_NUMBERS.get(device, STEP_NUMBERS["cpu"])
         # More chunks than steps would make the loop over the chunks' ends the longer one.
-        chunks = max(1, min(STEP_NUMBERS // (batch * state), math.isqrt(tokens)))
+        chunks = max(1, min(numbers // (batch * state), math.isqrt(tokens)))
         length = -(-tokens // chunks)
-        blocks = -(-length // BLOCK_STEPS)
-        return cls(batch, tokens, chunks, blocks, -(-length // blocks))
+        steps = math.isqrt(length - 1) + 1
+        return cls(batch, tokens, chunks, -(-length // steps), steps)
 
     def cut(self, x: Tensor) -> Tensor:
         """Map [batch, n, c] to [blocks, steps, batch * chunks, c], zeros after the end: they leave the state alone."""
@@ -204,7 +208,7 @@ def _entering_gradients(plan: Plan, rates: Tensor, grads: Tensor, reads: Tensor,
 
 
 def _plan(x: Tensor, A: Tensor) -> Plan:
-    return Plan.of(x.shape[0], x.shape[1], A.numel())
+    return Plan.of(x.shape[0], x.shape[1], A.numel(), x.device.type)
 
 
 def _decay(rates: Tensor, A: Tensor, out: Tensor) -> None:

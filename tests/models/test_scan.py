@@ -72,7 +72,7 @@ def test_a_plan_covers_every_token_once(batch: int, tokens: int, state: int) -> 
     assert cut.shape == (plan.blocks, plan.steps, batch * plan.chunks, 1)
     assert cut.sum(dtype=torch.float64) == x.sum(dtype=torch.float64)
     assert torch.equal(plan.join(cut), x)
-    assert plan.steps <= scan.BLOCK_STEPS
+    assert max(plan.blocks, plan.steps) ** 2 <= 4 * tokens / plan.chunks
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-30, 300.0])
@@ -105,7 +105,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_what_is_kept_for_the_backward_pass_is_far_less_than_all_states() -> None:
-    inputs = arguments(1, 2000, channels=64, states=16, dtype=torch.float32)
+    inputs = arguments(1, 8000, channels=64, states=16, dtype=torch.float32)
     kept: dict[int, int] = {}
 
     def keep(value: Tensor) -> Tensor:
@@ -115,7 +115,8 @@ def test_what_is_kept_for_the_backward_pass_is_far_less_than_all_states() -> Non
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         selective_scan(*inputs)
-    assert sum(kept.values()) < 2000 * 64 * 16 * 4 / 4
+    mandatory = sum(value.nbytes for value in inputs)
+    assert sum(kept.values()) - mandatory < 8000 * 64 * 16 * 4 / 8
 
 
 def test_the_operator_keeps_its_promises() -> None:
