@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.contracts import NamePairs, Size
+from models.contracts import NamePairs, Size, under
 from models.ranks import RankBatchNorm2d, mean_over_ranks
 
 KERNELS: tuple[Size, ...] = ((3, 3), (3, 5), (5, 3), (3, 7), (7, 3), (5, 5), (5, 7), (7, 5), (7, 7))
@@ -195,12 +195,6 @@ def _extent_layers(inputs: int, outputs: int, second_kernel: int) -> tuple[nn.Mo
 
 def adaptive_names(block: str) -> NamePairs:
     """Pair the published names of an :class:`AdaptiveConv` with ours; ``block`` is the name of both."""
-    same = ((f"{block}.{name}", f"{block}.{name}") for name in ("reserved_NXY", "convs"))
-    branches = (
-        ("m_conv", "scale"),
-        ("b_conv", "shift"),
-        ("p_conv", "context"),
-        ("l_conv", "height"),
-        ("w_conv", "width"),
-    )
-    return (*same, *((f"{block}.{theirs}", f"{block}.{ours}") for theirs, ours in branches))
+    same = (("reserved_NXY", "reserved_NXY"), ("convs", "convs"))
+    branches = (("m_conv", "scale"), ("b_conv", "shift"), ("p_conv", "context"), ("l_conv", "height"))
+    return under(block, block, *same, *branches, ("w_conv", "width"))

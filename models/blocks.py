@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.contracts import NamePairs, Size
+from models.contracts import NamePairs, Size, under
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -44,8 +44,7 @@ class DoubleConv(nn.Module):
 
 def double_conv_names(published: str, own: str) -> NamePairs:
     """Pair the published names of a :class:`DoubleConv` with ours."""
-    entries = (("0", "conv1"), ("2", "act1"), ("4", "conv2"), ("6", "act2"))
-    return tuple((f"{published}.doubleconv2d.{theirs}", f"{own}.{ours}") for theirs, ours in entries)
+    return under(f"{published}.doubleconv2d", own, ("0", "conv1"), ("2", "act1"), ("4", "conv2"), ("6", "act2"))
 
 
 def check_reflectable(lr: Size, encoder: str) -> None:

@@ -21,6 +21,11 @@ Size = tuple[int, int]
 """Height and width, pixels."""
 
 
+def under(published: str, own: str, *pairs: tuple[str, str]) -> NamePairs:
+    """Put the names of modules before names within them; an empty name stands for the module itself."""
+    return tuple((f"{published}.{theirs}".rstrip("."), f"{own}.{ours}".rstrip(".")) for theirs, ours in pairs)
+
+
 class Stage(nn.Module, ABC):
     """What encoders and heads share: what they refuse, and their published names."""
 

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.contracts import NamePairs
+from models.contracts import NamePairs, under
 from models.registry import ModelConfig, all_pairs, build_model
 from models.satfusion import SatFusion
 
@@ -178,17 +178,12 @@ def _names(model: SatFusion) -> list[tuple[str, str]]:
 def _prefixes(model: SatFusion) -> NamePairs:
     pairs: NamePairs = ()
     if model.encoder is not None:
-        pairs += _below("MISR", "encoder", model.encoder.published_names())
+        pairs += under("MISR", "encoder", *model.encoder.published_names())
     upsampler = (("1", "conv1"), ("3", "act1"), ("4", "conv2"), ("6", "act2"))
     if model.upsampler is not None:
-        pairs += _below("MISR.sr.upsample", "upsampler", upsampler)
+        pairs += under("MISR.sr.upsample", "upsampler", *upsampler)
     if model.head is not None:
-        pairs += _below("Sharpening.blockSharp", "head", model.head.published_names())
+        pairs += under("Sharpening.blockSharp", "head", *model.head.published_names())
     if model.refinement is not None:
-        pairs += _below("color_correct.conv", "refinement", (("0", "conv1"), ("2", "conv2")))
+        pairs += under("color_correct.conv", "refinement", ("0", "conv1"), ("2", "conv2"))
     return pairs
-
-
-def _below(theirs: str, ours: str, pairs: NamePairs) -> NamePairs:
-    """Put a prefix before each side; an empty name stands for the prefix itself."""
-    return tuple((f"{theirs}.{a}".rstrip("."), f"{ours}.{b}".rstrip(".")) for a, b in pairs)

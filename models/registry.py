@@ -156,6 +156,8 @@ def build_model(config: ModelConfig) -> SatFusion:
 def _check_name(field: str, name: str, known: Collection[str]) -> None:
     if name in known:
         return
+    if name.lower() in ALIASES:
+        raise ValueError(f"{field} = {name!r} is called {ALIASES[name.lower()]!r} here")
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     raise ValueError(f"{field} = {name!r} is unknown; {advice}")

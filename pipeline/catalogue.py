@@ -75,7 +75,7 @@ def as_markdown(entries: Sequence[Entry], lr_size: int, hr_size: int) -> str:
         [
             "# Models",
             "",
-            "Written by `satfusion models --markdown > docs/models.md`.",
+            "Written by `satfusion models --markdown`, for the sizes below.",
             "",
             *(f"- **{name}**: {' '.join((inspect.getdoc(kind) or '').split())}" for name, kind in stages),
             "",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import check_published_bands, check_reflectable
-from models.contracts import Encoder, NamePairs, Size
+from models.contracts import Encoder, NamePairs, Size, under
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -128,5 +128,5 @@ def _drop_revisits(outputs: int, kernel: int) -> nn.Conv3d:
 
 
 def _block_names(published: str, own: str) -> NamePairs:
-    entries = (("conv1", "conv1"), ("conv2", "conv2"), ("attention.1", "squeeze"), ("attention.3", "excite"))
-    return tuple((f"blockMISR.{published}.{theirs}", f"{own}.{ours}") for theirs, ours in entries)
+    attention = (("attention.1", "squeeze"), ("attention.3", "excite"))
+    return under(f"blockMISR.{published}", own, ("conv1", "conv1"), ("conv2", "conv2"), *attention)

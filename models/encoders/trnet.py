@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.contracts import Encoder, NamePairs, Size
+from models.contracts import Encoder, NamePairs, Size, under
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -198,20 +198,16 @@ def check_published_size(config: ModelConfig, lr: Size, encoder: str) -> None:
 def published_names() -> NamePairs:
     """Return the published names of a :class:`RevisitFusion` ``fusion``, a ``token`` and a ``pan_token``."""
     encode, superres = "blockMISR.encode", "blockMISR.superres"
-    names = _pair(f"{encode}.init_layer.", "fusion.encode.", {"0": "conv1", "1": "act"})
+    names = under(f"{encode}.init_layer", "fusion.encode", ("0", "conv1"), ("1", "act"))
     for block in range(RESIDUAL_BLOCKS):
-        entries = {"0": "conv1", "1": "act1", "2": "conv2", "3": "act2"}
-        names += _pair(f"{encode}.res_layers.{block}.block.", f"fusion.encode.blocks.{block}.", entries)
+        entries = (("0", "conv1"), ("1", "act1"), ("2", "conv2"), ("3", "act2"))
+        names += under(f"{encode}.res_layers.{block}.block", f"fusion.encode.blocks.{block}", *entries)
     names += ((f"{encode}.final.0", "fusion.encode.conv2"), (f"{superres}.orignal_token", "token"))
-    entries = {"proj": "project", "ln": "norm", "mlp.0": "linear1", "mlp.2": "linear2"}
-    names += _pair(f"{superres}.pan_", "pan_token.", entries)
+    entries = (("pan_proj", "project"), ("pan_ln", "norm"), ("pan_mlp.0", "linear1"), ("pan_mlp.2", "linear2"))
+    names += under(superres, "pan_token", *entries)
     for layer in range(LAYERS):
-        attention = {"norm": "norm1", "fn.to_qkv": "attention.qkv", "fn.to_out.0": "attention.out"}
-        mlp = {"norm": "norm2", "fn.net.0": "linear1", "fn.net.3": "linear2"}
-        theirs, ours = f"{superres}.transformer.layers.{layer}", f"fusion.layers.{layer}."
-        names += _pair(f"{theirs}.0.fn.", ours, attention) + _pair(f"{theirs}.1.fn.", ours, mlp)
-    return names + _pair("blockMISR.decode.final.", "fusion.", {"0": "conv", "1": "act"})
-
-
-def _pair(published: str, own: str, entries: dict[str, str]) -> NamePairs:
-    return tuple((published + theirs, own + ours) for theirs, ours in entries.items())
+        attention = (("norm", "norm1"), ("fn.to_qkv", "attention.qkv"), ("fn.to_out.0", "attention.out"))
+        mlp = (("norm", "norm2"), ("fn.net.0", "linear1"), ("fn.net.3", "linear2"))
+        theirs, ours = f"{superres}.transformer.layers.{layer}", f"fusion.layers.{layer}"
+        names += under(f"{theirs}.0.fn", ours, *attention) + under(f"{theirs}.1.fn", ours, *mlp)
+    return names + under("blockMISR.decode.final", "fusion", ("0", "conv"), ("1", "act"))

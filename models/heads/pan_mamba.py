@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import check_published_bands
-from models.contracts import Head, NamePairs, Size
+from models.contracts import Head, NamePairs, Size, under
 from models.mamba import CrossMamba, Mamba
 
 if TYPE_CHECKING:
@@ -99,23 +99,23 @@ class PanMamba(Head):
             names += ((f"{image}_encoder.0", f"{image}_features.0"),)
             for i in range(1, 1 + RESIDUAL_BLOCKS):
                 entries = (("identity", "idle"), ("conv_1", "conv1"), ("conv_2", "conv2"), ("norm", "norm"))
-                names += _pair(f"{image}_encoder.{i}", f"{image}_features.{i}", *entries)
+                names += under(f"{image}_encoder.{i}", f"{image}_features.{i}", *entries)
         names += (("shallow_fusion1", "ms_fusion"), ("shallow_fusion2", "pan_fusion"))
         for image in ("ms", "pan"):
             names += ((f"{image}_to_token.proj", f"{image}_embed"),)
             names += ((f"{image}_to_token.norm.body.weight", f"{image}_embed_norm"),)
         for i in range(CROSSINGS):
-            names += _pair(
+            names += under(
                 f"deep_fusion{i + 1}", f"crossings.{i}", ("cross_mamba", "mamba"), *norms, ("dwconv", "conv")
             )
         for image in ("pan", "ms"):
             for i in range(EXTRACTION_BLOCKS):
                 theirs, ours = f"{image}_feature_extraction.{i}", f"{image}_extraction.{i}"
-                names += _pair(theirs, ours, ("encoder", "mamba"), ("norm.body", "norm"))
+                names += under(theirs, ours, ("encoder", "mamba"), ("norm.body", "norm"))
         for i in range(SWAPS):
             mambas = (("msencoder", "ms_mamba"), ("panencoder", "pan_mamba"))
-            names += _pair(f"swap_mamba{i + 1}", f"swaps.{i}", *mambas, *norms)
-        return names + _pair("output", "refine", *Refine.PUBLISHED)
+            names += under(f"swap_mamba{i + 1}", f"swaps.{i}", *mambas, *norms)
+        return names + under("output", "refine", *Refine.PUBLISHED)
 
 
 class HinRes(nn.Module):
@@ -239,7 +239,3 @@ def to_image(tokens: Tensor, size: Size) -> Tensor:
 def _features(channels: int, published: bool) -> nn.Sequential:
     blocks = (HinRes(published) for _ in range(RESIDUAL_BLOCKS))
     return nn.Sequential(nn.Conv2d(channels, WIDTH, 3, padding=1), *blocks)
-
-
-def _pair(published: str, own: str, *entries: tuple[str, str]) -> NamePairs:
-    return tuple((f"{published}.{theirs}", f"{own}.{ours}") for theirs, ours in entries)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import check_published_bands, check_published_grid
-from models.contracts import Head, NamePairs, Size
+from models.contracts import Head, NamePairs, Size, under
 
 if TYPE_CHECKING:
     from models.registry import ModelConfig
@@ -32,17 +32,16 @@ class U2Net(Head):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        idle = config.published
+        published = config.published
         self.raise_ms = nn.Conv2d(config.bands, WIDTHS[0], 3, padding=1)
         self.raise_pan = nn.Conv2d(1, WIDTHS[0], 3, padding=1)
         self.fuse = nn.ModuleList(SpatialSpectralBlock(width) for width in WIDTHS)
         self.refine = nn.ModuleList(ResidualBlock(width) for width in WIDTHS[:-1])
-        self.down = nn.ModuleList(Down(width, idle) for width in WIDTHS[:2])
-        self.up = nn.ModuleList(Up(width, idle) for width in WIDTHS[2:4])
+        self.down = nn.ModuleList(Down(width, published) for width in WIDTHS[:2])
+        self.up = nn.ModuleList(Up(width, published) for width in WIDTHS[2:4])
         self.conv1 = nn.Conv2d(WIDTHS[-1], WIDTHS[-1], 3, padding=1)
         self.conv2 = nn.Conv2d(WIDTHS[-1], config.bands, 3, padding=1)
-        if idle:
-            self.idle = nn.Conv2d(config.bands, 16 * config.bands, 3, padding=1, bias=False)
+        self.idle = nn.Conv2d(config.bands, 16 * config.bands, 3, padding=1, bias=False) if published else None
 
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
@@ -83,28 +82,26 @@ class U2Net(Head):
             elif level < 4:
                 names += _up_names(level - 2)
             if level < 4:
-                names += tuple((f"resblock{level}.conv{i}", f"refine.{level}.conv{i + 1}") for i in (0, 1))
+                names += under(f"resblock{level}", f"refine.{level}", ("conv0", "conv1"), ("conv1", "conv2"))
         return names
 
 
 def _block_names(level: int) -> NamePairs:
     attention, mlp = (f"s2block{level}.layers.0.{part}.fn" for part in (0, 1))
-    pairs = [(f"{attention}.norm", "norm1")]
-    pairs += [(f"{attention}.fn.{name}", name) for name in ("sa1", "sa2", "se1", "se2")]
-    pairs += [(f"{attention}.fn.to_out.0", "out")]
-    pairs += [(f"{mlp}.norm", "norm2"), (f"{mlp}.fn.net.0", "linear1"), (f"{mlp}.fn.net.3", "linear2")]
-    return tuple((theirs, f"fuse.{level}.{ours}") for theirs, ours in pairs)
+    maps = ((f"fn.{name}", name) for name in ("sa1", "sa2", "se1", "se2"))
+    names = under(attention, f"fuse.{level}", ("norm", "norm1"), *maps, ("fn.to_out.0", "out"))
+    return names + under(mlp, f"fuse.{level}", ("norm", "norm2"), ("fn.net.0", "linear1"), ("fn.net.3", "linear2"))
 
 
 def _down_names(i: int) -> NamePairs:
-    pairs = [("maxpool_conv.1", "idle1"), ("maxpool_conv.2", "idle2")]
-    pairs += [("conv.0", "halve"), ("conv.2", "widen"), ("conv.3", "depthwise")]
-    return tuple((f"down{i}.{theirs}", f"down.{i}.{ours}") for theirs, ours in pairs)
+    idle = (("maxpool_conv.1", "idle1"), ("maxpool_conv.2", "idle2"))
+    used = (("conv.0", "halve"), ("conv.2", "widen"), ("conv.3", "depthwise"))
+    return under(f"down{i}", f"down.{i}", *idle, *used)
 
 
 def _up_names(i: int) -> NamePairs:
-    pairs = [("up0.0", "idle1"), ("up0.2", "idle2"), ("up0.3", "idle3"), ("up1.0", "enlarge"), ("conv", "conv")]
-    return tuple((f"up{i}.{theirs}", f"up.{i}.{ours}") for theirs, ours in pairs)
+    idle = (("up0.0", "idle1"), ("up0.2", "idle2"), ("up0.3", "idle3"))
+    return under(f"up{i}", f"up.{i}", *idle, ("up1.0", "enlarge"), ("conv", "conv"))
 
 
 class SpatialSpectralBlock(nn.Module):
@@ -180,17 +177,16 @@ class Down(nn.Module):
 
     Args:
         width: Channels in.
-        idle: Whether to hold the published layers that are never used.
+        published: Whether to hold the published layers that are never used.
     """
 
-    def __init__(self, width: int, idle: bool) -> None:
+    def __init__(self, width: int, published: bool) -> None:
         super().__init__()
         self.halve = nn.Conv2d(width, width, 2, stride=2)
         self.widen = nn.Conv2d(width, 2 * width, 1)
         self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
-        if idle:
-            self.idle1 = nn.Conv2d(width, 2 * width, 1)
-            self.idle2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+        self.idle1 = nn.Conv2d(width, 2 * width, 1) if published else None
+        self.idle2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width) if published else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, 2 C, H / 2, W / 2]."""
@@ -202,18 +198,17 @@ class Up(nn.Module):
 
     Args:
         width: Channels in.
-        idle: Whether to hold the published layers that are never used.
+        published: Whether to hold the published layers that are never used.
     """
 
-    def __init__(self, width: int, idle: bool) -> None:
+    def __init__(self, width: int, published: bool) -> None:
         super().__init__()
         half = width // 2
         self.enlarge = nn.ConvTranspose2d(width, half, 2, stride=2)
         self.conv = nn.Conv2d(half, half, 3, padding=1)
-        if idle:
-            self.idle1 = nn.ConvTranspose2d(width, width, 2, stride=2)
-            self.idle2 = nn.Conv2d(width, half, 1)
-            self.idle3 = nn.Conv2d(half, half, 3, padding=1, groups=half)
+        self.idle1 = nn.ConvTranspose2d(width, width, 2, stride=2) if published else None
+        self.idle2 = nn.Conv2d(width, half, 1) if published else None
+        self.idle3 = nn.Conv2d(half, half, 3, padding=1, groups=half) if published else None
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map [B, C, H, W] and skip [B, C / 2, 2 H, 2 W] to [B, C / 2, 2 H, 2 W]."""

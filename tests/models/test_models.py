@@ -145,6 +145,7 @@ def test_bfloat16_and_autocast_run() -> None:
     [
         ({"encoder": "SRCN"}, "encoder = 'SRCN' is unknown; did you mean 'srcnn'"),
         ({"encoder": "highres"}, "did you mean 'highresnet'"),
+        ({"head": "PSIT"}, "head = 'PSIT' is called 'innformer' here"),
         ({"head": "zzz"}, f"head = 'zzz' is unknown; known: {', '.join(HEADS)}, none"),
         ({"encoder": "none", "head": "none"}, "at least one of them"),
         ({"dropout": "on"}, "dropout = 'on' is unknown"),
