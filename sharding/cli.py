@@ -1,4 +1,4 @@
-"""The verbs `shard` and `inspect`."""
+"""The verbs `download`, `shard` and `inspect`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from sharding.download import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.schema import SPLITS, STEP, Index, Sample, read_sample
@@ -28,7 +29,8 @@ TILE_PX = 200
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `shard` and `inspect` to the command."""
+    """Add `download`, `shard` and `inspect` to the command."""
+    _add_download(verbs)
     shard = verbs.add_parser(
         "shard",
         help="make a dataset of WebDataset shards from WorldStrat rasters",
@@ -72,6 +74,31 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     inspect.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
     inspect.add_argument("--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
     inspect.set_defaults(run=run_inspect)
+
+
+def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "download",
+        help="fetch WorldStrat's published files, and go on where it broke off",
+        description="Fetch files of WorldStrat v1.1 (https://zenodo.org/records/15382551) and check their SHA-256. "
+        "The same command goes on after an interruption.",
+    )
+    verb.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder, made where there is none")
+    verb.add_argument(
+        "--only",
+        default=",".join(DEFAULT_KEYS),
+        metavar="LIST",
+        help="of metadata, split, hr (41 GB), l2a (25 GB), l1c (26 GB; only when asked for); default: %(default)s",
+    )
+    verb.add_argument("--mirror", metavar="URL", help="http(s):// folder with the same file names, not Zenodo")
+    verb.set_defaults(run=run_download)
+
+
+def run_download(args: argparse.Namespace) -> int:
+    """Run `download`."""
+    download(args.to, parse_only(args.only), mirror=args.mirror)
+    print(f"now: satfusion shard --input {args.to} --output URI")
+    return 0
 
 
 def run_shard(args: argparse.Namespace) -> int:

@@ -33,28 +33,29 @@ class Progress(Protocol):
         ...
 
 
-def progress(total: int, label: str, unit: str, *, every_s: float = LOG_EVERY_S) -> Progress:
+def progress(total: int, label: str, unit: str, *, initial: int = 0, every_s: float = LOG_EVERY_S) -> Progress:
     """Show work of ``total`` units with its rate and the time left.
 
     Args:
         total: units to be done.
         label: what is being done, such as ``"sharding"``.
         unit: one unit's name, such as ``"AOI"``.
+        initial: units that were done before; the rate does not count them.
         every_s: seconds between log lines, where standard error is no terminal.
 
     Returns:
         A context manager; call its ``update(n, **fields)`` as units are done.
     """
     if sys.stderr.isatty():
-        return _Bar(total, label, unit)
-    return _Lines(total, label, unit, every_s)
+        return _Bar(total, label, unit, initial)
+    return _Lines(total, label, unit, initial, every_s)
 
 
 class _Bar:
     """A tqdm bar."""
 
-    def __init__(self, total: int, label: str, unit: str) -> None:
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True)
+    def __init__(self, total: int, label: str, unit: str, initial: int) -> None:
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", initial=initial, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self
@@ -73,9 +74,9 @@ class _Bar:
 class _Lines:
     """Log lines at most every few seconds, and one at the end."""
 
-    def __init__(self, total: int, label: str, unit: str, every_s: float) -> None:
+    def __init__(self, total: int, label: str, unit: str, initial: int, every_s: float) -> None:
         self._total, self._label, self._unit, self._every_s = total, label, unit, every_s
-        self._done = 0
+        self._done = self._initial = initial
         self._fields: dict[str, object] = {}
         self._start = self._last = time.monotonic()
 
@@ -90,6 +91,7 @@ class _Lines:
 
     def update(self, n: int = 1, **fields: object) -> None:
         self._done += n
+        self._initial = min(self._initial, self._done)  # work may be undone
         self._fields = fields
         if time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
@@ -98,7 +100,7 @@ class _Lines:
     def _log(self, end: str | None) -> None:
         """Log one line; ``end`` says how the work ended, None that it goes on."""
         seconds = time.monotonic() - self._start
-        rate = self._done / seconds if seconds > 0 else 0.0
+        rate = (self._done - self._initial) / seconds if seconds > 0 else 0.0
         if end is None:
             left = tqdm.format_interval((self._total - self._done) / rate) if rate > 0 else "?"
             when = f"{left} left"

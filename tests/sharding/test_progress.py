@@ -27,6 +27,17 @@ def test_lines_are_rare_and_the_last_always_comes(caplog: pytest.LogCaptureFixtu
     assert [record.getMessage()[:22] for record in caplog.records] == ["sharding: 1000/1000 AO"]
 
 
+def test_what_was_done_before_counts_as_done_and_not_in_the_rate(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), progress(9, "work", "unit", initial=4, every_s=0.0) as shown:
+        shown.update(0)
+        shown.update(-3)
+        shown.update(8)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].startswith("work: 4/9 unit, 0 unit/s, ? left")
+    assert messages[1].startswith("work: 1/9 unit, 0 unit/s, ? left")
+    assert messages[-1].startswith("work: 9/9 unit, ")
+
+
 def test_a_failure_is_not_called_finished(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), pytest.raises(RuntimeError), progress(9, "work", "unit") as shown:  # noqa: PT012
         shown.update(2)
