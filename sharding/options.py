@@ -1,0 +1,71 @@
+"""What a sample is made of, as the user chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sharding.errors import UserError
+
+LEVELS = ("l2a", "l1c")
+BANDS = ("true_color", "all")
+SELECTIONS = ("first", "clearest")
+HR_SOURCES = ("ps", "rgbn")
+DTYPES = ("uint16", "float32")
+LR_SIZE, HR_SIZE = 160, 500
+"""Sides of the grids that the published pipeline trains on, px."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How an AOI becomes a sample. The same files and options give the same bytes.
+
+    Raises:
+        UserError: Naming the option, its value and what it may be.
+    """
+
+    level: str = "l2a"
+    """Sentinel-2 product: ``l2a`` (surface reflectance, 12 bands) or ``l1c`` (top of atmosphere, 13 bands)."""
+
+    bands: str = "true_color"
+    """Sentinel-2 bands: ``true_color`` (4, 3, 2) or ``all`` of the product in its order."""
+
+    revisits: int = 8
+    """Revisits a sample; AOIs with fewer are left out."""
+
+    select: str = "first"
+    """Which revisits: the ``first`` in numeric order, or the ``clearest`` of all."""
+
+    hr: str = "ps"
+    """SPOT raster of the targets: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
+
+    lr_size: int | None = LR_SIZE
+    """Side of the LR grid, px; None keeps each AOI's own."""
+
+    hr_size: int | None = HR_SIZE
+    """Side of the HR and PAN grid, px; None keeps each AOI's own."""
+
+    dtype: str = "uint16"
+    """Of stored images: ``uint16`` in steps of 3e-5, or ``float32`` reflectance."""
+
+    max_cloud: float | None = None
+    """Leave out AOIs whose chosen revisits are cloudier on average, percent; None leaves out none."""
+
+    def __post_init__(self) -> None:
+        _among("--level", self.level, LEVELS)
+        _among("--bands", self.bands, BANDS)
+        _among("--select", self.select, SELECTIONS)
+        _among("--hr", self.hr, HR_SOURCES)
+        _among("--dtype", self.dtype, DTYPES)
+        for option, number in (("--revisits", self.revisits), ("--lr-size", self.lr_size), ("--hr-size", self.hr_size)):
+            if number is not None and number < 1:
+                raise UserError(f"{option} {number} is too small: the least is 1")
+        if (self.lr_size is None) != (self.hr_size is None):
+            raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
+        if self.max_cloud is not None and not 0 <= self.max_cloud <= 100:
+            raise UserError(f"--max-cloud {self.max_cloud} is no percentage: it must be from 0 to 100")
+
+
+def _among(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{option} {value!r} is unknown: it may be {', '.join(known)}")
