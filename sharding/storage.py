@@ -1,39 +1,29 @@
 """Whole objects by key, on a local folder or an S3 bucket, behind one small protocol.
 
-Nothing else in the project knows boto3 or decides what a key becomes on disk. An object appears whole or not
-at all. Neither the endpoint nor a credential stands in a message of this module: both may be secrets.
+Nothing else in the project decides what a key becomes on disk or in a bucket. An object appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from sharding.errors import UserError
+from sharding.storage_options import StorageOptions
 
-if TYPE_CHECKING:
-    from botocore.client import BaseClient
-    from botocore.exceptions import ClientError
-
-# A dead endpoint must be reported within seconds: three attempts of 5 s and their pauses stay under 20 s. One that
-# takes the connection and then says nothing, within about a minute.
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 20
-ATTEMPTS = 3
+PIECE = 1 << 16
+"""Bytes of a piece of `Storage.stream`. What came of a piece that stalls is lost; larger ones are no faster."""
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
-
-_KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_DENIED_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
-_BUSY_STATUSES = {429, 500, 502, 503, 504}
-_NO_KEY_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+# What a file system says that has no hard links: FAT, some network shares and FUSE mounts.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class NotFoundError(UserError):
@@ -47,9 +37,14 @@ class BucketNotFoundError(NotFoundError):
 class StorageUnavailableError(UserError):
     """The store does not answer, breaks off, or says that it is overloaded or broken (HTTP 429 or 5xx).
 
-    The same call may work later, so a long run may wait and start again. Every other UserError of this module stays
-    until somebody mends it: a wrong key, a denied or missing bucket, a missing object, a full or protected disk.
+    It was waited for already (see `sharding.retries`), but the same call may work later, so a long run may start again.
+    Every other UserError of this module stays until somebody mends it: a wrong key, a denied or missing bucket, a
+    missing object, a full or protected disk.
     """
+
+
+class CorruptedError(UserError):
+    """The bytes that arrive, each time anew, are not those that the store's own checksum was made of."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +77,30 @@ class Storage(Protocol):
         """Return ``length`` bytes from ``offset``, fewer where the object ends before."""
         ...
 
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Yield an object whole, from its first byte to its last, in pieces of up to 64 KiB.
+
+        All pieces are of one and the same object: one that is replaced meanwhile is a StorageUnavailableError. Only
+        an S3 object that arrived without a break was compared with the store's checksum (CorruptedError, after the
+        last piece), so compare a digest.
+        """
+        ...
+
     def write(self, key: str, data: bytes) -> None:
         """Store an object, whole or not at all, in place of an older one."""
         ...
 
     def upload(self, key: str, path: Path) -> None:
         """Store a local file's content as an object, whole or not at all."""
+        ...
+
+    def create(self, key: str, content: bytes | Path) -> bool:
+        """Store bytes or a local file's content as a new object, whole or not at all; False where there is one already.
+
+        Of several that create one key at once, one is told True. Only a place that cannot promise it (a file system
+        without hard links, an S3 store without conditional writes) looks first and then stores, so that two at the
+        same moment may both be told True; the object is then one of theirs, whole.
+        """
         ...
 
     def list(self, prefix: str = "") -> list[StoredObject]:
@@ -107,15 +120,24 @@ class Storage(Protocol):
         ...
 
 
-def open_storage(uri: str | os.PathLike[str]) -> Storage:
+def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
     """Open a local folder (made at the first write) or ``s3://bucket[/prefix]``.
 
     The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from boto3's standard chain. Nothing
     is sent until the first call.
 
+    Args:
+        uri: the place.
+        options: how objects are stored in S3; a folder knows neither parts nor concurrency.
+
     Raises:
-        UserError: for an empty URI, another scheme, or no bucket.
+        UserError: for an empty URI, another scheme, no bucket, or encryption or a storage class on a local folder.
     """
+    # Here, not above: they need this module's errors.
+    from sharding.s3 import S3Storage
+    from sharding.s3_requests import Bucket
+
+    options = options or StorageOptions()
     text = os.fspath(uri)
     scheme, separator, rest = text.partition("://")
     if separator and scheme == "s3":
@@ -126,11 +148,14 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
             )
         if not bucket:
             raise UserError(f"{text!r} names no bucket: write s3://BUCKET/PREFIX")
-        return S3Storage(bucket, prefix.strip("/"))
+        return S3Storage(Bucket(bucket, options), prefix.strip("/"))
     if separator:
         raise UserError(f"cannot open {text!r}: a URI is a local path or starts with s3://")
     if not text:
         raise UserError("an empty URI names no place: give a local path or s3://BUCKET/PREFIX")
+    for option, value in (("--sse", options.sse), ("--storage-class", options.storage_class)):
+        if value is not None:
+            raise UserError(f"{option} {value} is for s3:// only, and {text} is a folder: leave it out")
     return LocalStorage(Path(text).absolute())
 
 
@@ -159,6 +184,12 @@ class LocalStorage:
             file.seek(offset)
             return file.read(length)
 
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Read the file piece by piece; one that is replaced meanwhile stays readable."""
+        with self._explained(key), self._path(key).open("rb") as file:
+            while data := file.read(PIECE):
+                yield data
+
     def write(self, key: str, data: bytes) -> None:
         """Write beside the target, then rename."""
         with self._explained(key), self._replacing(key) as temporary:
@@ -168,6 +199,18 @@ class LocalStorage:
         """Copy beside the target, then rename."""
         with self._explained(key), self._replacing(key) as temporary:
             shutil.copyfile(path, temporary)
+
+    def create(self, key: str, content: bytes | Path) -> bool:
+        """Write beside the target, then link: of several links to one name the first succeeds."""
+        target = self._path(key)
+        with self._explained(key), self._beside(key) as temporary:
+            if target.exists():
+                return False
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                shutil.copyfile(content, temporary)
+            return _publish_new(temporary, target)
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """Walk the folder that ``prefix`` lies in."""
@@ -212,15 +255,20 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _replacing(self, key: str) -> Iterator[Path]:
-        target = self._path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        with self._beside(key) as temporary:
+            yield temporary
+            temporary.replace(self._path(key))
+
+    @contextlib.contextmanager
+    def _beside(self, key: str) -> Iterator[Path]:
+        """Give the path of a temporary file in the key's folder, and remove it if it is still there."""
+        folder = self._path(key).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
             yield temporary
-            temporary.replace(target)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
     @contextlib.contextmanager
     def _explained(self, key: str) -> Iterator[None]:
@@ -234,186 +282,23 @@ class LocalStorage:
             raise UserError(f"cannot use {place}: {reason}; check the path and its permissions") from error
 
 
+def _publish_new(temporary: Path, target: Path) -> bool:
+    """Give a finished file its name unless something has it; say whether it was given."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # Over NFS a link that was made may be answered so, when the first answer was lost.
+        return target.samefile(temporary)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():
+            return False
+        temporary.replace(target)
+    return True
+
+
 def _unless_gone(error: OSError) -> None:
     """Let a folder that cannot be read be an error; `os.walk` would take it for an empty one."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
-
-
-class S3Storage:
-    """Objects under a prefix of an S3 bucket."""
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self._bucket = bucket
-        self._prefix = prefix
-        self._lock = threading.Lock()
-        self._client: BaseClient | None = None
-        self._client_pid = 0
-
-    @property
-    def uri(self) -> str:
-        """``s3://bucket/prefix``."""
-        return f"s3://{self._bucket}/{self._prefix}" if self._prefix else f"s3://{self._bucket}"
-
-    def __repr__(self) -> str:
-        return f"S3Storage({self.uri!r})"
-
-    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str]]:
-        return S3Storage, (self._bucket, self._prefix)
-
-    def read(self, key: str) -> bytes:
-        """GET the object."""
-        return self._get(key, None)
-
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """GET with a Range header."""
-        if length <= 0:
-            return b""
-        return self._get(key, f"bytes={offset}-{offset + length - 1}")
-
-    def write(self, key: str, data: bytes) -> None:
-        """PUT the object; S3 publishes it at the end of the request."""
-        with self._explained(key):
-            self._connect().put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
-
-    def upload(self, key: str, path: Path) -> None:
-        """PUT a file, in parallel parts where it is large; S3 publishes it when the last part is in."""
-        with self._explained(key), path.open("rb") as file:
-            self._connect().upload_fileobj(file, self._bucket, self._key(key))
-
-    def list(self, prefix: str = "") -> list[StoredObject]:
-        """List all pages under the prefix."""
-        base = f"{self._prefix}/" if self._prefix else ""
-        found = []
-        with self._explained(prefix):
-            pages = self._connect().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=base + prefix):
-                for item in page.get("Contents", []):
-                    if not item["Key"].endswith("/"):  # markers that consoles make for empty folders
-                        found.append(StoredObject(item["Key"][len(base) :], item["Size"]))
-        return sorted(found, key=lambda item: item.key)
-
-    def exists(self, key: str) -> bool:
-        """HEAD the object."""
-        try:
-            with self._explained(key):
-                self._connect().head_object(Bucket=self._bucket, Key=self._key(key))
-        except BucketNotFoundError:
-            raise
-        except NotFoundError:
-            return False
-        return True
-
-    def delete(self, key: str) -> None:
-        """DELETE the object; S3 answers the same where there is none."""
-        with self._explained(key):
-            self._connect().delete_object(Bucket=self._bucket, Key=self._key(key))
-
-    def child(self, name: str) -> S3Storage:
-        """Return the storage of a longer prefix."""
-        return S3Storage(self._bucket, self._key(name).rstrip("/"))
-
-    def _key(self, key: str) -> str:
-        return f"{self._prefix}/{key}" if self._prefix else key
-
-    def _connect(self) -> BaseClient:
-        """Return this process's client: sockets must not be shared with a forked child."""
-        with self._lock:
-            if self._client is None or self._client_pid != os.getpid():
-                self._client, self._client_pid = _new_client(), os.getpid()
-            return self._client
-
-    def _get(self, key: str, byte_range: str | None) -> bytes:
-        from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
-
-        request = {"Bucket": self._bucket, "Key": self._key(key)}
-        if byte_range is not None:
-            request["Range"] = byte_range
-        with self._explained(key):
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    body = self._connect().get_object(**request)["Body"]
-                except ClientError as error:
-                    if error.response["Error"]["Code"] == "InvalidRange":  # begins past the end: as a file reads
-                        return b""
-                    raise
-                try:
-                    data: bytes = body.read()
-                    return data
-                except (FlexibleChecksumError, HTTPClientError, IncompleteReadError):
-                    if attempt == ATTEMPTS:  # botocore repeats requests, but not a body that breaks off
-                        raise
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    @contextlib.contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        """Turn botocore's errors into sentences. ``from None``: their text holds the endpoint."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        where = f"{self.uri}/{key}" if key else self.uri
-        try:
-            yield
-        except ClientError as error:
-            raise self._refusal(where, error) from None
-        except (BotoCoreError, ValueError) as error:
-            raise _no_answer(where, error) from None
-
-    def _refusal(self, where: str, error: ClientError) -> UserError:
-        code = error.response["Error"]["Code"]
-        if code == "RequestTimeout" or error.response["ResponseMetadata"]["HTTPStatusCode"] in _BUSY_STATUSES:
-            return StorageUnavailableError(
-                f"the S3 server cannot serve {where} now ({code}): try again later, or ask who runs it"
-            )
-        if code == "NoSuchBucket":
-            return BucketNotFoundError(f"bucket {self._bucket!r} does not exist: create it, or correct the URI {where}")
-        if code in {"NoSuchKey", "404"}:
-            return NotFoundError(f"{where} does not exist")
-        if code in _KEY_CODES:
-            return UserError(
-                f"the S3 server refused the access key for {where} ({code}): check AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or the profile"
-            )
-        if code in _DENIED_CODES:
-            return UserError(
-                f"access to {where} is denied ({code}): check the access key, the bucket's name and policy"
-            )
-        return UserError(f"the S3 server refused {where} ({code}): check the URI and AWS_ENDPOINT_URL")
-
-
-def _no_answer(where: str, error: Exception) -> UserError:
-    """Explain a request that got no answer from S3."""
-    from botocore.exceptions import ConnectionError as NotConnectedError
-    from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
-
-    name = type(error).__name__
-    if isinstance(error, NotConnectedError | HTTPClientError | IncompleteReadError | FlexibleChecksumError):
-        return StorageUnavailableError(
-            f"the S3 endpoint does not answer for {where} ({name}): check that it runs, and that "
-            "AWS_ENDPOINT_URL names it"
-        )
-    if name in _NO_KEY_ERRORS:
-        return UserError(
-            f"no complete S3 credentials for {where} ({name}): set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        )
-    if name == "ParamValidationError":
-        return UserError(f"{where} is no valid S3 URI: a bucket has 3 to 63 small letters, digits, dots and hyphens")
-    if isinstance(error, ValueError):
-        return UserError(f"cannot open {where}: AWS_ENDPOINT_URL is no valid http:// or https:// URL")
-    return UserError(f"cannot open {where} ({name}): check the AWS_ variables and the AWS configuration file")
-
-
-def _new_client() -> BaseClient:
-    """Make an S3 client with short patience for a dead endpoint and room for parallel reads."""
-    import boto3
-    from botocore.config import Config
-
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        max_pool_connections=32,
-    )
-    # A session of its own: boto3's default session is not safe to build clients from in several threads.
-    client: BaseClient = boto3.session.Session().client("s3", config=config)
-    return client

@@ -79,11 +79,64 @@ def test_a_missing_object_is_named(storage: Storage) -> None:
             read()
 
 
+def test_a_stream_yields_the_object_in_pieces(storage: Storage) -> None:
+    data = bytes(range(256)) * 1000
+    storage.write("x", data)
+    pieces = list(storage.stream("x"))
+    assert b"".join(pieces) == data
+    assert max(map(len, pieces)) < len(data)
+    storage.write("empty", b"")
+    assert list(storage.stream("empty")) == []
+    with pytest.raises(NotFoundError, match="no/such does not exist"):
+        list(storage.stream("no/such"))
+
+
+def test_only_the_first_creates(storage: Storage, tmp_path: Path) -> None:
+    assert storage.create("folder/x", b"first")
+    assert not storage.create("folder/x", b"second")
+    assert storage.read("folder/x") == b"first"
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"from a file")
+    assert storage.create("y", path)
+    assert not storage.create("y", path)
+    assert storage.read("y") == b"from a file"
+    assert [item.key for item in storage.list()] == ["folder/x", "y"]
+
+
+def test_of_many_that_create_at_once_one_does(storage: Storage) -> None:
+    for key in map(str, range(5)):
+        together = threading.Barrier(4)
+
+        def create(content: bytes, key: str = key, together: threading.Barrier = together) -> bool:
+            together.wait()
+            return storage.create(key, content)
+
+        contents = [bytes([number]) * 50_000 for number in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            created = list(pool.map(create, contents))
+        assert sum(created) == 1
+        assert storage.read(key) == contents[created.index(True)]
+
+
+def test_creating_does_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = open_storage(tmp_path)
+    assert storage.create("x", b"first")
+    assert not storage.create("x", b"second")
+    assert storage.read("x") == b"first"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_upload_stores_a_file(storage: Storage, tmp_path: Path) -> None:
     path = tmp_path / "big.bin"
-    path.write_bytes(bytes(range(256)) * 40_000)  # over 8 MiB, so S3 takes it in parts
+    path.write_bytes(bytes(range(256)) * 80_000)  # over 16 MiB, so S3 takes it in parts
     storage.upload("folder/big", path)
     assert storage.read("folder/big") == path.read_bytes()
+    storage.write("folder/also", path.read_bytes())
+    assert storage.read("folder/also") == path.read_bytes()
 
 
 def test_a_child_is_the_same_place_under_a_longer_uri(storage: Storage) -> None:
@@ -190,8 +243,8 @@ class TestS3Refusals:
         with pytest.raises(UserError, match="set AWS_ACCESS_KEY_ID"):
             open_storage("s3://shared/x").read("y")
 
-    @pytest.mark.timeout(30)  # attempts and pauses are few
     def test_dead_endpoint(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sharding.retries.FIRST_CONTACT_S", 1.0)
         port = _free_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         with pytest.raises(StorageUnavailableError, match="endpoint does not answer") as caught:
@@ -254,8 +307,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Storage]:
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
-    monkeypatch.setattr("sharding.storage.ATTEMPTS", 2)
-    monkeypatch.setattr("sharding.storage.READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("sharding.s3_requests.READ_TIMEOUT_S", 0.3)
+    for name in ("FIRST_CONTACT_S", "KNOWN_S"):
+        monkeypatch.setattr(f"sharding.retries.{name}", 0.2)
 
     def opened(url: str) -> Storage:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
@@ -265,7 +319,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Storage]:
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_stays_silent_is_asked_no_more_than_the_attempts(endpoint: Callable[[str], Storage]) -> None:
+def test_a_server_that_stays_silent_is_asked_twice(endpoint: Callable[[str], Storage]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         storage = endpoint(f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(StorageUnavailableError, match="endpoint does not answer"):
@@ -297,15 +351,33 @@ def test_only_what_may_pass_counts_as_unavailable(
     assert type(caught.value) is kind
 
 
-def test_a_body_that_breaks_off_is_fetched_again(endpoint: Callable[[str], Storage]) -> None:
+def test_a_body_that_breaks_off_is_fetched_again_where_the_server_names_no_version(
+    endpoint: Callable[[str], Storage],
+) -> None:
     lengths = iter([10, 4])
     with serving(lambda request: send(request, 200, b"1234", next(lengths))) as url:
         assert endpoint(url).read("x") == b"1234"
     with (
         serving(lambda request: send(request, 200, b"1234", 10)) as url,
-        pytest.raises(StorageUnavailableError, match="does not answer"),
+        pytest.raises(StorageUnavailableError, match="s3://bucket/x breaks off"),
     ):
         endpoint(url).read("x")
+
+
+def test_a_server_that_knows_no_ranges_is_refused(endpoint: Callable[[str], Storage]) -> None:
+    with (
+        serving(lambda request: send(request, 200, b"0123456789")) as url,
+        pytest.raises(UserError, match="it must know ranges"),
+    ):
+        endpoint(url).read_range("x", 3, 4)
+
+
+def test_a_page_of_another_server_is_no_listing(endpoint: Callable[[str], Storage]) -> None:
+    with (
+        serving(lambda request: send(request, 200, b"<html><p>It works!</html>")) as url,
+        pytest.raises(StorageUnavailableError, match="cannot serve s3://bucket now"),
+    ):
+        endpoint(url).list()
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

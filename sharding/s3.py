@@ -1,0 +1,113 @@
+"""Objects in an S3 bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from sharding.retries import Attempts
+from sharding.s3_errors import explained
+from sharding.s3_read import Body, read_whole
+from sharding.s3_requests import Bucket
+from sharding.s3_write import Upload, opened
+from sharding.storage import BucketNotFoundError, NotFoundError, StoredObject
+
+
+class S3Storage:
+    """Objects under a prefix of an S3 bucket."""
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+
+    @property
+    def uri(self) -> str:
+        """``s3://bucket/prefix``."""
+        return f"s3://{self._bucket.name}/{self._prefix}" if self._prefix else f"s3://{self._bucket.name}"
+
+    def __repr__(self) -> str:
+        return f"S3Storage({self.uri!r})"
+
+    def read(self, key: str) -> bytes:
+        """GET the object."""
+        with self._explained(key):
+            return read_whole(self._bucket, self._key(key), self._where(key), 0, None)
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """GET with a Range header."""
+        if length <= 0:
+            return b""
+        with self._explained(key):
+            return read_whole(self._bucket, self._key(key), self._where(key), offset, offset + length)
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """GET the object, and go on with ranges where its body breaks off."""
+        with self._explained(key):
+            yield from Body(self._bucket, self._key(key), self._where(key), 0, None).pieces()
+
+    def write(self, key: str, data: bytes) -> None:
+        """PUT the object, in parallel parts where it is large; S3 publishes it at the end of the last request."""
+        self._put(key, data, new=False)
+
+    def upload(self, key: str, path: Path) -> None:
+        """PUT a file's content in the same way."""
+        self._put(key, path, new=False)
+
+    def create(self, key: str, content: bytes | Path) -> bool:
+        """PUT with ``If-None-Match: *`` on the request that publishes.
+
+        A HEAD comes first: it saves sending what is not wanted, and it is all there is with a store that ignores the
+        condition or does not know it (HTTP 501).
+        """
+        return not self.exists(key) and self._put(key, content, new=True)
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        """List all pages under the prefix."""
+        base = f"{self._prefix}/" if self._prefix else ""
+        found = []
+        page: dict[str, Any] = {"IsTruncated": True}
+        position: dict[str, str] = {}
+        while page.get("IsTruncated"):
+            page = self._call(prefix, "list_objects_v2", Prefix=base + prefix, **position)
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):  # markers that consoles make for empty folders
+                    found.append(StoredObject(item["Key"][len(base) :], item["Size"]))
+            position = {"ContinuationToken": page.get("NextContinuationToken", "")}
+        return sorted(found, key=lambda item: item.key)
+
+    def exists(self, key: str) -> bool:
+        """HEAD the object."""
+        try:
+            self._call(key, "head_object", Key=self._key(key))
+        except BucketNotFoundError:
+            raise
+        except NotFoundError:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        """DELETE the object; S3 answers the same where there is none."""
+        self._call(key, "delete_object", Key=self._key(key))
+
+    def child(self, name: str) -> S3Storage:
+        """Return the storage of a longer prefix."""
+        return S3Storage(self._bucket, self._key(name).rstrip("/"))
+
+    def _put(self, key: str, source: bytes | Path, *, new: bool) -> bool:
+        with opened(source) as content, self._explained(key):
+            return Upload(self._bucket, self._key(key), self._where(key), new=new).put(content)
+
+    def _call(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
+        with self._explained(key):
+            return self._bucket.call(Attempts(self._where(key)), operation, **request)
+
+    def _explained(self, key: str) -> AbstractContextManager[None]:
+        return explained(self._where(key), self._bucket.name)
+
+    def _where(self, key: str) -> str:
+        return f"{self.uri}/{key}" if key else self.uri
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key

@@ -1,0 +1,126 @@
+"""Bodies of S3 objects, whole: one that breaks off is continued by a ranged request from the byte it reached."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sharding import retries
+from sharding.errors import UserError
+from sharding.retries import Attempts
+from sharding.s3_errors import BeginAnewError, code_of
+from sharding.s3_requests import Bucket
+from sharding.storage import PIECE, CorruptedError
+
+# An object that is replaced or damaged each time it is read is not waited for as a silent store is.
+READS = 3
+_CORRUPTED = "{} does not match the checksum that the store has of it: write it again"
+
+
+def read_whole(bucket: Bucket, key: str, where: str, start: int, stop: int | None) -> bytes:
+    """Return an object's bytes from ``start`` to before ``stop`` (None: its end), all of one version.
+
+    Raises:
+        CorruptedError: they do not match the store's checksum, each time they are read.
+        BeginAnewError: the object is replaced each time while it is read.
+    """
+    attempts = Attempts(where)
+    while True:
+        body = Body(bucket, key, where, start, stop)
+        try:
+            data = b"".join(body.pieces())
+            body.check(data)
+            return data
+        except (CorruptedError, BeginAnewError) as error:
+            if attempts.failures + 1 == READS:
+                raise
+            attempts.pause(error, type(error).__name__, retries.KNOWN_S)
+
+
+class Body:
+    """One read of an object."""
+
+    def __init__(self, bucket: Bucket, key: str, where: str, start: int, stop: int | None) -> None:
+        """Name the bytes from ``start`` to before ``stop`` (None: the object's end); nothing is sent yet."""
+        self._bucket, self._key, self._where = bucket, key, where
+        self._start, self._stop = start, stop
+        self._position = start
+        # What the first answer says: where it ends, which version it is of, the store's checksum of it.
+        self._end = stop
+        self._etag: str | None = None
+        self._crc32: str | None = None
+        self._continued = False
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the bytes in pieces of up to ``PIECE``.
+
+        Raises:
+            CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is
+                not compared: see ``check``.
+            BeginAnewError: the pieces so far cannot be completed, because the object was replaced.
+        """
+        from botocore.exceptions import FlexibleChecksumError
+
+        attempts = Attempts(self._where)
+        while not self._continued or self._position != self._end:
+            body = None
+            try:
+                body = self._open()
+                while body is not None and (data := body.read(PIECE)):
+                    self._position += len(data)
+                    attempts.progressed()
+                    yield data
+                return
+            except FlexibleChecksumError:
+                raise CorruptedError(_CORRUPTED.format(self._where)) from None
+            except Exception as error:
+                self._bucket.pause(attempts, error)
+            finally:
+                if body is not None:
+                    body.close()
+            self._continued = self._position > self._start
+
+    def check(self, data: bytes) -> None:
+        """Compare a continued body with the store's checksum: botocore does so only with one that came in one answer.
+
+        Raises:
+            CorruptedError: it is another.
+        """
+        if self._continued and self._crc32 and self._crc32 != base64.b64encode(zlib.crc32(data).to_bytes(4)).decode():
+            raise CorruptedError(_CORRUPTED.format(self._where))
+
+    def _open(self) -> Any:
+        """Return the body from the present position; None where the object ends before it."""
+        from botocore.exceptions import ClientError
+
+        request = {}
+        if self._position > 0 or self._stop is not None:
+            request["Range"] = f"bytes={self._position}-{'' if self._end is None else self._end - 1}"
+        if self._continued:
+            if self._etag is None:
+                raise BeginAnewError("breaks off, and the server names no version by which to go on")
+            request["IfMatch"] = self._etag
+        try:
+            answer = self._bucket.send("get_object", Key=self._key, **request)
+        except ClientError as error:
+            if code_of(error) == "PreconditionFailed":
+                raise BeginAnewError("was replaced while it was read") from None
+            if code_of(error) == "InvalidRange" and not self._continued:  # begins past the end: as a file reads
+                return None
+            raise
+        if "Range" in request and not answer.get("ContentRange", "").startswith(f"bytes {self._position}-"):
+            answer["Body"].close()
+            raise UserError(f"the S3 server answers a range of {self._where} with other bytes: it must know ranges")
+        if not self._continued:
+            self._remember(answer)
+        return answer["Body"]
+
+    def _remember(self, answer: Mapping[str, Any]) -> None:
+        length = answer.get("ContentLength")
+        self._end = self._stop if length is None else self._start + int(length)
+        self._etag = answer.get("ETag")
+        crc32 = answer.get("ChecksumCRC32", "")
+        # Of parts, "<checksum>-<parts>", and of ranges nothing can be computed from the bytes.
+        self._crc32 = crc32 if "-" not in crc32 and "ContentRange" not in answer else None
