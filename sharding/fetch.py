@@ -138,10 +138,13 @@ class _Part:
         self.digest.update(chunk)
         self.length += len(chunk)
 
-    def publish(self) -> None:
-        """Give the file its name, when it is safe on the disk."""
+    def settle(self) -> None:
+        """Bring all bytes to the disk, or fail while the part is still there."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def publish(self) -> None:
+        """Give the file its name."""
         self.path.replace(self.target)
         self._folder.delete(self._note)
 
@@ -167,6 +170,7 @@ def fetch(server: Server, target: Path, sha256: str, patience: Patience) -> None
         part = _Part(target, file)
         with Meter(f"fetching {target.name}") as meter:
             _complete(part, server, patience, meter)
+        part.settle()
         digest = part.digest.hexdigest()
         if digest != sha256:
             part.discard()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import email.utils
+import errno
 import hashlib
+import os
 import random
 import shutil
 import signal
@@ -18,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from sharding import fetch
-from sharding.download import DEFAULT_KEYS, WORLDSTRAT, Published, download, parse_only
+from sharding.download import DEFAULT_KEYS, WORLDSTRAT, ZENODO, Published, download
 from sharding.errors import UserError
 from sharding.fetch import Patience
 from tests.sharding.mirror import Fault, Mirror, serving
@@ -95,11 +97,16 @@ def test_the_default_leaves_l1c_out_and_is_not_fetched_again(tmp_path: Path) -> 
     assert [("fetched" in line, "already there" in line) for line in said] == [(True, False)] * 4 + [(False, True)] * 4
 
 
-def test_a_file_from_elsewhere_is_read_and_believed_by_its_digest_alone(mirror: Mirror, tmp_path: Path) -> None:
+def test_a_file_from_elsewhere_is_read_once_and_believed_by_its_digest_alone(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / NAME
     target.write_bytes(BODY)
     get(mirror, tmp_path)
     assert mirror.requests == []
+    with monkeypatch.context() as patch:
+        patch.setattr("sharding.download.hash_file", None)  # its digest is known now
+        get(mirror, tmp_path)
     target.write_bytes(BODY[:-1] + b"!")
     with pytest.raises(UserError, match=r"hr_dataset\.zip is not the published file .* move it away"):
         get(mirror, tmp_path)
@@ -204,13 +211,21 @@ def test_a_server_without_ranges_begins_anew_and_not_for_ever(mirror: Mirror, tm
 
 @pytest.mark.parametrize(("etag", "check"), [('"two"', True), ('"two"', False), ('W/"two"', False)])
 def test_another_version_begins_anew(etag: str, check: bool, mirror: Mirror, tmp_path: Path) -> None:
-    """Whether the server heeds If-Range or not; a weak ETag is never sent in it."""
+    """Whether the server heeds If-Range or not."""
     begun(mirror, tmp_path)
     new = BODY[::-1]
     mirror.files[NAME], mirror.etags[NAME], mirror.check_if_range = new, etag, check
     get(mirror, tmp_path, new)
     assert (tmp_path / NAME).read_bytes() == new
     assert mirror.requests[0].if_range == '"one"'
+
+
+def test_a_weak_etag_is_compared_and_never_sent(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.etags[NAME] = 'W/"one"'
+    begun(mirror, tmp_path)
+    get(mirror, tmp_path)
+    assert (tmp_path / NAME).read_bytes() == BODY
+    assert [(request.range, request.if_range) for request in mirror.requests] == [("bytes=1000000-", None)]
 
 
 def test_another_length_is_told_and_the_part_stays(mirror: Mirror, tmp_path: Path) -> None:
@@ -279,6 +294,25 @@ def test_the_second_of_two_says_so(mirror: Mirror, tmp_path: Path) -> None:
     first.join()
     assert (tmp_path / NAME).read_bytes() == BODY
     assert len(mirror.requests) == 1
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("sharding.fetch.fcntl.flock", none)
+    get(mirror, tmp_path)
+    assert (tmp_path / NAME).read_bytes() == BODY
+    assert "has no locks" in caplog.text
+
+
+def test_without_a_mirror_it_is_zenodo(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ZENODO == "https://zenodo.org/records/15382551/files"
+    monkeypatch.setattr("sharding.download.ZENODO", mirror.url)
+    download(tmp_path, ["hr"], published=table(BODY))
+    assert [request.path for request in mirror.requests] == [f"/{NAME}?download=1"]
 
 
 def test_no_room_is_told_ahead(mirror: Mirror, tmp_path: Path) -> None:
@@ -360,15 +394,3 @@ def test_what_the_server_refuses_is_not_asked_twice(mirror: Mirror, tmp_path: Pa
     with pytest.raises(UserError, match=r"the mirror refuses hr_dataset\.zip \(HTTP 404\)"):
         get(mirror, tmp_path)
     assert len(mirror.requests) == 1
-
-
-def test_the_published_table() -> None:
-    assert {key: file.name for key, file in WORLDSTRAT.items()} == {
-        "hr": "hr_dataset.zip",
-        "l2a": "lr_dataset_l2a.zip",
-        "l1c": "lr_dataset_l1c.zip",
-        "metadata": "metadata.csv",
-        "split": "stratified_train_val_test_split.csv",
-    }
-    assert len({bytes.fromhex(file.sha256) for file in WORLDSTRAT.values()}) == 5
-    assert parse_only("l2a, hr") == ("l2a", "hr")

@@ -14,10 +14,22 @@ from pathlib import Path
 
 import pytest
 
-from sharding.download import WORLDSTRAT
+from sharding.download import WORLDSTRAT, parse_only
 from tests.pipeline.test_cli import satfusion
 from tests.sharding.mirror import Mirror, serving
 from tests.test_shard_cli import refused
+
+
+def test_the_published_table() -> None:
+    assert {key: file.name for key, file in WORLDSTRAT.items()} == {
+        "hr": "hr_dataset.zip",
+        "l2a": "lr_dataset_l2a.zip",
+        "l1c": "lr_dataset_l1c.zip",
+        "metadata": "metadata.csv",
+        "split": "stratified_train_val_test_split.csv",
+    }
+    assert len({bytes.fromhex(file.sha256) for file in WORLDSTRAT.values()}) == 5
+    assert parse_only("l2a, hr") == ("l2a", "hr")
 
 
 @pytest.mark.parametrize(
