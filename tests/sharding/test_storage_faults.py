@@ -36,11 +36,10 @@ def direct(s3: S3) -> Storage:
 
 @pytest.fixture
 def proxy(s3: S3, direct: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A proxy without faults yet, which the environment names, and a client that soon misses an answer."""
+    """A proxy without faults yet, which the environment names."""
     with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.3)
-        # Short pauses; the patience is the real one, but for tests that see its end.
+        # The patience is the real one, but in tests that see its end.
         monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
         yield proxy
 
@@ -82,7 +81,10 @@ def test_calls_outlive_busy_and_broken_answers(
 
 @pytest.mark.parametrize("align", [1, 512])
 @pytest.mark.parametrize("kind", ["cut", "stall"])
-def test_a_body_that_breaks_off_is_continued(proxy: FaultProxy, storage: Storage, kind: str, align: int) -> None:
+def test_a_body_that_breaks_off_is_continued(
+    proxy: FaultProxy, storage: Storage, kind: str, align: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.3)
     storage.write("x", DATA)
     proxy.faults = Faults(**{kind: 1.0}, align=align, times=3)  # type: ignore[arg-type]
     for first, start, stop, read in (
@@ -93,7 +95,8 @@ def test_a_body_that_breaks_off_is_continued(proxy: FaultProxy, storage: Storage
         proxy.requests.clear()
         assert read() == DATA[start:stop]
         asked = [item.headers.get("range") for item in proxy.requests]
-        assert len(asked) == 4
+        assert proxy.done(kind) == 3
+        assert len(asked) >= 4  # more where a slow machine lets a true answer time out too
         assert asked[0] == first
         begins = [start if item == first else begin(item, stop) for item in asked]
         assert begins == sorted(begins)
@@ -289,6 +292,7 @@ def test_neither_endpoint_nor_keys_are_logged_or_shown(
 ) -> None:
     secrets = [*(s3.environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")), proxy.url, "127.0.0"]
     monkeypatch.setattr(retries, "QUIET_S", 0.0)
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.3)
     caplog.set_level(logging.DEBUG, "sharding")
     told = []
     storage = open_storage(s3.prefix(), SMALL_PARTS)
