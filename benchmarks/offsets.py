@@ -26,7 +26,7 @@ from pipeline.evaluate import baselines, load_network
 from pipeline.registration import MODES, Mode
 from pipeline.train import run_training
 from sharding.picture import robust_high, sheet, to_rgb8
-from sharding.prepare import HR_SIZE
+from sharding.options import HR_SIZE
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import HR_SIDE, write_worldstrat

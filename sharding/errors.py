@@ -1,9 +1,28 @@
-"""The one exception that means: the user can mend this."""
+"""What goes wrong and is nobody's bug: the user can mend it, or an AOI cannot become a sample."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
+
+Reason = Literal[
+    "missing-file",
+    "too-few-revisits",
+    "listed-twice",
+    "unsafe-path",
+    "absurd-size",
+    "damaged-member",
+    "unreadable",
+    "wrong-bands",
+    "wrong-type",
+    "size-mismatch",
+    "not-finite",
+    "no-data",
+    "degenerate",
+    "too-cloudy",
+]
+"""Why an AOI is left out, in the order in which an AOI is looked at."""
 
 
 class UserError(Exception):
@@ -11,6 +30,23 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class UnusableError(Exception):
+    """An AOI cannot become a sample.
+
+    Attributes:
+        reason: a short code for the index.
+        detail: what was met, in words.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)  # both, so that it can be sent from a worker process
+        self.reason: Reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sharding.errors import UserError
+from sharding.schema import STEP
 
 LEVELS = ("l2a", "l1c")
+NUM_BANDS = {"l2a": 12, "l1c": 13}
+"""Bands of each product's rasters: all of Sentinel-2's, but L2A has no cirrus (B10)."""
+RGB_BANDS = (4, 3, 2)
+"""Red, green, blue as positions from 1, alike in both products."""
 BANDS = ("true_color", "all")
 SELECTIONS = ("first", "clearest")
 HR_SOURCES = ("ps", "rgbn")
@@ -64,6 +69,21 @@ class SampleOptions:
             raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
         if self.max_cloud is not None and not 0 <= self.max_cloud <= 100:
             raise UserError(f"--max-cloud {self.max_cloud} is no percentage: it must be from 0 to 100")
+
+    @property
+    def band_numbers(self) -> tuple[int, ...]:
+        """The Sentinel-2 bands of a sample, as positions from 1 in the product's rasters."""
+        return RGB_BANDS if self.bands == "true_color" else tuple(range(1, NUM_BANDS[self.level] + 1))
+
+    @property
+    def data_layer(self) -> str:
+        """What the product's rasters are called: ``L2A_data`` or ``L1C_data``."""
+        return f"{self.level.upper()}_data"
+
+    @property
+    def step(self) -> float:
+        """Reflectance of 1 as it is stored."""
+        return STEP if self.dtype == "uint16" else 1.0
 
 
 def _among(option: str, value: str, known: Sequence[str]) -> None:

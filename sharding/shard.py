@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 
-from sharding.errors import UserError
-from sharding.prepare import HR_SIZE, LR_SIZE, prepare, quantise
+from sharding.errors import UnusableError, UserError
+from sharding.options import HR_SIZE, HR_SOURCES, LR_SIZE, SampleOptions
 from sharding.progress import progress
-from sharding.schema import INDEX_NAME, SPLITS, STEP, Index, Preparation, ShardEntry, Skipped
+from sharding.sample import make_sample
+from sharding.schema import INDEX_NAME, SPLITS, Index, Preparation, ShardEntry, Skipped
+from sharding.source import open_source
 from sharding.splits import (
     SHARD_SIZE,
     SPLIT_SEED,
@@ -36,23 +38,11 @@ from sharding.splits import (
     shard_names,
 )
 from sharding.storage import Storage
-from sharding.worldstrat import (
-    HR_SOURCES,
-    S2_RGB,
-    SPLIT_FILE,
-    AoiFiles,
-    Scene,
-    UnusableError,
-    check_files,
-    find_aois,
-    read_scene,
-    read_split_file,
-)
+from sharding.worldstrat import SPLIT_FILE, AoiFiles, check_files, find_aois, read_split_file
 from sharding.writer import BandSums, NewSample, describe_tar, write_tar
 
 SPLIT_RULES = ("auto", "published", "seeded")
 MEASURED = ("lr", "hr", "pan")
-GEOREFERENCE = "bounds of the L2A rasters divided by the grid's size; the SPOT rasters carry none"
 
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.tar")
 
@@ -97,6 +87,11 @@ class ShardOptions:
         ):
             if number < least:
                 raise UserError(f"{option} {number} is too small: the least is {least}")
+
+    @property
+    def sample(self) -> SampleOptions:
+        """What a sample is made of."""
+        return SampleOptions(hr=self.hr_source, revisits=self.revisits)
 
 
 @dataclass(frozen=True)
@@ -171,8 +166,9 @@ def shard_folder(
     """
     if workers < 1:
         raise UserError(f"--workers {workers} is too small: the least is 1")
-    found = find_aois(folder)
-    rows = None if options.split == "seeded" else read_split_file(folder)
+    source = open_source(folder, options.sample.level)
+    found = find_aois(source)
+    rows = None if options.split == "seeded" else read_split_file(source)
     usable, skipped = _sift(found, options)
     plan = make_plan(list(usable), rows, options)
     old = [item.key for item in output.list() if _SHARD_NAME.fullmatch(item.key)]
@@ -235,11 +231,10 @@ def build_shard(task: ShardTask) -> ShardResult:
     def samples() -> Iterator[NewSample]:
         for aoi in task.aois:
             try:
-                scene = read_scene(aoi, task.options.hr_source, task.options.revisits)
+                sample = make_sample(aoi, task.options.sample)
             except UnusableError as error:
                 skipped.append(_skip(aoi.name, error, task.options.strict))
                 continue
-            sample = make_sample(scene)
             for name in MEASURED:
                 sums[name].append(BandSums.of(sample.images[name]))
             yield sample
@@ -252,42 +247,6 @@ def build_shard(task: ShardTask) -> ShardResult:
         entry = describe_tar(path, task.name)
         task.output.upload(task.name, path)
     return ShardResult(task, entry, {name: reduce(add, parts) for name, parts in sums.items()}, tuple(skipped))
-
-
-def make_sample(scene: Scene) -> NewSample:
-    """Prepare a scene and put its integers and its JSON together."""
-    prepared = prepare(scene)
-    images = {"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}
-    steps = {name: quantise(image) for name, image in images.items()}
-    nodata = 1 - scene.valid.mean(axis=(1, 2, 3))
-    revisits = [
-        {**vars(revisit), "nodata_fraction": round(float(fraction), 6)}
-        for revisit, fraction in zip(scene.revisits, nodata, strict=True)
-    ]
-    spot = {"hr": scene.hr, "pan": scene.pan}
-    meta = {
-        "aoi": scene.aoi,
-        "step": STEP,
-        "clearest": prepared.clearest,
-        "revisits": revisits,
-        "hr_date": scene.hr_date,
-        "crs": scene.crs,
-        "bounds": list(scene.bounds),
-        "lr_transform": _transform(scene, LR_SIZE),
-        "hr_transform": _transform(scene, HR_SIZE),
-        "georeference": GEOREFERENCE,
-        "saturated": {name: saturated for name, (_, saturated) in steps.items()},
-        "nodata_fraction": {name: round(float((image == 0).all(axis=0).mean()), 6) for name, image in spot.items()},
-        "sources": dict(scene.sources),
-    }
-    integers = {name: values for name, (values, _) in steps.items()}
-    return NewSample(scene.aoi, {**integers, "clm": prepared.clm}, meta)
-
-
-def _transform(scene: Scene, size: int) -> list[float]:
-    """Return the six numbers (a, b, c, d, e, f) from pixel to CRS for a square grid over the scene's bounds."""
-    west, south, east, north = scene.bounds
-    return [(east - west) / size, 0.0, west, 0.0, (south - north) / size, north]
 
 
 def _sift(found: Sequence[AoiFiles], options: ShardOptions) -> tuple[dict[str, AoiFiles], list[Skipped]]:
@@ -305,7 +264,7 @@ def _sift(found: Sequence[AoiFiles], options: ShardOptions) -> tuple[dict[str, A
                 "6 m rasters, or take the AOI out of the folder"
             )
         try:
-            check_files(aoi, options.hr_source, options.revisits)
+            check_files(aoi, options.sample)
             usable[aoi.name] = aoi
         except UnusableError as error:
             skipped.append(_skip(aoi.name, error, options.strict))
@@ -360,10 +319,10 @@ def _make_index(plan: Plan, results: Sequence[ShardResult], skipped: Sequence[Sk
     preparation: Preparation = {
         "lr_size": LR_SIZE,
         "hr_size": HR_SIZE,
-        "bands": list(S2_RGB),
+        "bands": list(options.sample.band_numbers),
         "revisits": options.revisits,
         "hr_source": options.hr_source,
-        "step": STEP,
+        "step": options.sample.step,
     }
     return Index(
         preparation=preparation,

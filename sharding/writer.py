@@ -33,11 +33,14 @@ class NewSample:
     aoi: str
     """The AOI's name."""
 
-    images: Mapping[str, NDArray[np.unsignedinteger]]
+    images: Mapping[str, NDArray[np.generic]]
     """``lr``, ``clm``, ``hr``, ``pan``."""
 
     meta: Mapping[str, object]
     """The JSON."""
+
+    bytes_in: int = 0
+    """Length of the source files that it was made from."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class BandSums:
     """Greatest value."""
 
     @classmethod
-    def of(cls, image: NDArray[np.unsignedinteger]) -> BandSums:
+    def of(cls, image: NDArray[np.generic]) -> BandSums:
         """Sum an image [..., C, h, w] over all axes but C."""
         bands = np.moveaxis(image, -3, 0).reshape(image.shape[-3], -1).astype(np.uint64)
 

@@ -15,11 +15,12 @@ import rasterio
 from sharding.schema import INDEX_NAME, Index
 from sharding.storage import Storage, open_storage
 from sharding.synthetic import write_worldstrat
-from sharding.worldstrat import AoiFiles, find_aois
+from sharding.worldstrat import AoiFiles
 from tests.conftest import S3
 from tests.pipeline.test_cli import satfusion
+from tests.sharding.conftest import aois_of
 
-DAMAGES = {"missing": "missing-raster", "truncated": "unreadable-raster", "wrong-sized": "wrong-size"}
+DAMAGES = {"missing": "missing-file", "truncated": "unreadable", "wrong-sized": "size-mismatch"}
 """What can happen to a raster, and the reason that the index then gives."""
 
 
@@ -57,12 +58,12 @@ def shard(source: Path, output: Path | str, *options: str) -> tuple[str | Path, 
 
 def damage(aoi: AoiFiles, how: str) -> None:
     if how == "missing":
-        aoi.hr["pan"].unlink()
+        Path(aoi.hr["pan"].path).unlink()
     elif how == "truncated":
-        data = aoi.hr["pan"].read_bytes()
-        aoi.hr["pan"].write_bytes(data[: len(data) // 2])
+        data = Path(aoi.hr["pan"].path).read_bytes()
+        Path(aoi.hr["pan"].path).write_bytes(data[: len(data) // 2])
     else:
-        path = aoi.revisits[2]["L2A_data"]
+        path = Path(aoi.revisits[2]["L2A_data"].path)
         with rasterio.open(path) as file:
             image, profile = file.read(), file.profile
         with rasterio.open(path, "w", **{**profile, "height": image.shape[1] - 1}) as file:
@@ -83,8 +84,8 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_absent_ps_names_the_aoi_and_the_way_out(spoilt: Path, tmp_path: Path) -> None:
-    aoi = find_aois(spoilt)[3]
-    aoi.hr["ps"].unlink()
+    aoi = aois_of(spoilt)[3]
+    Path(aoi.hr["ps"].path).unlink()
     sentence = refused(*shard(spoilt, tmp_path / "out"))
     assert repr(aoi.name) in sentence
     assert "--hr rgbn" in sentence
@@ -92,7 +93,7 @@ def test_an_absent_ps_names_the_aoi_and_the_way_out(spoilt: Path, tmp_path: Path
 
 
 def test_damaged_aois_are_skipped_with_their_reason(spoilt: Path, tmp_path: Path) -> None:
-    aois = find_aois(spoilt)
+    aois = aois_of(spoilt)
     for aoi, how in zip(aois, DAMAGES, strict=False):
         damage(aoi, how)
     ended = satfusion(*map(str, shard(spoilt, tmp_path / "out")))
@@ -107,7 +108,7 @@ def test_damaged_aois_are_skipped_with_their_reason(spoilt: Path, tmp_path: Path
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_strict_refuses_a_damaged_aoi(spoilt: Path, tmp_path: Path, how: str) -> None:
-    aoi = find_aois(spoilt)[0]
+    aoi = aois_of(spoilt)[0]
     damage(aoi, how)
     sentence = refused(*shard(spoilt, tmp_path / "out", "--strict"))
     assert repr(aoi.name) in sentence

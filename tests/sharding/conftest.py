@@ -12,8 +12,10 @@ import torch
 
 from sharding.schema import Index
 from sharding.shard import ShardOptions, shard_folder
+from sharding.source import open_source
 from sharding.storage import Storage, open_storage
 from sharding.synthetic import write_worldstrat
+from sharding.worldstrat import AoiFiles, find_aois
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # A quarter of the real side: scenes take a tenth of a second, and everything is resized anyway.
@@ -44,6 +46,11 @@ class World:
 
     folder: Path
     names: list[str]
+
+
+def aois_of(folder: Path) -> list[AoiFiles]:
+    """Return the AOIs of a folder."""
+    return find_aois(open_source(folder, "l2a"))
 
 
 @pytest.fixture(scope="session")

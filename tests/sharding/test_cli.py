@@ -11,8 +11,7 @@ from sharding.cli import add_verbs
 from sharding.errors import UserError
 from sharding.schema import INDEX_NAME, Index
 from sharding.storage import open_storage
-from sharding.worldstrat import find_aois
-from tests.sharding.conftest import Dataset, World
+from tests.sharding.conftest import Dataset, World, aois_of
 
 
 def run(*arguments: object) -> int:
@@ -24,8 +23,8 @@ def run(*arguments: object) -> int:
 
 
 def test_shard_then_inspect_then_picture(spoilt: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = find_aois(spoilt.folder)[0]
-    lost.hr["pan"].unlink()
+    lost = aois_of(spoilt.folder)[0]
+    Path(lost.hr["pan"].path).unlink()
     uri, png = tmp_path / "out", tmp_path / "sheet.png"
     assert run("shard", "--input", spoilt.folder, "--output", uri, "--revisits", 3, "--workers", 1) == 0
     printed = capsys.readouterr().out
@@ -36,7 +35,7 @@ def test_shard_then_inspect_then_picture(spoilt: World, tmp_path: Path, capsys: 
     assert index.digest in printed
     for words in ("train-00000.tar", "val-00000.tar", "test-00000.tar", "seeded, seed 386564310", "mean"):
         assert words in printed
-    assert f"{lost.name}  missing-raster: {lost.name}_pan.tiff is missing" in printed
+    assert f"{lost.name}  missing-file: {lost.name}_pan.tiff is missing" in printed
     with Image.open(png) as image:
         rows, tiles = 5, 3 + 2
         assert image.height > rows * 200

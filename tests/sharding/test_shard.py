@@ -17,8 +17,8 @@ from sharding.schema import INDEX_NAME, SPLITS, STEP, Index, Sample, decode_samp
 from sharding.shard import ShardOptions, make_plan, shard_folder
 from sharding.storage import LocalStorage, Storage, open_storage
 from sharding.synthetic import write_worldstrat
-from sharding.worldstrat import SPLIT_FILE, find_aois
-from tests.sharding.conftest import TINY, Dataset, World
+from sharding.worldstrat import SPLIT_FILE
+from tests.sharding.conftest import TINY, Dataset, World, aois_of
 
 HALF_STEP = STEP / 2
 
@@ -124,13 +124,13 @@ def test_statistics_are_those_of_the_training_split(dataset: Dataset) -> None:
 
 
 def test_the_json_tells_where_a_sample_comes_from(world: World, dataset: Dataset) -> None:
-    aois = {aoi.name: aoi for aoi in find_aois(world.folder)}
+    aois = {aoi.name: aoi for aoi in aois_of(world.folder)}
     for sample in samples(dataset.storage, dataset.index):
         meta = json.loads(json.dumps(sample.meta))
-        files = {path.name: path for item in aois[sample.aoi].revisits.values() for path in item.values()}
-        files |= {path.name: path for path in aois[sample.aoi].hr.values()}
+        files = {file.name: file for item in aois[sample.aoi].revisits.values() for file in item.values()}
+        files |= {file.name: file for file in aois[sample.aoi].hr.values()}
         for name, digest in meta["sources"].items():
-            assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
+            assert hashlib.sha256(files[name].read()).hexdigest() == digest
         assert [revisit["number"] for revisit in meta["revisits"]] == list(range(1, 9))
         west, south, east, north = meta["bounds"]
         for key, size in (("lr_transform", 160), ("hr_transform", 500)):
@@ -146,8 +146,8 @@ def test_the_json_tells_where_a_sample_comes_from(world: World, dataset: Dataset
 def test_saturated_values_are_counted(spoilt: World, tmp_path: Path) -> None:
     import rasterio
 
-    aoi = find_aois(spoilt.folder)[0]
-    path = aoi.revisits[1]["L2A_data"]
+    aoi = aois_of(spoilt.folder)[0]
+    path = Path(aoi.revisits[1]["L2A_data"].path)
     with rasterio.open(path, "r+") as file:
         image = file.read(4)
         image[10:20, 10:20] = 3.0
@@ -195,22 +195,22 @@ def test_moves_are_said(tiny: World, tmp_path: Path) -> None:
 
 
 def test_unusable_aois_are_left_out_with_their_reason(spoilt: World, tmp_path: Path) -> None:
-    aois = find_aois(spoilt.folder)
-    aois[0].hr["pan"].unlink()
-    aois[1].hr["ps"].write_bytes(aois[1].hr["ps"].read_bytes()[:5000])
+    aois = aois_of(spoilt.folder)
+    Path(aois[0].hr["pan"].path).unlink()
+    Path(aois[1].hr["ps"].path).write_bytes(Path(aois[1].hr["ps"].path).read_bytes()[:5000])
     storage = open_storage(tmp_path / "out")
     index = shard_folder(spoilt.folder, storage, TINY)
     assert [(item.aoi, item.reason) for item in index.skipped] == [
-        (aois[0].name, "missing-raster"),
-        (aois[1].name, "unreadable-raster"),
+        (aois[0].name, "missing-file"),
+        (aois[1].name, "unreadable"),
     ]
     assert {sample.aoi for sample in samples(storage, index)} == {aoi.name for aoi in aois[2:]}
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_strict_refuses_an_unusable_aoi(spoilt: World, tmp_path: Path, damage: str) -> None:
-    aoi = find_aois(spoilt.folder)[1]
-    path = aoi.hr["pan"]
+    aoi = aois_of(spoilt.folder)[1]
+    path = Path(aoi.hr["pan"].path)
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:5000])
     storage = open_storage(tmp_path / "out")
     with pytest.raises(UserError, match=f"AOI '{aoi.name}' is unusable .*_pan.tiff"):
@@ -220,9 +220,9 @@ def test_strict_refuses_an_unusable_aoi(spoilt: World, tmp_path: Path, damage: s
 
 def test_a_split_that_loses_all_its_aois_is_filled_again(spoilt: World, tmp_path: Path) -> None:
     plan = make_plan(spoilt.names, None, TINY)
-    aois = {aoi.name: aoi for aoi in find_aois(spoilt.folder)}
+    aois = {aoi.name: aoi for aoi in aois_of(spoilt.folder)}
     lost = plan.split.splits["test"][0]
-    aois[lost].hr["pan"].write_bytes(b"not a raster")
+    Path(aois[lost].hr["pan"].path).write_bytes(b"not a raster")
     storage = open_storage(tmp_path / "out")
     index = shard_folder(spoilt.folder, storage, TINY)
     assert [len(index.samples(split)) for split in SPLITS] == [3, 1, 1]
@@ -233,8 +233,8 @@ def test_a_split_that_loses_all_its_aois_is_filled_again(spoilt: World, tmp_path
 
 
 def test_missing_ps_names_the_aoi_and_the_way_out(spoilt: World, tmp_path: Path) -> None:
-    aoi = find_aois(spoilt.folder)[2]
-    aoi.hr["ps"].unlink()
+    aoi = aois_of(spoilt.folder)[2]
+    Path(aoi.hr["ps"].path).unlink()
     storage = open_storage(tmp_path / "out")
     with pytest.raises(UserError, match=f"AOI '{aoi.name}' has no {aoi.name}_ps.tiff: use `--hr rgbn`"):
         shard_folder(spoilt.folder, storage, TINY)
@@ -307,6 +307,6 @@ def test_sharding_again_replaces_and_removes_what_is_left_over(tiny: World, tmp_
 
 
 def test_worker_failures_reach_the_user(spoilt: World, tmp_path: Path) -> None:
-    find_aois(spoilt.folder)[0].hr["ps"].write_bytes(b"")
+    Path(aois_of(spoilt.folder)[0].hr["ps"].path).write_bytes(b"")
     with pytest.raises(UserError, match="is unusable"):
         shard_folder(spoilt.folder, open_storage(tmp_path / "out"), replace(TINY, strict=True), workers=2)

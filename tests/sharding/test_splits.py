@@ -105,9 +105,10 @@ def test_an_unknown_split_name_is_refused() -> None:
 
 
 def test_the_published_file_keeps_every_aoi_in_one_split(shared: Path) -> None:
+    from sharding.source import open_source
     from sharding.worldstrat import read_split_file
 
-    rows = read_split_file(shared / "worldstrat-sample")
+    rows = read_split_file(open_source(shared / "worldstrat-sample", "l2a"))
     assert rows is not None
     assert len(rows) == 3927
     split = published_split(sorted({aoi for aoi, _ in rows}), rows)

@@ -8,16 +8,19 @@ import torch
 from torch.nn import functional
 
 from benchmarks.phase import offset
-from sharding.prepare import prepare
+from sharding.options import SampleOptions
+from sharding.prepare import choose_revisits, prepare
+from sharding.rasters import Scene, read_scene
 from sharding.scenes import make_land
+from sharding.source import open_source
 from sharding.synthetic import write_worldstrat
-from sharding.worldstrat import Scene, find_aois, read_scene, read_split_file
-from tests.sharding.conftest import World
+from sharding.worldstrat import read_split_file
+from tests.sharding.conftest import World, aois_of
 
 
 @pytest.fixture(scope="module")
 def scenes(world: World) -> list[Scene]:
-    return [read_scene(aoi, "ps", 8) for aoi in find_aois(world.folder)]
+    return [read_scene(aoi, SampleOptions()) for aoi in aois_of(world.folder)]
 
 
 def test_the_generator_is_a_function_of_the_seed(tiny: World, tmp_path: Path) -> None:
@@ -44,7 +47,7 @@ def test_an_offset_moves_the_revisits_and_nothing_else(tmp_path: Path) -> None:
     scenes = []
     for name, off in (("on", (0.0, 0.0)), ("off", (10.0, -4.0))):
         write_worldstrat(tmp_path / name, 1, seed=3, revisits=1, hr_side=528, offset=off)
-        scenes.append(read_scene(find_aois(tmp_path / name)[0], "ps", 1))
+        scenes.append(read_scene(aois_of(tmp_path / name)[0], SampleOptions(revisits=1)))
     assert np.array_equal(scenes[0].hr, scenes[1].hr)
     assert np.array_equal(scenes[0].pan, scenes[1].pan)
     before, after = (torch.from_numpy(scene.lr[0]) for scene in scenes)
@@ -54,7 +57,7 @@ def test_an_offset_moves_the_revisits_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_split_file_lists_every_aoi(tmp_path: Path) -> None:
     names = write_worldstrat(tmp_path, 10, seed=0, revisits=1, hr_side=40, split_file=True)
-    rows = read_split_file(tmp_path)
+    rows = read_split_file(open_source(tmp_path, "l2a"))
     assert rows is not None
     assert [name for name, _ in rows] == names
     assert [split for _, split in rows] == ["train"] * 8 + ["val", "test"]
@@ -79,8 +82,9 @@ def test_pan_has_the_detail_of_hr(scenes: list[Scene]) -> None:
 
 def test_revisits_show_the_land_of_hr(scenes: list[Scene]) -> None:
     for scene in scenes:
-        prepared = prepare(scene)
-        lr = torch.from_numpy(prepared.lr[prepared.clearest])[None]
+        chosen = choose_revisits(scene, SampleOptions())
+        prepared = prepare(scene, chosen.revisits, SampleOptions())
+        lr = torch.from_numpy(prepared.lr[chosen.clearest])[None]
         hr = functional.interpolate(torch.from_numpy(prepared.hr)[None], (160, 160), mode="area")
         inner = (slice(None), 0, slice(10, -10), slice(10, -10))
         assert np.corrcoef(lr[inner].flatten().numpy(), hr[inner].flatten().numpy())[0, 1] > 0.7
