@@ -20,8 +20,8 @@ from cluster.submit import build_request, follow, send
 from cluster.worker import Placement
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluate import Evaluation, evaluate_run
-from sharding.cli import describe
 from sharding.errors import UserError
+from sharding.inspection import describe
 from sharding.progress import progress
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
@@ -65,8 +65,8 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
             source = worldstrat or _generate(output / "worldstrat")
             _say(f"sharding {source} to {dataset}")
             storage = open_storage(dataset)
-            index = shard_folder(source, storage, ShardOptions(), workers=NODES, say=_say)
-            print(*describe(index, storage), sep="\n", flush=True)
+            report = shard_folder(source, storage, ShardOptions(), workers=NODES, say=_say)
+            print(*describe(report.index, storage), sep="\n", flush=True)
             status = _train(config, state)
             result = evaluate_run(run, "test", "best") if status == 0 else None
             _fetch(run, output / "run")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.registry import ModelConfig, check_sizes
-from pipeline.chips import Variant, Window, chip_window, cut, training_variant, turn_and_flip
+from pipeline.chips import COLUMNS, LR_CHIP, Variant, Window, chip_window, cut, training_variant, turn_and_flip
 from pipeline.config import DataConfig
 from pipeline.order import (
     CHIPS_PER_SCENE,
@@ -30,7 +30,7 @@ from pipeline.order import (
 )
 from pipeline.simulate import SIMULATORS, chip_generator
 from sharding.errors import UserError
-from sharding.schema import Index, Sample, SampleEntry, ShardEntry, read_sample
+from sharding.schema import HR_BANDS, Index, Sample, SampleEntry, ShardEntry, read_sample
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -148,11 +148,23 @@ class ChipDataset:
         self.index = Index.load(self.storage)
         self._cache = SceneCache(self.storage, config.cache_mib << 20)
         self._config = config
-        self.lr_size = int(self.index.preparation["lr_size"])
-        self.scale = float(self.index.preparation["hr_size"]) / self.lr_size
-        self.revisits = int(self.index.preparation["revisits"])
-        self._step = float(self.index.preparation["step"])
+        self.lr_size, hr_size = self._sizes()
+        self.scale = hr_size / self.lr_size
+        self.revisits = self.index.preparation.revisits
+        self._step = self.index.preparation.step
         self._choose(split)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the sides of both grids, on which nine chips must have room."""
+        lr_size, hr_size = self.index.preparation.lr_size, self.index.preparation.hr_size
+        needed = COLUMNS * LR_CHIP
+        if lr_size is None or hr_size is None or lr_size < needed:
+            given = "--native" if lr_size is None else f"--lr-size {lr_size}"
+            raise UserError(
+                f"{self.storage.uri} was sharded with {given}, and nine chips of {LR_CHIP} px need scenes of at least "
+                f"{needed} px, all of one size: shard again with --lr-size {needed} or more"
+            )
+        return lr_size, hr_size
 
     def _choose(self, split: str) -> None:
         if split not in self.index.splits:
@@ -177,7 +189,12 @@ class ChipDataset:
         Raises:
             UserError: It names both numbers, or the size.
         """
-        uri, bands = self.storage.uri, len(self.index.preparation["bands"])
+        uri, bands = self.storage.uri, len(self.index.preparation.bands)
+        if bands != HR_BANDS:
+            raise UserError(
+                f"{uri} holds {bands} bands of its revisits and {HR_BANDS} of its targets, and a model returns the "
+                "bands that it is given: shard again with --bands true_color"
+            )
         if bands != model.bands:
             raise UserError(f"model.bands = {model.bands}, but {uri} holds {bands} bands: set model.bands={bands}")
         if self.revisits != model.revisits:

@@ -1,79 +1,124 @@
-"""The verbs `download`, `shard` and `inspect`."""
+"""The verbs `download`, `shard`, `verify` and `inspect`."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from sharding.download import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
-from sharding.picture import Tile, robust_high, sheet, to_rgb8
-from sharding.schema import SPLITS, STEP, Index, Sample, read_sample
-from sharding.splits import SHARD_SIZE, SPLIT_SEED
-from sharding.storage import Storage, open_storage
+from sharding.inspection import SHEET_ROWS, describe, describe_sample, draw, find
+from sharding.options import HR_SIZE, LR_SIZE, SampleOptions
+from sharding.plan import SHARD_BYTES, PlanOptions
+from sharding.schema import Index, read_sample
+from sharding.splits import FRACTIONS, SPLIT_SEED
+from sharding.storage import open_storage
+from sharding.storage_options import add_storage_arguments, storage_options
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-_NO_DATA = 255
-"""Of a cloud mask; see `sharding.schema.Sample`."""
+    from sharding.shard import Report, Runner
 
 MAX_DEFAULT_WORKERS = 8
-SHEET_ROWS = 12
-TILE_PX = 200
+MB = 1_000_000
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `download`, `shard` and `inspect` to the command."""
+    """Add `download`, `shard`, `verify` and `inspect` to the command."""
     _add_download(verbs)
-    shard = verbs.add_parser(
+    _add_shard(verbs)
+    _add_verify(verbs)
+    _add_inspect(verbs)
+
+
+def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
         "shard",
         help="make a dataset of WebDataset shards from WorldStrat rasters",
-        description="Prepare every AOI of a WorldStrat folder and write shards and an index to a folder or bucket.",
+        description="Prepare every AOI of a WorldStrat folder, or of its zips in place, and write shards and an index "
+        "to a folder or bucket. The same command goes on after an interruption, and mends what is damaged.",
     )
-    shard.add_argument("--input", required=True, metavar="DIR", help="folder with hr_dataset/ and lr_dataset/")
-    shard.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
+    verb.add_argument(
+        "--input", required=True, type=Path, metavar="DIR", help="holds hr_dataset/ and lr_dataset/, or their zips"
+    )
+    verb.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
     workers = min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-    shard.add_argument(
+    verb.add_argument(
         "--workers", type=int, default=workers, metavar="N", help="processes side by side (default: %(default)s)"
     )
-    shard.add_argument(
+    verb.add_argument("--aois", type=Path, metavar="FILE", help="take only the AOIs that FILE names, one a line")
+    verb.add_argument("--strict", action="store_true", help="refuse an input with an unusable AOI")
+    verb.add_argument("--report", type=Path, metavar="FILE", help="write what was done as JSON")
+    sample = verb.add_argument_group("samples")
+    sample.add_argument("--level", default="l2a", metavar="{l2a,l1c}", help="Sentinel-2 product (default: %(default)s)")
+    sample.add_argument(
+        "--bands", default="true_color", metavar="{true_color,all}", help="of Sentinel-2 (default: %(default)s)"
+    )
+    sample.add_argument("--revisits", type=int, default=8, metavar="R", help="images a sample (default: %(default)s)")
+    sample.add_argument(
+        "--select", default="first", metavar="{first,clearest}", help="which revisits (default: %(default)s)"
+    )
+    sample.add_argument(
+        "--max-cloud", type=float, metavar="PERCENT", help="leave out AOIs whose revisits are cloudier on average"
+    )
+    sample.add_argument(
         "--hr",
         default="ps",
         metavar="{ps,rgbn}",
         help="SPOT raster of the targets: 1.5 m or 6 m (default: %(default)s)",
     )
-    shard.add_argument(
-        "--revisits", type=int, default=8, metavar="R", help="Sentinel-2 images a sample (default: %(default)s)"
+    sample.add_argument("--lr-size", type=int, metavar="PX", help=f"side of the LR grid (default: {LR_SIZE})")
+    sample.add_argument("--hr-size", type=int, metavar="PX", help=f"side of the HR grid (default: {HR_SIZE})")
+    sample.add_argument("--native", action="store_true", help="keep the sources' grids, whose sizes differ")
+    sample.add_argument(
+        "--dtype", default="uint16", metavar="{uint16,float32}", help="of stored images (default: %(default)s)"
     )
-    shard.add_argument(
-        "--split",
-        default="auto",
-        metavar="{auto,published,seeded}",
-        help="auto (the default): the split file where there is one",
+    plan = verb.add_argument_group("splits and shards")
+    plan.add_argument(
+        "--splits", default="auto", metavar="{auto,published,seeded}", help="auto (the default): the split file if any"
     )
-    shard.add_argument(
+    plan.add_argument(
+        "--fractions", type=_fractions, default=FRACTIONS, metavar="TRAIN,VAL,TEST", help="default: 0.8,0.1,0.1"
+    )
+    plan.add_argument(
         "--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the seeded split (default: %(default)s)"
     )
-    shard.add_argument(
-        "--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="most AOIs a shard (default: %(default)s)"
+    plan.add_argument(
+        "--shard-size", type=float, default=SHARD_BYTES / MB, metavar="MB", help="at most (default: %(default)g)"
     )
-    shard.add_argument("--strict", action="store_true", help="refuse a folder with an unusable AOI")
-    shard.set_defaults(run=run_shard)
+    plan.add_argument(
+        "--for-ranks", type=int, default=1, metavar="N", help="make a multiple of N training shards (default: 1)"
+    )
+    add_storage_arguments(verb)
+    verb.set_defaults(run=run_shard)
 
-    inspect = verbs.add_parser(
+
+def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "verify",
+        help="compare a dataset with its index",
+        description="Compare every shard's size and SHA-256 with the index. Status 1 if anything differs.",
+    )
+    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    verb.add_argument("--deep", action="store_true", help="decode each sample too, and compare some with --input")
+    verb.add_argument("--input", type=Path, metavar="DIR", help="with --deep: prepare some AOIs again and compare")
+    verb.add_argument("--num-aois", type=int, default=5, metavar="N", help="how many of them (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="which of them (default: %(default)s)")
+    verb.set_defaults(run=run_verify)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
         "inspect",
         help="print what a dataset holds, and draw a contact sheet",
-        description="Print splits, shards, statistics and skipped AOIs of a dataset.",
+        description="Print splits, shards, statistics and skipped AOIs of a dataset, or all of one AOI.",
     )
-    inspect.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
-    inspect.add_argument("--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
-    inspect.set_defaults(run=run_inspect)
+    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    verb.add_argument("--aoi", metavar="NAME", help="print and draw this one alone")
+    verb.add_argument("--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
+    verb.set_defaults(run=run_inspect)
 
 
 def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -101,101 +146,102 @@ def run_download(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_shard(args: argparse.Namespace) -> int:
-    """Run `shard`."""
+def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
+    """Run `shard`; ``runner`` does the work elsewhere than in processes of this machine."""
     # Here, not above: every other verb must run without rasterio.
     from sharding.shard import ShardOptions, shard_folder
 
+    if args.native and (args.lr_size or args.hr_size):
+        raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
     options = ShardOptions(
-        hr_source=args.hr,
-        revisits=args.revisits,
-        split=args.split,
-        seed=args.seed,
-        shard_size=args.shard_size,
+        sample=SampleOptions(
+            level=args.level,
+            bands=args.bands,
+            revisits=args.revisits,
+            select=args.select,
+            hr=args.hr,
+            lr_size=None if args.native else _or(args.lr_size, LR_SIZE),
+            hr_size=None if args.native else _or(args.hr_size, HR_SIZE),
+            dtype=args.dtype,
+            max_cloud=args.max_cloud,
+        ),
+        plan=PlanOptions(
+            splits=args.splits,
+            fractions=args.fractions,
+            seed=args.seed,
+            shard_bytes=int(args.shard_size * MB),
+            for_ranks=args.for_ranks,
+        ),
+        aois=_read_names(args.aois) if args.aois else None,
         strict=args.strict,
     )
-    storage = open_storage(args.output)
-    index = shard_folder(Path(args.input), storage, options, args.workers, say=print)
-    for line in describe(index, storage):
+    storage = open_storage(args.output, storage_options(args))
+    report = shard_folder(args.input, storage, options, args.workers, say=print, runner=runner)
+    for line in (*describe(report.index, storage), *report.lines()):
         print(line)
+    if args.report:
+        _write_report(args.report, report)
     return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Run `verify`."""
+    from sharding.verify import verify
+
+    if args.input and not args.deep:
+        raise UserError("--input is compared by --deep alone: add it, or leave --input out")
+    if args.num_aois < 1:
+        raise UserError(f"--num-aois {args.num_aois} is too small: the least is 1")
+    found = verify(open_storage(args.uri), args.deep, args.input, args.num_aois, args.seed)
+    for problem in found.problems:
+        print(f"{problem.shard}: {problem.detail}")
+    print(found.summary())
+    return 1 if found.problems else 0
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Run `inspect`."""
     storage = open_storage(args.uri)
     index = Index.load(storage)
-    for line in describe(index, storage):
+    if args.aoi is not None:
+        split, shard, entry = find(index, args.aoi)
+        lines = describe_sample(split, shard, read_sample(storage, shard, entry))
+    else:
+        lines = describe(index, storage)
+    for line in lines:
         print(line)
     if args.png is not None:
-        draw(index, storage, args.png)
+        draw(index, storage, args.png, args.aoi)
         print(f"contact sheet: {args.png} (* marks the clearest revisit)")
     return 0
 
 
-def describe(index: Index, storage: Storage) -> Iterator[str]:
-    """Yield the lines that tell a person what a dataset holds."""
-    preparation = index.preparation
-    seed = f", seed {index.split_seed}" if index.split_rule == "seeded" else ""
-    yield f"dataset {storage.uri}"
-    yield f"index   sha256 {index.digest}"
-    yield (
-        f"samples {preparation['revisits']} revisits, S2 bands {preparation['bands']}, LR {preparation['lr_size']} px, "
-        f"HR {preparation['hr_size']} px from _{preparation['hr_source']}, integers of {preparation['step']:g}"
-    )
-    yield f"split   {index.split_rule}{seed}"
-    for split in SPLITS:
-        shards = index.splits[split]
-        samples = sum(len(shard.samples) for shard in shards)
-        size = sum(shard.bytes for shard in shards)
-        yield f"  {split:5}  {samples:5} AOIs  {len(shards):4} shards  {size / 1e6:9.1f} MB"
-        for shard in shards:
-            yield f"    {shard.name}  {len(shard.samples):5} AOIs  {shard.bytes / 1e6:9.1f} MB  {shard.sha256[:12]}"
-    yield "statistics of train, one number a band"
-    for image, bands in index.statistics.items():
-        for name, values in (
-            ("mean", bands["mean"]),
-            ("std", bands["std"]),
-            ("min", bands["min"]),
-            ("max", bands["max"]),
-        ):
-            yield f"  {image:3}  {name:4}  {'  '.join(f'{value:.4f}' for value in values)}"
-    yield f"skipped {len(index.skipped)} AOIs"
-    for item in index.skipped:
-        yield f"  {item.aoi}  {item.reason}: {item.detail}"
+def _or(size: int | None, default: int) -> int:
+    return default if size is None else size
 
 
-def draw(index: Index, storage: Storage, path: Path) -> None:
-    """Draw a contact sheet: a row an AOI with its revisits (the clearest is starred), PAN and HR.
-
-    Raises:
-        UserError: when the file cannot be written, or a sample is damaged.
-    """
-    entries = [(split, *pair) for split in SPLITS for pair in index.samples(split)]
-    rows = [
-        _row(split, read_sample(storage, shard, entry)) for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
-    ]
-    page = sheet(rows, tile_size=TILE_PX)
+def _fractions(text: str) -> tuple[float, ...]:
     try:
-        page.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --png {path} ({error}): give a writable file that ends in .png") from error
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--fractions {text} cannot be: give three numbers, such as 0.8,0.1,0.1") from None
 
 
-def _row(split: str, sample: Sample) -> list[Tile]:
-    hr = sample.hr * STEP
-    white = robust_high(hr)
-    # One stretch for the whole row: differences of brightness between the sensors are to be seen.
-    revisits = zip(sample.lr, sample.clm, cast(list[dict[str, object]], sample.meta["revisits"]), strict=True)
-    tiles: list[Tile] = []
-    for number, (image, clm, revisit) in enumerate(revisits):
-        label = f"{split}: {sample.aoi}" if number == 0 else f"{revisit['date']}, {_cloud(clm):.0f}% cloud"
-        mark = "* " if number == sample.meta["clearest"] else ""
-        tiles.append((mark + label, to_rgb8(image[:3] * STEP, 0.0, white)))
-    return [*tiles, ("PAN", to_rgb8(sample.pan * STEP, 0.0, white)), ("HR", to_rgb8(hr, 0.0, white))]
+def _read_names(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--aois {path} cannot be read ({error}): give a text file with an AOI a line") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise UserError(f"--aois {path} names no AOI: give a text file with an AOI a line")
+    return names
 
 
-def _cloud(clm: NDArray[np.uint8]) -> float:
-    """Return the percentage of cloud among the pixels of a mask that have data."""
-    seen = clm[clm != _NO_DATA]
-    return 100 * float((seen == 1).mean()) if seen.size else 0.0
+def _write_report(path: Path, report: Report) -> None:
+    try:
+        path.write_text(json.dumps(report.to_json(), indent=1, sort_keys=True), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write --report {path} ({error.strerror}): the dataset is whole; give a writable file"
+        ) from error

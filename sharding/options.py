@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sharding.errors import UserError
-from sharding.schema import STEP
+from sharding.schema import RGB_BANDS, STEP, Preparation
 
 LEVELS = ("l2a", "l1c")
 NUM_BANDS = {"l2a": 12, "l1c": 13}
 """Bands of each product's rasters: all of Sentinel-2's, but L2A has no cirrus (B10)."""
-RGB_BANDS = (4, 3, 2)
-"""Red, green, blue as positions from 1, alike in both products."""
 BANDS = ("true_color", "all")
 SELECTIONS = ("first", "clearest")
 HR_SOURCES = ("ps", "rgbn")
@@ -84,6 +82,37 @@ class SampleOptions:
     def step(self) -> float:
         """Reflectance of 1 as it is stored."""
         return STEP if self.dtype == "uint16" else 1.0
+
+    @property
+    def preparation(self) -> Preparation:
+        """What a dataset of these options says of itself."""
+        return Preparation(
+            level=self.level,
+            bands=self.band_numbers,
+            revisits=self.revisits,
+            select=self.select,
+            hr_source=self.hr,
+            lr_size=self.lr_size,
+            hr_size=self.hr_size,
+            dtype=self.dtype,
+            max_cloud=self.max_cloud,
+            step=self.step,
+        )
+
+    @classmethod
+    def of(cls, preparation: Preparation) -> SampleOptions:
+        """Return the options that a dataset was made with."""
+        return cls(
+            level=preparation.level,
+            bands="true_color" if preparation.bands == RGB_BANDS else "all",
+            revisits=preparation.revisits,
+            select=preparation.select,
+            hr=preparation.hr_source,
+            lr_size=preparation.lr_size,
+            hr_size=preparation.hr_size,
+            dtype=preparation.dtype,
+            max_cloud=preparation.max_cloud,
+        )
 
 
 def _among(option: str, value: str, known: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from sharding.options import RGB_BANDS, SampleOptions
+from sharding.options import SampleOptions
 from sharding.rasters import Scene
 from sharding.schema import STEP
 
@@ -55,8 +55,7 @@ def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
 
     These three alone, so that the choice is the same whichever bands are stored.
     """
-    rgb = [options.band_numbers.index(band) for band in RGB_BANDS]
-    ranked = rank_revisits(scene.lr[:, rgb], _usable(scene))
+    ranked = rank_revisits(scene.lr[:, options.preparation.rgb], _usable(scene))
     revisits = tuple(sorted(ranked[: options.revisits]) if options.select == "clearest" else range(options.revisits))
     return Chosen(revisits, revisits.index(ranked[0]))
 

@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 from sharding.errors import UserError
 from sharding.storage import BucketNotFoundError, NotFoundError, Storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 STEP = 3e-5
 """Reflectance of one step of the stored uint16, whose largest value is then 65535 x 3e-5 = 1.966."""
+HR_BANDS = 3
+"""Bands of the targets: red, green, blue."""
+RGB_BANDS = (4, 3, 2)
+"""Red, green, blue as positions from 1 in Sentinel-2 rasters."""
 INDEX_NAME = "index.json"
 IMAGES = ("lr", "clm", "hr", "pan")
 JSON_SUFFIX = "json"
@@ -38,21 +42,42 @@ class DamagedError(UserError):
     """Stored bytes are not the ones that were written."""
 
 
-class Preparation(TypedDict):
+@dataclass(frozen=True)
+class Preparation:
     """How rasters became samples."""
 
-    lr_size: int
-    """Height and width of the LR grid in px."""
-    hr_size: int
-    """Height and width of the HR and PAN grid in px."""
-    bands: list[int]
-    """Bands of ``lr`` in order, as positions from 1 in the L2A raster: 4, 3, 2 are R, G, B."""
+    level: str
+    """Sentinel-2 product: ``l2a`` or ``l1c``."""
+    bands: tuple[int, ...]
+    """Bands of ``lr`` in order, as positions from 1 in that product's rasters: 4, 3, 2 are R, G, B."""
     revisits: int
     """Revisits of each sample."""
+    select: str
+    """Which revisits: ``first`` or ``clearest``."""
     hr_source: str
     """The SPOT raster that ``hr`` was made from: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
+    lr_size: int | None
+    """Height and width of the LR grid in px; None where each sample has its own."""
+    hr_size: int | None
+    """Height and width of the HR and PAN grid in px; None where each sample has its own."""
+    dtype: str
+    """Of stored images: ``uint16`` in steps of ``step``, or ``float32`` reflectance."""
+    max_cloud: float | None
+    """Percentage of cloud above which AOIs were left out; None where none were."""
     step: float
-    """Reflectance of one integer step."""
+    """Reflectance of 1 as it is stored."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """What a sample takes in a shard, about: native sizes are taken as WorldStrat's usual ones."""
+        lr, hr = self.lr_size or 158, self.hr_size or 1054
+        values = self.revisits * len(self.bands) * lr**2 + (3 + 1) * hr**2
+        return values * np.dtype(self.dtype).itemsize + self.revisits * lr**2
+
+    @property
+    def rgb(self) -> list[int]:
+        """Where red, green and blue stand among the bands, from 0."""
+        return [self.bands.index(band) for band in RGB_BANDS]
 
 
 class BandStatistics(TypedDict):
@@ -62,6 +87,8 @@ class BandStatistics(TypedDict):
     std: list[float]
     min: list[float]
     max: list[float]
+    percentiles: dict[str, list[float]]
+    """Per percentage, ``"1"`` to ``"99"``."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +156,10 @@ class Index:
     """``published`` (the split file) or ``seeded``."""
 
     split_seed: int
-    """Seed of the permutation of the seeded rule."""
+    """Seed of the permutation of the seeded rule and of the order of samples."""
+
+    plan: str
+    """SHA-256, in hex, of what was planned: the options, and the names and sizes of the source's files."""
 
     splits: Mapping[str, tuple[ShardEntry, ...]]
     """Per split, its shards in order."""
@@ -163,10 +193,11 @@ class Index:
         return json.dumps(
             {
                 "format_version": self.format_version,
-                "preparation": self.preparation,
+                "preparation": vars(self.preparation),
                 "split_rule": self.split_rule,
                 "split_seed": self.split_seed,
-                "splits": {name: list(map(_shard_to_json, shards)) for name, shards in self.splits.items()},
+                "plan": self.plan,
+                "splits": {name: list(map(shard_to_json, shards)) for name, shards in self.splits.items()},
                 "statistics": self.statistics,
                 "skipped": [vars(item) for item in self.skipped],
             },
@@ -190,10 +221,11 @@ class Index:
                 )
             return cls(
                 format_version=data["format_version"],
-                preparation=cast(Preparation, _table(data["preparation"], Preparation.__required_keys__)),
+                preparation=Preparation(**{**data["preparation"], "bands": tuple(data["preparation"]["bands"])}),
                 split_rule=data["split_rule"],
                 split_seed=data["split_seed"],
-                splits={name: tuple(map(_shard_from_json, data["splits"][name])) for name in SPLITS},
+                plan=data["plan"],
+                splits={name: tuple(map(shard_from_json, data["splits"][name])) for name in SPLITS},
                 statistics={
                     name: cast(BandStatistics, _table(bands, BandStatistics.__required_keys__))
                     for name, bands in data["statistics"].items()
@@ -299,6 +331,22 @@ def read_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Samp
         raise DamagedError(f"{storage.uri}/{shard.name}: {error}") from error
 
 
+def damage_of(output: Storage, entry: ShardEntry) -> str | None:
+    """Compare a stored shard with its line of the index; say what is wrong with it, or None."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for data in output.stream(entry.name):
+            digest.update(data)
+            size += len(data)
+    except NotFoundError:
+        return "is gone"
+    if size != entry.bytes:
+        return f"has {size} bytes where {entry.bytes} were written"
+    if digest.hexdigest() != entry.sha256:
+        return "does not have the SHA-256 of what was written"
+    return None
+
+
 def _table(data: object, keys: Iterable[str]) -> dict[str, object]:
     """Return a JSON object that must have these keys; another value is a TypeError, a missing key a KeyError."""
     if not isinstance(data, dict):
@@ -308,11 +356,13 @@ def _table(data: object, keys: Iterable[str]) -> dict[str, object]:
     return data
 
 
-def _shard_to_json(shard: ShardEntry) -> dict[str, object]:
+def shard_to_json(shard: ShardEntry) -> dict[str, object]:
+    """Return a shard's line of the index as a table."""
     return {**vars(shard), "samples": [vars(sample) for sample in shard.samples]}
 
 
-def _shard_from_json(data: dict[str, object]) -> ShardEntry:
+def shard_from_json(data: dict[str, object]) -> ShardEntry:
+    """Read what ``shard_to_json`` made; another table is a TypeError, KeyError or AttributeError."""
     samples = cast(list[dict[str, object]], data["samples"])
     return ShardEntry(**{**data, "samples": tuple(map(_sample_from_json, samples))})  # type: ignore[arg-type]
 

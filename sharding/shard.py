@@ -1,334 +1,296 @@
-"""A WorldStrat folder to a published dataset: plan, work, index.
+"""A WorldStrat source to a published dataset: plan, work, index.
 
-The plan is pure: which AOI goes into which split and shard. The work is one shard at a time, written to a
-temporary file and uploaded. The index comes last, so nothing that was interrupted looks like a dataset.
+The plan is pure: which AOI goes into which split and shard. The work is one shard at a time, by any process that sees
+source and output: written to a temporary file and digested on the way, published under its name, then described by a
+sidecar. The index comes last, so nothing that was interrupted looks like a dataset, and whoever comes again keeps each
+shard whose sidecar says the same plan and whose bytes have its digest.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
-import multiprocessing
 import re
-import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
 
-import torch
-
+from sharding.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
 from sharding.errors import UnusableError, UserError
-from sharding.options import HR_SIZE, HR_SOURCES, LR_SIZE, SampleOptions
+from sharding.options import SampleOptions
+from sharding.plan import Plan, PlanOptions, make_plan
 from sharding.progress import progress
-from sharding.sample import make_sample
-from sharding.schema import INDEX_NAME, SPLITS, Index, Preparation, ShardEntry, Skipped
+from sharding.schema import INDEX_NAME, SPLITS, Index, ShardEntry, Skipped
 from sharding.source import open_source
-from sharding.splits import (
-    SHARD_SIZE,
-    SPLIT_SEED,
-    Split,
-    describe_moves,
-    natural_key,
-    published_split,
-    seeded_split,
-    shard_names,
-)
-from sharding.storage import Storage
-from sharding.worldstrat import SPLIT_FILE, AoiFiles, check_files, find_aois, read_split_file
-from sharding.writer import BandSums, NewSample, describe_tar, write_tar
+from sharding.splits import describe_split, natural_key
+from sharding.statistics import Histogram
+from sharding.storage import NotFoundError, Storage
+from sharding.workers import processes
+from sharding.worldstrat import AoiFiles, check_files, find_aois, read_split_file
 
-SPLIT_RULES = ("auto", "published", "seeded")
-MEASURED = ("lr", "hr", "pan")
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.tar({re.escape(SIDECAR_SUFFIX)})?")
 
-_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.tar")
+Runner = Callable[[Sequence[ShardTask]], Iterator[ShardResult]]
+"""Does all tasks, anywhere and in any order, and yields each result when it is there."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How a folder becomes a dataset. The same folder and options give the same bytes."""
+    """How a source becomes a dataset. The same source and options give the same bytes."""
 
-    hr_source: str = "ps"
-    """``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m): the raster that targets are made from."""
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    """What a sample is made of."""
 
-    revisits: int = 8
-    """Revisits a sample; AOIs with fewer are left out."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    """How samples are shared out."""
 
-    split: str = "auto"
-    """``published`` (the split file), ``seeded``, or ``auto``: published where the file is."""
-
-    seed: int = SPLIT_SEED
-    """Of the seeded split."""
-
-    shard_size: int = SHARD_SIZE
-    """Most AOIs a shard."""
+    aois: tuple[str, ...] | None = None
+    """The only AOIs to take; None takes all."""
 
     strict: bool = False
-    """Refuse the folder when an AOI in it is unusable, instead of leaving the AOI out."""
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            UserError: naming the option, its value and what it may be.
-        """
-        for option, value, known in (("--hr", self.hr_source, HR_SOURCES), ("--split", self.split, SPLIT_RULES)):
-            if value not in known:
-                raise UserError(f"{option} {value!r} is unknown: it may be {', '.join(known)}")
-        for option, number, least in (
-            ("--revisits", self.revisits, 1),
-            ("--shard-size", self.shard_size, 1),
-            ("--seed", self.seed, 0),
-        ):
-            if number < least:
-                raise UserError(f"{option} {number} is too small: the least is {least}")
-
-    @property
-    def sample(self) -> SampleOptions:
-        """What a sample is made of."""
-        return SampleOptions(hr=self.hr_source, revisits=self.revisits)
+    """Refuse the source when an AOI in it is unusable, instead of leaving the AOI out."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be made of the usable AOIs."""
+class Report:
+    """What a run of `shard` did."""
 
-    split: Split
-    """Which AOI is in which split."""
+    index: Index
+    """The index that was written."""
 
-    rule: str
-    """``published`` or ``seeded``."""
+    shards: dict[str, int]
+    """How many shards were made, kept, mended (their bytes were damaged), or shared (made by another run meanwhile)."""
 
-    shards: tuple[tuple[str, str, tuple[str, ...]], ...]
-    """(split, shard's key, its AOIs) in order."""
+    notes: tuple[str, ...]
+    """Lines on splits and shards that the user should read."""
 
+    seconds: float
+    """From the first look at the source to the index."""
 
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to be made, by any process on any machine that sees the folder."""
+    bytes_in: int
+    """Bytes of the source files that were read."""
 
-    split: str
-    """Its split."""
+    bytes_out: int
+    """Bytes of the shards that were written."""
 
-    name: str
-    """Its key beside the index."""
+    def lines(self) -> Iterator[str]:
+        """Yield what a person should know at the end."""
+        aois = sum(len(self.index.samples(split)) for split in SPLITS)
+        seconds = max(self.seconds, 1e-9)
+        yield f"shards  {', '.join(f'{count} {outcome}' for outcome, count in self.shards.items())}"
+        yield (
+            f"took    {self.seconds:.1f} s for {aois} AOIs ({aois / seconds:.3g}/s), read {self.bytes_in / 1e6:.1f} MB "
+            f"({self.bytes_in / seconds / 1e6:.1f} MB/s), wrote {self.bytes_out / 1e6:.1f} MB"
+        )
 
-    aois: tuple[AoiFiles, ...]
-    """The AOIs to put into it, in order."""
-
-    options: ShardOptions
-    """How to prepare them."""
-
-    output: Storage
-    """Where the shard goes."""
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What became of a task."""
-
-    task: ShardTask
-    """The task."""
-
-    entry: ShardEntry | None
-    """The shard's line of the index; None where none of its AOIs could be read."""
-
-    sums: Mapping[str, BandSums]
-    """Per image of ``MEASURED``, sums over the shard."""
-
-    skipped: tuple[Skipped, ...]
-    """AOIs that could not be read."""
+    def to_json(self) -> dict[str, object]:
+        """Return it as a table for a file."""
+        return {
+            "index_sha256": self.index.digest,
+            "aois": {split: len(self.index.samples(split)) for split in SPLITS},
+            "shards": self.shards,
+            "skipped": dict(Counter(item.reason for item in self.index.skipped)),
+            "skipped_aois": [vars(item) for item in self.index.skipped],
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
 
 
 def shard_folder(
-    folder: Path, output: Storage, options: ShardOptions, workers: int = 1, say: Callable[[str], None] = log.info
-) -> Index:
-    """Make a dataset of a WorldStrat folder.
+    folder: Path,
+    output: Storage,
+    options: ShardOptions,
+    workers: int = 1,
+    say: Callable[[str], None] = log.info,
+    runner: Runner | None = None,
+) -> Report:
+    """Make a dataset of a WorldStrat folder, or go on where an earlier run was interrupted.
 
     Args:
-        folder: holds ``hr_dataset`` and ``lr_dataset``.
-        output: where shards and index go; an older dataset there is replaced.
+        folder: holds ``hr_dataset`` and ``lr_dataset``, or the published zips.
+        output: where shards and index go; a dataset of another source or other options there is replaced.
         options: how.
         workers: processes that prepare shards side by side; their number does not change a byte.
         say: is given each line that the user should read, such as AOIs moved between splits.
-
-    Returns:
-        The index that was written.
+        runner: does the tasks instead of ``workers``.
 
     Raises:
-        UserError: for a folder, an option or a storage that the user can mend. An older dataset stays as it was if
+        UserError: for a source, an option or a storage that the user can mend. An older dataset stays as it was if
             nothing was written yet; after that no index is left.
     """
     if workers < 1:
         raise UserError(f"--workers {workers} is too small: the least is 1")
-    source = open_source(folder, options.sample.level)
-    found = find_aois(source)
-    rows = None if options.split == "seeded" else read_split_file(source)
-    usable, skipped = _sift(found, options)
-    plan = make_plan(list(usable), rows, options)
-    old = [item.key for item in output.list() if _SHARD_NAME.fullmatch(item.key)]
-    output.delete(INDEX_NAME)
-    with _executor(workers) as executor:
+    return _Sharding(folder, output, options, say).run(runner or processes(workers))
+
+
+class _Sharding:
+    """One run of `shard`."""
+
+    def __init__(self, folder: Path, output: Storage, options: ShardOptions, say: Callable[[str], None]) -> None:
+        self.start = time.monotonic()
+        self.output, self.options = output, options
+        self.source = open_source(folder, options.sample.level)
+        self.found = _chosen(find_aois(self.source), options.aois)
+        self.rows = None if options.plan.splits == "seeded" else read_split_file(self.source)
+        self.usable, self.skipped = _sift(self.found, options)
+        self.notes: list[str] = []
+        self._say = say
+        for path in self.source.strays:
+            self._note(f"{path!r} leaves the folder it lies in, and was not read")
+
+    def run(self, runner: Runner) -> Report:
+        plan = self._plan()
+        tasks = self._tasks(plan)
+        self._withdraw_index(tasks)
+        results: list[ShardResult] = []
         while True:
-            for line in describe_moves(plan.split.moved):
-                say(line)
-            tasks = [
-                ShardTask(split, name, tuple(usable[aoi] for aoi in aois), options, output)
-                for split, name, aois in plan.shards
-            ]
-            results = _run(executor, tasks)
-            unread = [item for result in results for item in result.skipped]
-            skipped += unread
+            now = self._do(tasks, runner)
+            results = [*results, *now]
+            unread = [item for result in now for item in result.skipped]
+            self.skipped += unread
             for item in unread:
-                del usable[item.aoi]
-            if {result.task.split for result in results if result.entry} == set(SPLITS):
+                del self.usable[item.aoi]
+            if {result.task.split for result in now if result.entry} == set(SPLITS):
                 break
             # A split lost all its AOIs while they were read: share out those that can be.
-            old += [result.entry.name for result in results if result.entry]
-            plan = make_plan(list(usable), rows, options)
-    index = _make_index(plan, results, skipped, options)
-    for name in set(old) - {shard.name for shards in index.splits.values() for shard in shards}:
-        output.delete(name)
-    output.write(INDEX_NAME, index.to_json().encode())
-    return index
+            plan = self._plan()
+            tasks = self._tasks(plan)
+        index = self._index(plan, now)
+        self._publish(index, now)
+        written = [result for result in results if result.outcome != "kept"]
+        return Report(
+            index=index,
+            shards=dict(Counter(result.outcome for result in results)),
+            notes=tuple(self.notes),
+            seconds=time.monotonic() - self.start,
+            bytes_in=sum(result.bytes_in for result in written),
+            bytes_out=sum(result.entry.bytes for result in written if result.entry),
+        )
+
+    def _plan(self) -> Plan:
+        names = [aoi.name for aoi in self.found]
+        sample_bytes = self.options.sample.preparation.sample_bytes
+        plan = make_plan(list(self.usable), names, self.rows, sample_bytes, self.options.plan)
+        for line in describe_split(plan.split):
+            self._note(line)
+        return plan
+
+    def _tasks(self, plan: Plan) -> list[ShardTask]:
+        return [
+            ShardTask(
+                shard.split,
+                shard.name,
+                tuple(self.usable[aoi] for aoi in shard.aois),
+                self.options.sample,
+                self.options.strict,
+                self.output,
+            )
+            for shard in plan.shards
+        ]
+
+    def _withdraw_index(self, tasks: Sequence[ShardTask]) -> None:
+        """Take an index away that is not of this plan, before the first of its shards is replaced."""
+        try:
+            index = Index.load(self.output)
+        except NotFoundError:
+            raise
+        except UserError:  # none, or a damaged one
+            index = None
+        if index is None or index.plan != _digest(tasks):
+            self.output.delete(INDEX_NAME)
+
+    def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> list[ShardResult]:
+        """Do all tasks and return their results in the order of the tasks."""
+        by_name: dict[str, ShardResult] = {}
+        start, skipped, read, written = time.monotonic(), 0, 0, 0
+        with progress(sum(len(task.aois) for task in tasks), "sharding", "AOI") as shown:
+            for result in runner(tasks):
+                by_name[result.task.name] = result
+                seconds = max(time.monotonic() - start, 1e-9)
+                skipped += len(result.skipped)
+                read += result.bytes_in
+                written += result.bytes_out
+                rates = {"in": f"{read / seconds / 1e6:.0f} MB/s", "out": f"{written / seconds / 1e6:.0f} MB/s"}
+                shown.update(len(result.task.aois), **rates, skipped=len(self.skipped) + skipped)
+                if result.outcome in ("mended", "shared"):
+                    self._note(f"{result.task.name} {result.why}")
+        return [by_name[task.name] for task in tasks]
+
+    def _index(self, plan: Plan, results: Sequence[ShardResult]) -> Index:
+        splits: dict[str, tuple[ShardEntry, ...]] = {
+            split: tuple(result.entry for result in results if result.task.split == split and result.entry)
+            for split in SPLITS
+        }
+        histograms: list[Mapping[str, Histogram]] = [result.histograms for result in results if result.histograms]
+        not_listed = [
+            Skipped(aoi, "not-in-split-file", "the split file does not list it") for aoi in plan.split.left_out
+        ]
+        return Index(
+            preparation=self.options.sample.preparation,
+            split_rule=plan.rule,
+            split_seed=self.options.plan.seed,
+            plan=_digest([result.task for result in results]),
+            splits=splits,
+            statistics={name: reduce(add, (item[name] for item in histograms)).statistics() for name in histograms[0]},
+            skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
+        )
+
+    def _publish(self, index: Index, results: Sequence[ShardResult]) -> None:
+        """Write the index, and remove what earlier plans left that is in this one no more."""
+        self.output.write(INDEX_NAME, index.to_json().encode())
+        names = {result.task.name for result in results}
+        ours = names | {name + SIDECAR_SUFFIX for name in names}
+        empty = {result.task.name for result in results if not result.entry}
+        for item in self.output.list():
+            if _OURS.fullmatch(item.key) and (item.key not in ours or item.key in empty):
+                self.output.delete(item.key)
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+            self._say(line)
 
 
-def make_plan(aois: Sequence[str], rows: Sequence[tuple[str, str]] | None, options: ShardOptions) -> Plan:
-    """Decide splits and shards from names alone.
-
-    Args:
-        aois: the usable AOIs.
-        rows: (AOI, split) of the published split file, None where there is none.
-        options: rule, seed and shard size.
-
-    Raises:
-        UserError: where the published split is asked for and missing, or the AOIs are too few.
-    """
-    rule = ("seeded" if rows is None else "published") if options.split == "auto" else options.split
-    if rule == "published":
-        if rows is None:
-            raise UserError(f"--split published needs {SPLIT_FILE} in the input folder: add it or use seeded")
-        split = published_split(aois, rows)
-    else:
-        split = seeded_split(aois, options.seed)
-    return Plan(split, rule, tuple(shard_names(split.splits, options.shard_size)))
+def _digest(tasks: Sequence[ShardTask]) -> str:
+    """Return what names the plan: the fingerprints of its tasks."""
+    return hashlib.sha256("".join(task.fingerprint for task in tasks).encode()).hexdigest()
 
 
-def build_shard(task: ShardTask) -> ShardResult:
-    """Read, prepare and pack one task's AOIs, and upload the shard.
-
-    Raises:
-        UserError: when an AOI cannot be read and the options are strict, or the storage refuses.
-    """
-    sums: dict[str, list[BandSums]] = {name: [] for name in MEASURED}
-    skipped: list[Skipped] = []
-
-    def samples() -> Iterator[NewSample]:
-        for aoi in task.aois:
-            try:
-                sample = make_sample(aoi, task.options.sample)
-            except UnusableError as error:
-                skipped.append(_skip(aoi.name, error, task.options.strict))
-                continue
-            for name in MEASURED:
-                sums[name].append(BandSums.of(sample.images[name]))
-            yield sample
-
-    with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
-        path = Path(folder, task.name)
-        write_tar(path, samples())
-        if len(skipped) == len(task.aois):
-            return ShardResult(task, None, {}, tuple(skipped))
-        entry = describe_tar(path, task.name)
-        task.output.upload(task.name, path)
-    return ShardResult(task, entry, {name: reduce(add, parts) for name, parts in sums.items()}, tuple(skipped))
+def _chosen(found: Sequence[AoiFiles], wanted: Sequence[str] | None) -> list[AoiFiles]:
+    if wanted is None:
+        return list(found)
+    missing = sorted(set(wanted) - {aoi.name for aoi in found}, key=natural_key)
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"--aois names {missing[0]!r}{rest}, which the input does not hold: correct or remove the line")
+    return [aoi for aoi in found if aoi.name in set(wanted)]
 
 
 def _sift(found: Sequence[AoiFiles], options: ShardOptions) -> tuple[dict[str, AoiFiles], list[Skipped]]:
     """Part the AOIs whose files are complete from the others.
 
     Raises:
-        UserError: where the target's raster is missing but another one would do.
+        UserError: where none is, for want of targets that another option would not need.
     """
     usable: dict[str, AoiFiles] = {}
     skipped = []
     for aoi in found:
-        if options.hr_source == "ps" and "ps" not in aoi.hr and "rgbn" in aoi.hr:
-            raise UserError(
-                f"AOI {aoi.name!r} has no {aoi.name}_ps.tiff: use `--hr rgbn`, which makes all targets from the "
-                "6 m rasters, or take the AOI out of the folder"
-            )
         try:
             check_files(aoi, options.sample)
             usable[aoi.name] = aoi
         except UnusableError as error:
-            skipped.append(_skip(aoi.name, error, options.strict))
+            item = skip(aoi.name, error, options.strict)
+            if options.sample.hr == "ps" and "ps" not in aoi.hr and "rgbn" in aoi.hr:
+                item = replace(item, detail=f"{item.detail}; `--hr rgbn` takes all targets from the 6 m rasters")
+            skipped.append(item)
+    if not usable and skipped and all("--hr rgbn" in item.detail for item in skipped):
+        raise UserError(f"AOI {skipped[0].aoi!r} and all others cannot be used: {skipped[0].detail}")
     return usable, skipped
-
-
-def _skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
-    if strict:
-        raise UserError(f"AOI {aoi!r} is unusable ({error}): mend it, or leave out --strict to skip it")
-    return Skipped(aoi, error.reason, error.detail)
-
-
-@contextlib.contextmanager
-def _executor(workers: int) -> Iterator[Executor]:
-    """Give an executor of ``workers`` processes; one worker is a thread here, without the cost of a process."""
-    executor: Executor
-    if workers == 1:
-        executor = ThreadPoolExecutor(1)
-    else:
-        # Spawned, not forked: torch's and GDAL's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _run(executor: Executor, tasks: Sequence[ShardTask]) -> list[ShardResult]:
-    """Do all tasks and return their results in the order of the tasks."""
-    total = sum(len(task.aois) for task in tasks)
-    futures: dict[Future[ShardResult], ShardTask] = {executor.submit(build_shard, task): task for task in tasks}
-    try:
-        with progress(total, "sharding", "AOI") as shown:
-            for future in as_completed(futures):
-                future.result()
-                shown.update(len(futures[future].aois))
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, most often for want of memory: shard again with fewer --workers"
-        ) from None
-    return [future.result() for future in futures]
-
-
-def _make_index(plan: Plan, results: Sequence[ShardResult], skipped: Sequence[Skipped], options: ShardOptions) -> Index:
-    splits: dict[str, tuple[ShardEntry, ...]] = {
-        split: tuple(result.entry for result in results if result.task.split == split and result.entry)
-        for split in SPLITS
-    }
-    training = [result.sums for result in results if result.task.split == "train" and result.entry]
-    not_listed = [Skipped(aoi, "not-in-split-file", f"{SPLIT_FILE} does not list it") for aoi in plan.split.left_out]
-    preparation: Preparation = {
-        "lr_size": LR_SIZE,
-        "hr_size": HR_SIZE,
-        "bands": list(options.sample.band_numbers),
-        "revisits": options.revisits,
-        "hr_source": options.hr_source,
-        "step": options.sample.step,
-    }
-    return Index(
-        preparation=preparation,
-        split_rule=plan.rule,
-        split_seed=options.seed,
-        splits=splits,
-        statistics={name: reduce(add, (sums[name] for sums in training)).statistics() for name in MEASURED},
-        skipped=tuple(sorted([*skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sharding.errors import UserError
@@ -12,9 +12,8 @@ from sharding.schema import SPLITS
 
 SPLIT_SEED = 386564310
 """The published seed."""
-SHARD_SIZE = 32
-"""AOIs a shard: 110 MB, enough to stream well, and 3,889 AOIs still make 122 shards to spread over readers."""
-TRAIN_SHARE, OTHER_SHARE = 0.8, 0.1
+FRACTIONS = (0.8, 0.1, 0.1)
+"""The published shares of train, val and test."""
 
 Splits = dict[str, list[str]]
 
@@ -29,8 +28,11 @@ class Split:
     moved: tuple[tuple[str, str, str], ...]
     """(AOI, from, to) for those that were moved so that no split is empty."""
 
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     """AOIs that the rule knows nothing of."""
+
+    disputed: tuple[tuple[str, tuple[str, ...], str], ...] = ()
+    """(AOI, the splits that the file names, the one it went to) for those listed in more than one."""
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:
@@ -46,22 +48,32 @@ def permutation(num_items: int, seed: int) -> list[int]:
     return order
 
 
-def seeded_split(aois: Sequence[str], seed: int) -> Split:
-    """Shuffle the naturally sorted AOIs and cut them 80/10/10 by position; those left by rounding go to train.
+def seeded_split(
+    aois: Sequence[str], seed: int, fractions: Sequence[float] = FRACTIONS, found: Sequence[str] | None = None
+) -> Split:
+    """Shuffle all AOIs that were found, in natural order, and cut by position; those left by rounding go to train.
+
+    Those that are unusable take part in shuffling and cutting, as in the published code: so an AOI's split does not
+    depend on whether another one can be read.
+
+    Args:
+        aois: the usable AOIs.
+        seed: of the permutation.
+        fractions: shares of train, val and test; what they leave goes to train.
+        found: all AOIs; by default the usable ones.
 
     Raises:
-        UserError: for fewer than three AOIs.
+        UserError: for fewer than three usable AOIs.
     """
-    names = sorted(aois, key=natural_key)
+    names = sorted(aois if found is None else found, key=natural_key)
     order = [names[k] for k in permutation(len(names), seed)]
-    train, other = int(TRAIN_SHARE * len(order)), int(OTHER_SHARE * len(order))
-    cuts = (train, train + other, train + 2 * other)
-    splits = {
-        "train": order[: cuts[0]] + order[cuts[2] :],
-        "val": order[cuts[0] : cuts[1]],
-        "test": order[cuts[1] : cuts[2]],
-    }
-    return Split(splits, _fill(splits), ())
+    sizes = [int(fraction * len(order)) for fraction in fractions]
+    first, second = sizes[0], sizes[0] + sizes[1]
+    third = second + sizes[2]
+    parts = {"train": order[:first] + order[third:], "val": order[first:second], "test": order[second:third]}
+    usable = set(aois)
+    splits = {split: [aoi for aoi in part if aoi in usable] for split, part in parts.items()}
+    return Split(splits, _fill(splits))
 
 
 def published_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Split:
@@ -84,18 +96,24 @@ def published_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Spl
     for aoi, split in rows:
         wanted[aoi].add(split)
     splits: Splits = {split: [] for split in SPLITS}
-    left_out = []
+    left_out, disputed = [], []
     for aoi in sorted(aois, key=natural_key):
-        if aoi in wanted:
-            splits[min(wanted[aoi], key=lambda split: (count[split], split))].append(aoi)
-        else:
+        if aoi not in wanted:
             left_out.append(aoi)
-    return Split(splits, _fill(splits), tuple(left_out))
+            continue
+        chosen = min(wanted[aoi], key=lambda split: (count[split], split))
+        splits[chosen].append(aoi)
+        if len(wanted[aoi]) > 1:
+            disputed.append((aoi, tuple(sorted(wanted[aoi])), chosen))
+    return Split(splits, _fill(splits), tuple(left_out), tuple(disputed))
 
 
-def describe_moves(moved: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Return a line for the user for each AOI that was moved to fill a split."""
-    return [f"split {to} was empty: AOI {aoi!r} was moved to it from {source}" for aoi, source, to in moved]
+def describe_split(split: Split) -> list[str]:
+    """Return a line for the user for each AOI whose split is not simply what the rule says."""
+    return [
+        *(f"AOI {aoi!r} is listed in {' and '.join(named)}: it went to {to}" for aoi, named, to in split.disputed),
+        *(f"split {to} was empty: AOI {aoi!r} was moved to it from {source}" for aoi, source, to in split.moved),
+    ]
 
 
 def _fill(splits: Splits) -> tuple[tuple[str, str, str], ...]:
@@ -104,7 +122,7 @@ def _fill(splits: Splits) -> tuple[tuple[str, str, str], ...]:
     if total < len(SPLITS):
         raise UserError(
             f"{total} usable AOIs cannot fill train, val and test: give at least {len(SPLITS)}, complete and listed "
-            "in the split file if there is one (`--split seeded` ignores it)"
+            "in the split file if there is one (`--splits seeded` ignores it)"
         )
     moved = []
     for split in reversed(SPLITS):
@@ -114,16 +132,3 @@ def _fill(splits: Splits) -> tuple[tuple[str, str, str], ...]:
             splits[split].append(aoi)
             moved.append((aoi, donor, split))
     return tuple(moved)
-
-
-def shard_names(splits: Mapping[str, Sequence[str]], shard_size: int) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Cut each split into shards.
-
-    Returns:
-        (split, shard's key, its AOIs) in order; at most ``shard_size`` AOIs a shard.
-    """
-    return [
-        (split, f"{split}-{number:05d}.tar", tuple(splits[split][start : start + shard_size]))
-        for split in SPLITS
-        for number, start in enumerate(range(0, len(splits[split]), shard_size))
-    ]

@@ -75,11 +75,11 @@ def read_split_file(source: Source) -> list[tuple[str, str]] | None:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restval="")
             if not {"tile", "split"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{path} lacks the column tile or split: use the published file, or --split seeded")
+                raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
             return [(row["tile"], row["split"]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
-            f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --split seeded"
+            f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --splits seeded"
         ) from error
 
 

@@ -11,6 +11,7 @@ import pytest
 from cluster.objectstore import ObjectStore
 from pipeline.config import RunConfig, load_config
 from pipeline.world import World, join_world, leave_world
+from sharding.plan import PlanOptions
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
@@ -26,6 +27,10 @@ TINY = (
     "output.panels=1",
 )
 """A network of minimal width, the same in every test of the loop."""
+
+
+TWO_A_SHARD = ShardOptions(plan=PlanOptions(shard_bytes=7_000_000))
+"""Of scenes of 3.4 MB."""
 
 
 class S3:
@@ -70,7 +75,7 @@ def dataset_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Four training AOIs, one to validate, one to test."""
     source, output = tmp_path_factory.mktemp("worldstrat"), tmp_path_factory.mktemp("dataset")
     write_worldstrat(source, 6, seed=3, hr_side=264)
-    shard_folder(source, open_storage(output), ShardOptions(shard_size=2), workers=1)
+    shard_folder(source, open_storage(output), TWO_A_SHARD, workers=1)
     return str(output)
 
 

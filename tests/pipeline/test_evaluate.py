@@ -17,6 +17,7 @@ from pipeline.metrics import image_metrics
 from pipeline.train import run_training
 from pipeline.world import World
 from sharding.errors import UserError
+from sharding.options import SampleOptions
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
@@ -98,6 +99,6 @@ def test_what_is_not_as_usual_has_a_folder_of_its_own(
 
 def test_a_dataset_of_other_revisits_is_refused(run: Path, tmp_path: Path) -> None:
     write_worldstrat(tmp_path / "source", 3, seed=9, hr_side=264)
-    shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(revisits=4))
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(SampleOptions(revisits=4)))
     with pytest.raises(UserError, match=r"model\.revisits = 8, but .+ holds 4 revisits"):
         evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "four"))

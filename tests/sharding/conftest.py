@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharding.options import SampleOptions
 from sharding.schema import Index
 from sharding.shard import ShardOptions, shard_folder
 from sharding.source import open_source
 from sharding.storage import Storage, open_storage
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import AoiFiles, find_aois
+from tests.conftest import TWO_A_SHARD
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # A quarter of the real side: scenes take a tenth of a second, and everything is resized anyway.
 HR_SIDE = 264
 # How to shard `tiny`.
-TINY = ShardOptions(revisits=3)
+TINY = ShardOptions(SampleOptions(revisits=3))
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -64,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Six AOIs of very few pixels and three revisits, for what does not depend on the pictures."""
     folder = tmp_path_factory.mktemp("tiny")
-    return World(folder, write_worldstrat(folder, 6, seed=4, revisits=TINY.revisits, hr_side=80))
+    return World(folder, write_worldstrat(folder, 6, seed=4, revisits=TINY.sample.revisits, hr_side=80))
 
 
 @pytest.fixture
@@ -91,4 +93,4 @@ class Dataset:
 def dataset(world: World, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The six AOIs in shards of two, made by one worker."""
     storage = open_storage(tmp_path_factory.mktemp("dataset"))
-    return Dataset(storage, shard_folder(world.folder, storage, ShardOptions(shard_size=2)))
+    return Dataset(storage, shard_folder(world.folder, storage, TWO_A_SHARD).index)

@@ -43,10 +43,10 @@ def test_shard_then_inspect_then_picture(spoilt: World, tmp_path: Path, capsys: 
 
 
 def test_options_reach_the_dataset(tiny: World, tmp_path: Path) -> None:
-    options = ("--hr", "rgbn", "--revisits", 2, "--split", "seeded", "--seed", 9, "--shard-size", 1, "--strict")
+    options = ("--hr", "rgbn", "--revisits", 2, "--splits", "seeded", "--seed", 9, "--shard-size", 1, "--strict")
     assert run("shard", "--input", tiny.folder, "--output", tmp_path, "--workers", 1, *options) == 0
     index = Index.load(open_storage(tmp_path))
-    assert (index.preparation["hr_source"], index.preparation["revisits"]) == ("rgbn", 2)
+    assert (index.preparation.hr_source, index.preparation.revisits) == ("rgbn", 2)
     assert (index.split_rule, index.split_seed) == ("seeded", 9)
     assert [len(index.splits[split]) for split in ("train", "val", "test")] == [4, 1, 1]
 
@@ -58,7 +58,7 @@ def test_options_reach_the_dataset(tiny: World, tmp_path: Path) -> None:
         (("--workers", "0"), "--workers 0 is too small"),
         (("--hr", "pan"), "--hr 'pan' is unknown"),
         (("--revisits", "99"), "0 usable AOIs"),
-        (("--split", "published"), "--split published needs"),
+        (("--splits", "published"), "--splits published needs"),
         (("--output", "gs://bucket"), "local path or starts with s3://"),
     ],
 )

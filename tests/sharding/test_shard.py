@@ -13,14 +13,25 @@ import pytest
 import webdataset
 
 from sharding.errors import UserError
+from sharding.options import SampleOptions
+from sharding.plan import PlanOptions
 from sharding.schema import INDEX_NAME, SPLITS, STEP, Index, Sample, decode_sample, read_sample
-from sharding.shard import ShardOptions, make_plan, shard_folder
+from sharding.shard import Report, ShardOptions
+from sharding.shard import shard_folder as run_sharding
+from sharding.splits import SPLIT_SEED, seeded_split
 from sharding.storage import LocalStorage, Storage, open_storage
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import SPLIT_FILE
+from tests.conftest import TWO_A_SHARD
 from tests.sharding.conftest import TINY, Dataset, World, aois_of
 
 HALF_STEP = STEP / 2
+
+
+def shard_folder(folder: Path, output: Storage, options: ShardOptions, **more: object) -> Index:
+    """Shard, and return the index."""
+    report: Report = run_sharding(folder, output, options, **more)  # type: ignore[arg-type]
+    return report.index
 
 
 def samples(storage: Storage, index: Index) -> Iterator[Sample]:
@@ -68,7 +79,7 @@ def test_chips_equal_the_golden_ones_after_a_round_trip(shared: Path, output: St
 def test_repetition_does_not_change_a_byte(world: World, dataset: Dataset, tmp_path: Path) -> None:
     """Nor does the number of workers: ``tests/test_shard_cli.py`` shows that on the real command."""
     again = open_storage(tmp_path / "again")
-    index = shard_folder(world.folder, again, ShardOptions(shard_size=2))
+    index = shard_folder(world.folder, again, TWO_A_SHARD)
     assert index.digest == dataset.index.digest
     assert digests(again) == digests(dataset.storage)
 
@@ -76,7 +87,7 @@ def test_repetition_does_not_change_a_byte(world: World, dataset: Dataset, tmp_p
 def test_the_index_tells_the_truth_about_the_shards(dataset: Dataset) -> None:
     found = digests(dataset.storage)
     listed = {shard.name: shard for shards in dataset.index.splits.values() for shard in shards}
-    assert set(found) == {INDEX_NAME, *listed}
+    assert set(found) == {INDEX_NAME, *listed, *(f"{name}.json" for name in listed)}
     for name, shard in listed.items():
         data = dataset.storage.read(name)
         assert (len(data), found[name]) == (shard.bytes, shard.sha256)
@@ -159,22 +170,15 @@ def test_saturated_values_are_counted(spoilt: World, tmp_path: Path) -> None:
     assert set(found.values()) == {0}
 
 
-def test_the_same_names_split_alike_whatever_the_folder_lists_first(tiny: World) -> None:
-    forward = make_plan(tiny.names, None, TINY)
-    assert make_plan(tiny.names[::-1], None, TINY) == forward
-    assert forward.rule == "seeded"
-    assert [len(aois) for _, _, aois in forward.shards] == [4, 1, 1]
-
-
 def test_the_split_file_rules_where_it_is(tmp_path: Path) -> None:
     write_worldstrat(tmp_path / "in", 10, seed=1, revisits=1, hr_side=80, split_file=True)
     said: list[str] = []
-    options = ShardOptions(revisits=1)
+    options = ShardOptions(SampleOptions(revisits=1))
     index = shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), options, say=said.append)
     assert index.split_rule == "published"
     assert [len(index.samples(split)) for split in SPLITS] == [8, 1, 1]
     assert said == []
-    seeded = ShardOptions(revisits=1, split="seeded", seed=5)
+    seeded = ShardOptions(SampleOptions(revisits=1), PlanOptions(splits="seeded", seed=5))
     index = shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), seeded)
     assert (index.split_rule, index.split_seed) == ("seeded", 5)
 
@@ -182,9 +186,9 @@ def test_the_split_file_rules_where_it_is(tmp_path: Path) -> None:
 def test_the_seeded_split_does_not_read_the_file(spoilt: World, tmp_path: Path) -> None:
     (spoilt.folder / SPLIT_FILE).write_bytes(b"\xff\xfe")
     storage = open_storage(tmp_path / "out")
-    with pytest.raises(UserError, match="--split seeded"):
+    with pytest.raises(UserError, match="--splits seeded"):
         shard_folder(spoilt.folder, storage, TINY)
-    assert shard_folder(spoilt.folder, storage, replace(TINY, split="seeded")).split_rule == "seeded"
+    assert shard_folder(spoilt.folder, storage, replace(TINY, plan=PlanOptions(splits="seeded"))).split_rule == "seeded"
 
 
 def test_moves_are_said(tiny: World, tmp_path: Path) -> None:
@@ -219,9 +223,8 @@ def test_strict_refuses_an_unusable_aoi(spoilt: World, tmp_path: Path, damage: s
 
 
 def test_a_split_that_loses_all_its_aois_is_filled_again(spoilt: World, tmp_path: Path) -> None:
-    plan = make_plan(spoilt.names, None, TINY)
     aois = {aoi.name: aoi for aoi in aois_of(spoilt.folder)}
-    lost = plan.split.splits["test"][0]
+    lost = seeded_split(spoilt.names, SPLIT_SEED).splits["test"][0]
     Path(aois[lost].hr["pan"].path).write_bytes(b"not a raster")
     storage = open_storage(tmp_path / "out")
     index = shard_folder(spoilt.folder, storage, TINY)
@@ -236,53 +239,40 @@ def test_missing_ps_names_the_aoi_and_the_way_out(spoilt: World, tmp_path: Path)
     aoi = aois_of(spoilt.folder)[2]
     Path(aoi.hr["ps"].path).unlink()
     storage = open_storage(tmp_path / "out")
-    with pytest.raises(UserError, match=f"AOI '{aoi.name}' has no {aoi.name}_ps.tiff: use `--hr rgbn`"):
+    index = shard_folder(spoilt.folder, storage, TINY)
+    left_out = f"{aoi.name}_ps.tiff is missing; `--hr rgbn` takes all targets from the 6 m rasters"
+    assert [(item.aoi, item.detail) for item in index.skipped] == [(aoi.name, left_out)]
+    with pytest.raises(UserError, match=f"AOI '{aoi.name}' is unusable .*_ps.tiff is missing"):
+        shard_folder(spoilt.folder, storage, replace(TINY, strict=True))
+    for other in aois_of(spoilt.folder):
+        Path(other.hr["ps"].path).unlink() if "ps" in other.hr else None
+    with pytest.raises(UserError, match=r"and all others cannot be used: .*_ps.tiff is missing; `--hr rgbn` takes"):
         shard_folder(spoilt.folder, storage, TINY)
-    index = shard_folder(spoilt.folder, storage, replace(TINY, hr_source="rgbn"))
-    assert index.preparation["hr_source"] == "rgbn"
+    index = shard_folder(spoilt.folder, storage, replace(TINY, sample=replace(TINY.sample, hr="rgbn")))
+    assert index.preparation.hr_source == "rgbn"
     assert len(list(samples(storage, index))) == 6
 
 
 def test_fewer_than_three_usable_aois_are_refused(tmp_path: Path) -> None:
     write_worldstrat(tmp_path / "in", 2, seed=0, revisits=1, hr_side=80)
     with pytest.raises(UserError, match="2 usable AOIs cannot fill"):
-        shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), ShardOptions(revisits=1))
+        shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), ShardOptions(SampleOptions(revisits=1)))
     with pytest.raises(UserError, match="0 usable AOIs cannot fill"):
-        shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), ShardOptions(revisits=8))
-
-
-def test_the_published_split_needs_its_file(tiny: World, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--split published needs stratified_train_val"):
-        shard_folder(tiny.folder, open_storage(tmp_path), replace(TINY, split="published"))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"hr_source": "pan"}, "--hr 'pan' is unknown: it may be ps, rgbn"),
-        ({"split": "random"}, "--split 'random' is unknown"),
-        ({"revisits": 0}, "--revisits 0 is too small"),
-        ({"shard_size": 0}, "--shard-size 0 is too small"),
-        ({"seed": -1}, "--seed -1 is too small"),
-    ],
-)
-def test_options_are_checked(options: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        ShardOptions(**options)  # type: ignore[arg-type]
+        shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), ShardOptions(SampleOptions(revisits=8)))
 
 
 class Breaking(LocalStorage):
-    """Fails at the n-th upload, as a full disk or a lost network would."""
+    """Fails at the n-th new object, as a full disk or a lost network would."""
 
     def __init__(self, root: Path, uploads: int) -> None:
         super().__init__(root)
         self.left = uploads
 
-    def upload(self, key: str, path: Path) -> None:
+    def create(self, key: str, content: bytes | Path) -> bool:
         if self.left == 0:
             raise UserError("no space left")
         self.left -= 1
-        super().upload(key, path)
+        return super().create(key, content)
 
 
 def test_an_interruption_leaves_no_dataset_even_where_one_was(tiny: World, tmp_path: Path) -> None:
@@ -290,7 +280,7 @@ def test_an_interruption_leaves_no_dataset_even_where_one_was(tiny: World, tmp_p
     shard_folder(tiny.folder, storage, TINY)
     assert storage.exists(INDEX_NAME)
     with pytest.raises(UserError, match="no space left"):
-        shard_folder(tiny.folder, Breaking(tmp_path, 1), TINY)
+        shard_folder(tiny.folder, Breaking(tmp_path, 1), replace(TINY, sample=SampleOptions(revisits=2)))
     with pytest.raises(UserError, match="is not a dataset"):
         Index.load(storage)
 
@@ -298,12 +288,12 @@ def test_an_interruption_leaves_no_dataset_even_where_one_was(tiny: World, tmp_p
 def test_sharding_again_replaces_and_removes_what_is_left_over(tiny: World, tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    shard_folder(tiny.folder, storage, replace(TINY, shard_size=1))
+    shard_folder(tiny.folder, storage, replace(TINY, plan=PlanOptions(shard_bytes=1)))
     assert storage.exists("train-00003.tar")
-    index = shard_folder(tiny.folder, storage, replace(TINY, shard_size=4))
+    index = shard_folder(tiny.folder, storage, replace(TINY, plan=PlanOptions(shard_bytes=11_000_000)))
     keys = {item.key for item in storage.list()}
     shards = {shard.name for shards in index.splits.values() for shard in shards}
-    assert keys == {"notes.txt", INDEX_NAME, *shards}
+    assert keys == {"notes.txt", INDEX_NAME, *shards, *(f"{name}.json" for name in shards)}
 
 
 def test_worker_failures_reach_the_user(spoilt: World, tmp_path: Path) -> None:

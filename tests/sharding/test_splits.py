@@ -14,12 +14,11 @@ from sharding.schema import SPLITS
 from sharding.splits import (
     SPLIT_SEED,
     Split,
-    describe_moves,
+    describe_split,
     natural_key,
     permutation,
     published_split,
     seeded_split,
-    shard_names,
 )
 
 
@@ -45,8 +44,8 @@ def test_natural_order_compares_numbers() -> None:
 def test_six_aois_give_four_one_one() -> None:
     split = seeded_split(names(6), SPLIT_SEED)
     assert [len(split.splits[name]) for name in SPLITS] == [4, 1, 1]
-    assert len(describe_moves(split.moved)) == 2
-    assert "was empty" in describe_moves(split.moved)[0]
+    assert len(describe_split(split)) == 2
+    assert "was empty" in describe_split(split)[0]
 
 
 def test_the_published_sizes_and_the_rest_in_train() -> None:
@@ -69,6 +68,19 @@ def test_the_order_of_the_input_does_not_matter() -> None:
     assert seeded_split(names(40), 5) != seeded_split(names(40), 6)
 
 
+def test_an_unusable_aoi_moves_no_other() -> None:
+    found = names(40)
+    usable = [name for name in found if name != "Landcover-7"]
+    whole, part = seeded_split(found, 5), seeded_split(usable, 5, found=found)
+    for split in SPLITS:
+        assert part.splits[split] == [name for name in whole.splits[split] if name != "Landcover-7"]
+
+
+def test_fractions_cut_by_position() -> None:
+    split = seeded_split(names(20), 5, (0.5, 0.25, 0.25))
+    assert [len(split.splits[name]) for name in SPLITS] == [10, 5, 5]
+
+
 def test_too_few_aois_are_refused() -> None:
     with pytest.raises(UserError, match="2 usable AOIs cannot fill train, val and test"):
         seeded_split(names(2), 0)
@@ -79,6 +91,10 @@ def test_an_aoi_in_two_splits_goes_to_the_rarer() -> None:
     split = published_split(list("abcdefg"), rows)
     assert split.splits == {"train": list("cdef"), "val": ["b"], "test": ["a", "g"]}
     assert split.moved == ()
+    assert describe_split(split) == [
+        "AOI 'a' is listed in test and train: it went to test",
+        "AOI 'b' is listed in train and val: it went to val",
+    ]
 
 
 def test_an_aoi_that_the_file_does_not_list_is_left_out() -> None:
@@ -113,14 +129,4 @@ def test_the_published_file_keeps_every_aoi_in_one_split(shared: Path) -> None:
     assert len(rows) == 3927
     split = published_split(sorted({aoi for aoi, _ in rows}), rows)
     assert len(placed(split)) == len(set(placed(split))) == 3889
-
-
-def test_shards_cut_each_split_in_order() -> None:
-    shards = shard_names({"train": list("abcde"), "val": ["f"], "test": ["g"]}, 2)
-    assert [(split, name, "".join(aois)) for split, name, aois in shards] == [
-        ("train", "train-00000.tar", "ab"),
-        ("train", "train-00001.tar", "cd"),
-        ("train", "train-00002.tar", "e"),
-        ("val", "val-00000.tar", "f"),
-        ("test", "test-00000.tar", "g"),
-    ]
+    assert len(split.disputed) == 11

@@ -1,0 +1,226 @@
+"""One shard: its AOIs read, prepared, packed and published, or found to be there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.errors import UnusableError, UserError
+from sharding.options import SampleOptions
+from sharding.prepare import quantise
+from sharding.sample import make_sample
+from sharding.schema import FORMAT_VERSION, ShardEntry, Skipped, damage_of, shard_from_json, shard_to_json
+from sharding.statistics import Histogram
+from sharding.storage import BucketNotFoundError, NotFoundError, Storage
+from sharding.worldstrat import AoiFiles
+from sharding.writer import NewSample, ShardWriter
+
+SIDECAR_SUFFIX = ".json"
+"""What a shard's name is given to name the description beside it."""
+
+MEASURED = ("lr", "hr", "pan")
+"""Images that statistics are made of."""
+
+Outcome = Literal["made", "kept", "mended", "shared"]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to be made, by any process on any machine that sees source and output."""
+
+    split: str
+    """Its split."""
+
+    name: str
+    """Its key beside the index."""
+
+    aois: tuple[AoiFiles, ...]
+    """The AOIs to put into it, in order."""
+
+    options: SampleOptions
+    """How to prepare them."""
+
+    strict: bool
+    """Whether an unreadable AOI is an error, and not left out."""
+
+    output: Storage
+    """Where the shard goes."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides the shard's bytes but the content of its files.
+
+        Of these it holds names and sizes: a file that was changed and kept its size is for `verify --deep` to find.
+        """
+        files = [[aoi.name, *([file.name, file.size] for file in aoi.used(self.options))] for aoi in self.aois]
+        described = [FORMAT_VERSION, self.split, self.name, asdict(self.options), files]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What became of a task."""
+
+    task: ShardTask
+    """The task."""
+
+    entry: ShardEntry | None
+    """The shard's line of the index; None where none of its AOIs could be read."""
+
+    histograms: Mapping[str, Histogram]
+    """Per image of ``MEASURED``, the values in a shard of the training split."""
+
+    skipped: tuple[Skipped, ...]
+    """AOIs that could not be read."""
+
+    outcome: Outcome = "made"
+    """``made``; ``kept`` (was there already); ``mended`` (was there, damaged); ``shared`` (another run was quicker)."""
+
+    why: str = ""
+    """For ``mended`` and ``shared``, what was met, in words."""
+
+    bytes_in: int = 0
+    """Bytes of source files that were read."""
+
+    bytes_out: int = 0
+    """Bytes of the shard, if this task wrote it."""
+
+
+def build_shard(task: ShardTask) -> ShardResult:
+    """Make one shard and its sidecar, or keep the one that is there if plan and digest are right.
+
+    Raises:
+        UserError: When an AOI cannot be read and the task is strict, the disk is full, or the storage refuses.
+    """
+    earlier = _read_sidecar(task)
+    damage = None
+    if earlier is not None:
+        damage = damage_of(task.output, earlier.entry) if earlier.entry else None
+        if damage is None:
+            for item in earlier.skipped:
+                _refuse_if_strict(item, task.strict)
+            return earlier
+    with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
+        path = Path(folder, task.name)
+        result = _pack(task, path)
+        result = _publish(result, path, damage) if result.entry else result
+    task.output.write(task.name + SIDECAR_SUFFIX, _to_sidecar(result))
+    return result
+
+
+def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
+    """Return the line of the index for an AOI that is left out.
+
+    Raises:
+        UserError: When none may be left out.
+    """
+    skipped = Skipped(aoi, error.reason, error.detail)
+    _refuse_if_strict(skipped, strict)
+    return skipped
+
+
+def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
+    if strict:
+        raise UserError(
+            f"AOI {skipped.aoi!r} is unusable ({skipped.reason}: {skipped.detail}): mend it, or leave out --strict to "
+            "skip it"
+        )
+
+
+@dataclass
+class _Sums:
+    """Histograms that grow sample by sample."""
+
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+
+    def add(self, sample: NewSample) -> None:
+        for name in MEASURED:
+            counted = Histogram.of(_in_steps(sample.images[name]))
+            self.histograms[name] = self.histograms[name] + counted if name in self.histograms else counted
+
+
+def _pack(task: ShardTask, path: Path) -> ShardResult:
+    """Write the tar to a local file; an AOI that cannot be read is left out."""
+    sums, skipped, bytes_in = _Sums(), [], 0
+    try:
+        with path.open("wb") as file:
+            writer = ShardWriter(file)
+            for aoi in task.aois:
+                try:
+                    sample = make_sample(aoi, task.options)
+                except UnusableError as error:
+                    skipped.append(skip(aoi.name, error, task.strict))
+                    continue
+                if task.split == "train":
+                    sums.add(sample)
+                writer.add(sample)
+                bytes_in += sample.bytes_in
+            entry = writer.finish(task.name)
+    except OSError as error:
+        raise UserError(
+            f"cannot write a shard in {path.parent.parent} ({error.strerror}): make room there, or set TMPDIR to a "
+            "folder that has some"
+        ) from error
+    if not entry.samples:
+        return ShardResult(task, None, {}, tuple(skipped), bytes_in=bytes_in)
+    return ShardResult(task, entry, sums.histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+
+
+def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:
+    """Return a stored image as integers of ``STEP``, which it is already unless it is stored as float32."""
+    return (
+        cast(NDArray[np.uint16], image) if image.dtype == np.uint16 else quantise(cast(NDArray[np.float32], image))[0]
+    )
+
+
+def _publish(result: ShardResult, path: Path, damage: str | None) -> ShardResult:
+    """Give the packed shard its name."""
+    task, entry = result.task, result.entry
+    assert entry is not None  # the caller has no shard to publish otherwise
+    if damage is not None:
+        task.output.upload(task.name, path)
+        return replace(result, outcome="mended", why=f"{damage}: it was made again")
+    if task.output.create(task.name, path):
+        return result
+    if damage_of(task.output, entry) is None:
+        return replace(result, outcome="shared", why="was made by another run meanwhile, the same bytes", bytes_out=0)
+    task.output.upload(task.name, path)  # in place of an older plan's
+    return result
+
+
+def _to_sidecar(result: ShardResult) -> bytes:
+    described = {
+        "fingerprint": result.task.fingerprint,
+        "shard": shard_to_json(result.entry) if result.entry else None,
+        "skipped": [vars(item) for item in result.skipped],
+        "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
+    }
+    return json.dumps(described, sort_keys=True).encode()
+
+
+def _read_sidecar(task: ShardTask) -> ShardResult | None:
+    """Return what the sidecar says of an earlier result of this very task; None where there is none."""
+    try:
+        described = json.loads(task.output.read(task.name + SIDECAR_SUFFIX))
+        if described["fingerprint"] != task.fingerprint:
+            return None
+        return ShardResult(
+            task=task,
+            entry=shard_from_json(described["shard"]) if described["shard"] else None,
+            histograms={name: Histogram.from_text(text) for name, text in described["histograms"].items()},
+            skipped=tuple(Skipped(**item) for item in described["skipped"]),
+            outcome="kept",
+        )
+    except BucketNotFoundError:
+        raise
+    except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
+        return None
