@@ -157,7 +157,8 @@ def _median_difference(image: Array, median: Array, usable: NDArray[np.bool_]) -
 
 
 def _spot(image: NDArray[np.uint16], size: int | None) -> Array:
-    reflectance: Array = np.divide(image, np.float32(SPOT_SCALE), dtype=np.float32)
+    reflectance = image.astype(np.float32)
+    reflectance /= np.float32(SPOT_SCALE)
     resized: Array = _resized(reflectance[None], size)[0]
     np.clip(resized, 0, 1, out=resized)
     return resized

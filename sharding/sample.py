@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from sharding.worldstrat import AoiFiles
 from sharding.writer import NewSample
 
 GEOREFERENCE = "bounds of the Sentinel-2 rasters divided by each grid's size; the SPOT rasters carry none"
+
+Seen = NDArray[np.bool_]
 
 
 def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
@@ -29,7 +31,8 @@ def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     """
     scene = read_scene(aoi, options)
     chosen = choose_revisits(scene, options)
-    _check_pictures(scene, chosen.revisits, options)
+    seen = {"hr": _seen(scene.hr), "pan": _seen(scene.pan)}
+    _check_pictures(scene, seen, chosen.revisits, options)
     clouds = [_cloud_percent(scene, index) for index in chosen.revisits]
     cloud = _mean(clouds)
     if options.max_cloud is not None and cloud is not None and cloud > options.max_cloud:
@@ -55,13 +58,13 @@ def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
         **_transforms(scene, prepared),
         "georeference": GEOREFERENCE,
         "saturated": saturated,
-        "nodata_fraction": {"hr": _share(~_seen(scene.hr)), "pan": _share(~_seen(scene.pan))},
+        "nodata_fraction": {name: _share(~where) for name, where in seen.items()},
         "sources": dict(scene.sources),
     }
     return NewSample(scene.aoi, {**images, "clm": prepared.clm}, meta, scene.bytes_in)
 
 
-def _check_pictures(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> None:
+def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int], options: SampleOptions) -> None:
     """Refuse a scene of which one image shows nothing: no data at all, or a band that is constant where there is data.
 
     Raises:
@@ -71,19 +74,21 @@ def _check_pictures(scene: Scene, chosen: Sequence[int], options: SampleOptions)
         (f"revisit {scene.revisits[index].number}", scene.lr[index], scene.valid[index][0], options.band_numbers)
         for index in chosen
     ]
-    pictures.append((f"the SPOT {options.hr} raster", scene.hr, _seen(scene.hr), SPOT_RGB))
-    pictures.append(("the SPOT pan raster", scene.pan, _seen(scene.pan), (1,)))
-    for name, image, seen, numbers in pictures:
-        if not seen.any() or not image.any():
+    pictures.append((f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB))
+    pictures.append(("the SPOT pan raster", scene.pan, seen["pan"], (1,)))
+    for name, image, where, numbers in pictures:
+        if not where.any():
             raise UnusableError("no-data", f"{name} holds no data")
-        everywhere = bool(seen.all())
-        for number, band in zip(numbers, image, strict=True):
-            values = band if everywhere else band[seen]
-            if values.min() == values.max():
-                raise UnusableError("degenerate", f"band {number} of {name} is {values.min():g} wherever it has data")
+        value = image[:, *np.unravel_index(where.argmax(), where.shape)]
+        varied = ((image != value[:, None, None]) & where).reshape(len(image), -1).any(axis=1)
+        if not (varied.any() or value.any()):
+            raise UnusableError("no-data", f"{name} is all zero")
+        if not varied.all():
+            band = int(varied.argmin())
+            raise UnusableError("degenerate", f"band {numbers[band]} of {name} is {value[band]:g} wherever it has data")
 
 
-def _seen(image: NDArray[np.uint16]) -> NDArray[np.bool_]:
+def _seen(image: NDArray[np.uint16]) -> Seen:
     """Return [h, w] where a SPOT image has data."""
     if image.min() > 0:
         return np.ones(image.shape[-2:], np.bool_)

@@ -92,7 +92,7 @@ class SourceFile:
             with open(self.path, "rb") as file:
                 if self.member is not None:
                     return self._unpacked(self._packed(file, self.member), self.member)
-                data = file.read(self.size + 1)
+                data = file.read() if os.fstat(file.fileno()).st_size == self.size else b""
         except FileNotFoundError:
             raise UnusableError("missing-file", f"{self.name} is gone since it was listed") from None
         except OSError as error:
@@ -124,10 +124,9 @@ class SourceFile:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, self.size + 1)
             except zlib.error as error:
                 raise UnusableError("damaged-member", f"{self._where} cannot be inflated ({error})") from error
-        if len(data) > self.size:
-            raise UnusableError("absurd-size", f"{self._where} holds more than the {self.size} bytes it claims")
-        if len(data) < self.size:
-            raise UnusableError("damaged-member", f"{self._where} holds {len(data)} of {self.size} bytes")
+        if len(data) != self.size:
+            held = "more" if len(data) > self.size else "fewer"
+            raise UnusableError("damaged-member", f"{self._where} holds {held} than the {self.size} bytes it claims")
         if zlib.crc32(data) != member.crc32:
             raise UnusableError("damaged-member", f"{self._where} fails its CRC-32")
         return data

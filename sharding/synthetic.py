@@ -102,6 +102,7 @@ def write_worldstrat(
     revisits: int = 8,
     hr_side: int = HR_SIDE,
     split_file: bool = False,
+    l1c: bool = False,
     offset: tuple[float, float] = (0.0, 0.0),
 ) -> list[str]:
     """Write a dataset in WorldStrat's folder layout.
@@ -115,6 +116,7 @@ def write_worldstrat(
         seed: of everything random.
         revisits: Sentinel-2 images an AOI.
         hr_side: pixels of the 1.5 m rasters; fewer show less land, and the L2A rasters follow.
+        l1c: also write the L1C product of the revisits: 13 bands and no masks.
         split_file: also write ``stratified_train_val_test_split.csv`` (8 : 1 : 1).
         offset: rows and columns, in pixels of the 1.5 m rasters, by which these show the land further down and
             right than the revisits do on average, as where two products are georeferenced apart.
@@ -123,14 +125,22 @@ def write_worldstrat(
         The AOIs' names in the order they were made.
     """
     folder = Path(folder)
-    names = [_write_aoi(folder, i, np.random.default_rng([seed, i]), revisits, hr_side, offset) for i in range(aois)]
+    names = [
+        _write_aoi(folder, i, np.random.default_rng([seed, i]), revisits, hr_side, offset, l1c) for i in range(aois)
+    ]
     if split_file:
         _write_split_file(folder, names)
     return names
 
 
 def _write_aoi(
-    folder: Path, number: int, rng: np.random.Generator, revisits: int, hr_side: int, offset: tuple[float, float]
+    folder: Path,
+    number: int,
+    rng: np.random.Generator,
+    revisits: int,
+    hr_side: int,
+    offset: tuple[float, float],
+    l1c: bool,
 ) -> str:
     style = NAME_STYLES[number % len(NAME_STYLES)]
     base = round(hr_side * LR_PER_HR)
@@ -154,6 +164,8 @@ def _write_aoi(
     for n in range(1, revisits + 1):
         revisit = _see(place, wide_land, gain, rng, cloudy=n > 1 and rng.random() < 0.4)
         _write_revisit(place, n, revisit, land_cover=number % 4 != 1)
+        if l1c:
+            _write_l1c(place, n, revisit)
     return place.name
 
 
@@ -236,6 +248,15 @@ def _write_revisit(place: _Place, n: int, revisit: _Revisit, *, land_cover: bool
     cover = round(100 * float(cloud.mean()), 2)
     metadata = _metadata(place, n, revisit.taken, cover, long=land_cover)
     Path(f"{stem}.metadata").write_text(json.dumps(metadata))
+
+
+def _write_l1c(place: _Place, n: int, revisit: _Revisit) -> None:
+    """Write the revisit as seen from space: the air adds light, least in the red, and there is a cirrus band (B10)."""
+    air = np.linspace(0.08, 0.01, len(revisit.bands), dtype=np.float32)[:, None, None]
+    cirrus = (0.001 + 0.01 * revisit.cloud + 0.002 * revisit.bands[0])[None]
+    bands = np.concatenate([(0.95 * revisit.bands + air)[:10], cirrus, (0.95 * revisit.bands + air)[10:]])
+    path = place.folder / "lr_dataset" / place.name / "L1C" / f"{place.name}-{n}-L1C_data.tiff"
+    _write_raster(path, bands.astype(np.float32), place.lr_transform, nodata=0.0)
 
 
 def _metadata(place: _Place, n: int, taken: date, cover: float, *, long: bool) -> dict[str, object]:
