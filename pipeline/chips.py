@@ -75,7 +75,13 @@ def training_variant(
     """
     x, y, turn, flip, revisit = (int(word) for word in random_words(5, seed, epoch, chip, "variant"))
     places = lr_size - LR_CHIP + 1
-    window = make_window(x % places, y % places, scale) if windows else chip_window(chip, scale)
+    if windows:
+        window = make_window(x % places, y % places, scale)
+        # Where start and size are both rounded up, the last window would reach a pixel beyond the scene.
+        last = round(lr_size * scale) - window.hr_size
+        window = window._replace(hr_x=min(window.hr_x, last), hr_y=min(window.hr_y, last))
+    else:
+        window = chip_window(chip, scale)
     return Variant(window, turn % 4 if turns else 0, turns and flip % 2 == 1, revisit % revisits)
 
 

@@ -15,8 +15,11 @@ from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, SceneCache, TrainLoader, collate, evaluation_batches
 from pipeline.order import BatchPlan
 from sharding.errors import UserError
-from sharding.schema import Index, Sample, read_sample
+from sharding.options import SampleOptions
+from sharding.schema import STEP, Index, Sample, read_sample
+from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
+from sharding.synthetic import write_worldstrat
 from tests.conftest import S3
 
 
@@ -54,6 +57,68 @@ def test_random_windows_stay_inside_and_depend_on_seed_epoch_and_chip_alone() ->
     assert all(v.window.hr_x + v.window.hr_size <= 500 and v.window.hr_y + v.window.hr_size <= 500 for v in drawn)
     assert {v.quarter_turns for v in drawn} == {0, 1, 2, 3}
     assert {v.revisit for v in drawn} == set(range(8))
+
+
+@pytest.mark.parametrize(("lr_size", "hr_size"), [(156, 1053), (156, 117), (150, 471), (200, 131), (151, 450)])
+def test_windows_of_any_grids_stay_inside(lr_size: int, hr_size: int) -> None:
+    scale = hr_size / lr_size
+    windows = [chip_window(chip, scale) for chip in range(9)]
+    windows += [
+        training_variant(n, 1, 0, lr_size=lr_size, scale=scale, revisits=1, windows=True, turns=False).window
+        for n in range(3000)
+    ]
+    for window in windows:
+        assert max(window.x, window.y) + window.size <= lr_size
+        assert max(window.hr_x, window.hr_y) + window.hr_size <= hr_size
+    assert max(window.x for window in windows) == lr_size - 50
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three AOIs of few pixels."""
+    folder = tmp_path_factory.mktemp("source")
+    write_worldstrat(folder, 3, seed=2, revisits=2, hr_side=80)
+    return folder
+
+
+def sharded(source: Path, output: Path, **options: object) -> str:
+    sample = SampleOptions(revisits=2, **options)  # type: ignore[arg-type]
+    shard_folder(source, open_storage(output), ShardOptions(sample=sample))
+    return str(output)
+
+
+def test_reflectance_is_the_same_from_integers_and_from_floats(source: Path, tmp_path: Path) -> None:
+    integers, floats = (
+        ChipDataset(sharded(source, tmp_path / dtype, dtype=dtype), "train", DataConfig())
+        for dtype in ("uint16", "float32")
+    )
+    for chip in (0, 8):
+        ours, theirs = (dataset.training_chip(chip, seed=1, epoch=0) for dataset in (integers, floats))
+        for name in ("lr", "pan", "hr"):
+            image, exact = getattr(ours, name), getattr(theirs, name)
+            assert image.dtype == exact.dtype == torch.float32
+            assert (image - exact).abs().max() <= STEP / 2 + 1e-7
+
+
+def test_other_grids_give_chips_of_their_scale(source: Path, tmp_path: Path) -> None:
+    dataset = ChipDataset(sharded(source, tmp_path / "out", lr_size=170, hr_size=340), "train", DataConfig())
+    dataset.check_fits(ModelConfig(revisits=2))
+    batch = dataset.training_chip(8, seed=1, epoch=0)
+    assert batch.lr.shape == (1, 2, 3, 50, 50)
+    assert batch.pan.shape == (1, 1, 100, 100)
+    assert batch.hr.shape == (1, 3, 100, 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({"lr_size": 149, "hr_size": 500}, "--lr-size 149"), ({"lr_size": None, "hr_size": None}, "--native")],
+)
+def test_scenes_without_room_for_nine_chips_are_refused(
+    source: Path, tmp_path: Path, options: dict[str, object], given: str
+) -> None:
+    uri = sharded(source, tmp_path / "out", **options)
+    with pytest.raises(UserError, match=f"was sharded with {given}, .* shard again with --lr-size 150 or more"):
+        ChipDataset(uri, "train", DataConfig())
 
 
 def test_evaluation_yields_the_stored_values(dataset_uri: str) -> None:
