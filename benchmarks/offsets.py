@@ -25,8 +25,9 @@ from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.evaluate import baselines, load_network
 from pipeline.registration import MODES, Mode
 from pipeline.train import run_training
-from sharding.picture import robust_high, sheet, to_rgb8
 from sharding.options import HR_SIZE
+from sharding.picture import robust_high, sheet, to_rgb8
+from sharding.plan import PlanOptions
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import HR_SIDE, write_worldstrat
@@ -71,7 +72,9 @@ def make_datasets(worldstrat: Path, output: Path) -> dict[str, Path]:
         datasets[name] = output / f"{name}-dataset"
         if not (datasets[name] / "index.json").exists():
             # Not the published split: its test AOI here is under snow, of which a network without PAN makes no image.
-            shard_folder(source, open_storage(datasets[name]), ShardOptions(split="seeded"), workers=1)
+            shard_folder(
+                source, open_storage(datasets[name]), ShardOptions(plan=PlanOptions(splits="seeded")), workers=1
+            )
     return datasets
 
 

@@ -56,7 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit``, ``demo`` and ``cluster up|status|down`` to the command."""
+    """Add ``submit``, ``demo`` and ``cluster up|status|down`` to the command, and a cluster to ``shard``."""
+    shard = verbs.choices["shard"]
+    shard.add_argument(
+        "--address", metavar="URL", help="shard on a Ray cluster by its job server, http://HOST:8265; it sees --input"
+    )
+    shard.set_defaults(run=_shard)
     _add_submit(verbs)
     demo = verbs.add_parser(
         "demo",
@@ -130,7 +135,7 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from cluster.submit import build_request, follow, how_to_follow, send
+    from cluster.submit import build_request, how_to_follow, run, send
     from cluster.worker import Placement
     from pipeline.config import load_config
 
@@ -138,17 +143,24 @@ def _submit(args: argparse.Namespace) -> int:
         args.workers, args.cpus_per_worker, args.gpus_per_worker, args.max_failures, args.wait_for_resources
     )
     config = load_config(args.config, args.overrides)
-    job_id = send(build_request(config, placement, os.environ, Path.cwd()), args.address)
-    if args.no_wait:
-        print(job_id)
-        print(how_to_follow(args.address, job_id))
-        return 0
-    print(f"job {job_id} sent to {args.address}", flush=True)
-    try:
-        return follow(args.address, job_id, sys.stdout)
-    except KeyboardInterrupt:
-        print(f"\nsatfusion: job {job_id} runs on: {how_to_follow(args.address, job_id)}", file=sys.stderr)
-        return _INTERRUPTED
+    request = build_request(config, placement, os.environ, Path.cwd())
+    if not args.no_wait:
+        return run(request, args.address, sys.stdout)
+    job_id = send(request, args.address)
+    print(job_id)
+    print(how_to_follow(args.address, job_id))
+    return 0
+
+
+def _shard(args: argparse.Namespace) -> int:
+    """Shard in processes of this machine, or as a job of a Ray cluster."""
+    if args.address is None:
+        return sharding.cli.run_shard(args)
+    from cluster.shard import ShardJob
+    from cluster.submit import build_shard_request, run
+
+    sharding.cli.shard_options(args)  # refused here, before anything is sent
+    return run(build_shard_request(ShardJob.of(args, Path.cwd()), os.environ), args.address, sys.stdout)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 import urllib.error
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from cluster.logs import PACKAGES
 from cluster.worker import Job, Placement
@@ -27,6 +28,7 @@ from sharding.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from cluster.shard import ShardJob
     from pipeline.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,23 @@ _JOB_FILE = "job.json"
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _LOST_SECONDS = 60.0
+_INTERRUPTED = 130
+
+
+class Described(Protocol):
+    """What a job's driver needs to know."""
+
+    def to_json(self) -> str:
+        """Return it as the text of the job's file."""
+        ...
 
 
 @dataclass(frozen=True)
 class JobRequest:
     """Everything that is sent to the cluster, but for the packages' code."""
 
-    job: Job
-    """Configuration and placement; travels in a file beside the code."""
+    job: Described
+    """What to do; travels in a file beside the code."""
     environment: Mapping[str, str]
     """Variables of the driver and of each rank."""
     metadata: Mapping[str, str]
@@ -77,17 +88,39 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
     BatchPlan.create(config.train.global_batch, config.train.micro_batch, placement.workers)
     # A rank works in a folder of Ray's, where a relative path would be lost.
     config = config.with_absolute_uris(folder)
-    travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
     # Ray leaves a node's GPUs visible to a rank that was given none.
     no_gpus = {} if placement.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
+    return JobRequest(
+        job=Job(config.to_dict(), placement),
+        environment={**_travelling(environment), **no_gpus, **_RAY_HABITS},
+        metadata={"run": config.output.uri, "workers": str(placement.workers)},
+    )
+
+
+def build_shard_request(job: ShardJob, environment: Mapping[str, str]) -> JobRequest:
+    """Decide what is sent to shard on a cluster.
+
+    Args:
+        job: The command's arguments.
+        environment: The submitter's variables, of which endpoint and region travel.
+
+    Raises:
+        UserError: An endpoint holds a password.
+    """
+    return JobRequest(
+        job=job,
+        environment={**_travelling(environment), "CUDA_VISIBLE_DEVICES": "", **_RAY_HABITS},
+        metadata={"shard": str(job.arguments["output"])},
+        entrypoint=f"python -m cluster.shard {_JOB_FILE}",
+    )
+
+
+def _travelling(environment: Mapping[str, str]) -> dict[str, str]:
+    travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
     for name, value in travelling.items():
         if "@" in value.partition("://")[2].partition("/")[0]:
             raise UserError(f"{name} holds a user name or password, which must not travel with a job: take it out")
-    return JobRequest(
-        job=Job(config.to_dict(), placement),
-        environment={**travelling, **no_gpus, **_RAY_HABITS},
-        metadata={"run": config.output.uri, "workers": str(placement.workers)},
-    )
+    return travelling
 
 
 @contextlib.contextmanager
@@ -161,6 +194,21 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
     else:
         logger.error("job %s failed with status %d", job_id, details.driver_exit_code)
     return details.driver_exit_code or 1
+
+
+def run(request: JobRequest, address: str, output: TextIO) -> int:
+    """Send a job, follow it and return its exit status; 130 for Ctrl-C, after which the job runs on.
+
+    Raises:
+        UserError: As `send` and `follow`.
+    """
+    job_id = send(request, address)
+    print(f"job {job_id} sent to {address}", file=output, flush=True)
+    try:
+        return follow(address, job_id, output)
+    except KeyboardInterrupt:
+        print(f"\nsatfusion: job {job_id} runs on: {how_to_follow(address, job_id)}", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def how_to_follow(address: str, job_id: str) -> str:

@@ -19,7 +19,7 @@ from sharding.storage import open_storage
 from sharding.storage_options import add_storage_arguments, storage_options
 
 if TYPE_CHECKING:
-    from sharding.shard import Report, Runner
+    from sharding.shard import Report, Runner, ShardOptions
 
 MAX_DEFAULT_WORKERS = 8
 MB = 1_000_000
@@ -44,9 +44,8 @@ def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--input", required=True, type=Path, metavar="DIR", help="holds hr_dataset/ and lr_dataset/, or their zips"
     )
     verb.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
-    workers = min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
     verb.add_argument(
-        "--workers", type=int, default=workers, metavar="N", help="processes side by side (default: %(default)s)"
+        "--workers", type=int, metavar="N", help=f"shards side by side (default: the CPUs, here {_workers()})"
     )
     verb.add_argument("--aois", type=Path, metavar="FILE", help="take only the AOIs that FILE names, one a line")
     verb.add_argument("--strict", action="store_true", help="refuse an input with an unusable AOI")
@@ -149,11 +148,30 @@ def run_download(args: argparse.Namespace) -> int:
 def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
     """Run `shard`; ``runner`` does the work elsewhere than in processes of this machine."""
     # Here, not above: every other verb must run without rasterio.
-    from sharding.shard import ShardOptions, shard_folder
+    from sharding.shard import shard_folder
+
+    options = shard_options(args)
+    storage = open_storage(args.output, storage_options(args))
+    workers = _or(args.workers, _workers())
+    report = shard_folder(args.input, storage, options, workers, say=print, runner=runner)
+    for line in (*describe(report.index, storage), *report.lines()):
+        print(line)
+    if args.report:
+        _write_report(args.report, report)
+    return 0
+
+
+def shard_options(args: argparse.Namespace) -> ShardOptions:
+    """Return what the arguments of `shard` say.
+
+    Raises:
+        UserError: naming the one that cannot be.
+    """
+    from sharding.shard import ShardOptions
 
     if args.native and (args.lr_size or args.hr_size):
         raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
-    options = ShardOptions(
+    return ShardOptions(
         sample=SampleOptions(
             level=args.level,
             bands=args.bands,
@@ -175,13 +193,6 @@ def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
         aois=_read_names(args.aois) if args.aois else None,
         strict=args.strict,
     )
-    storage = open_storage(args.output, storage_options(args))
-    report = shard_folder(args.input, storage, options, args.workers, say=print, runner=runner)
-    for line in (*describe(report.index, storage), *report.lines()):
-        print(line)
-    if args.report:
-        _write_report(args.report, report)
-    return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -216,8 +227,12 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _or(size: int | None, default: int) -> int:
-    return default if size is None else size
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _workers() -> int:
+    return min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
 
 
 def _fractions(text: str) -> tuple[float, ...]:

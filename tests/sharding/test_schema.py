@@ -45,7 +45,7 @@ def test_a_place_without_an_index_is_no_dataset(tmp_path: object) -> None:
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format_version": 1}', "is damaged"),
+        ('{"format_version": 2}', "is damaged"),
         ('{"format_version": 99}', "format version 99"),
     ],
 )
