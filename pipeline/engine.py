@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.cpp_extension import _get_build_directory
 
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
@@ -224,7 +227,7 @@ class Engine:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed with its device settled, and without its chatter."""
+    """Import DeepSpeed with its device settled and its CPU op loaded, and without its chatter."""
     # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -235,4 +238,21 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        _load_cpu_op()
     return deepspeed
+
+
+def _load_cpu_op() -> None:
+    """Load the op that DeepSpeed would load itself, but not for ever wait for a process that was killed at it.
+
+    Torch's lock is a file, which stays when its process dies; ours is the kernel's and ends with the process.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "satfusion.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import _get_build_directory
 
 from models.registry import ModelConfig, build_model
 from pipeline.config import TrainConfig
 from pipeline.data import Batch
-from pipeline.engine import Engine, TrainState
+from pipeline.engine import Engine, TrainState, import_deepspeed
 from pipeline.losses import LossConfig, fusion_loss
 from pipeline.order import BatchPlan
 from pipeline.world import World
@@ -111,3 +117,15 @@ def test_clipping_bounds_the_step(world: World) -> None:
     # Adam divides by the gradient's size plus 1e-8; clipped far below that, the step all but vanishes.
     assert moved[0] == pytest.approx(1e-3, rel=0.05)
     assert moved[1] < 1e-6
+
+
+def test_the_lock_of_a_killed_process_is_not_waited_for() -> None:
+    """Torch's lock file, left in the folder of DeepSpeed's op by a process that was killed while it loaded it."""
+    import_deepspeed()
+    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    with (folder / "satfusion.lock").open("w") as ours:  # nobody else is at it, as when the killed one was
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (folder / "lock").touch()
+    program = "from pipeline.engine import import_deepspeed; import_deepspeed()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert not (folder / "lock").exists()
