@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from PIL import Image
 
 from sharding.cli import add_verbs
 from sharding.errors import UserError
-from sharding.schema import INDEX_NAME, Index
+from sharding.schema import INDEX_NAME, SPLITS, Index, read_sample
 from sharding.storage import open_storage
 from tests.sharding.conftest import Dataset, World, aois_of
 
@@ -93,3 +95,93 @@ def test_inspect_refuses_a_picture_that_cannot_be_written(dataset: Dataset, tmp_
     for name in ("none/sheet.png", "sheet.what"):
         with pytest.raises(UserError, match="cannot write --png"):
             run("inspect", dataset.folder, "--png", tmp_path / name)
+
+
+def shard(tiny: World, output: Path, *options: object) -> Index:
+    usual = ("--input", tiny.folder, "--output", output, "--revisits", 2, "--workers", 1)
+    assert run("shard", *usual, *options) == 0
+    return Index.load(open_storage(output))
+
+
+def test_options_of_samples_reach_the_dataset(tiny: World, tmp_path: Path) -> None:
+    options = ("--bands", "all", "--select", "clearest", "--dtype", "float32", "--max-cloud", 100)
+    index = shard(tiny, tmp_path, "--lr-size", 40, "--hr-size", 50, *options)
+    preparation = index.preparation
+    assert preparation.bands == tuple(range(1, 13))
+    assert (preparation.select, preparation.dtype, preparation.max_cloud) == ("clearest", "float32", 100)
+    pairs = index.samples("train")
+    sample = read_sample(open_storage(tmp_path), *pairs[0])
+    assert (sample.lr.shape, sample.hr.shape, sample.pan.shape) == ((2, 12, 40, 40), (3, 50, 50), (1, 50, 50))
+    assert sample.lr.dtype == sample.hr.dtype == "float32"
+    assert 0 < index.statistics["hr"]["percentiles"]["50"][0] < 1
+
+
+def test_native_grids_keep_their_sizes(tiny: World, tmp_path: Path) -> None:
+    index = shard(tiny, tmp_path, "--native")
+    assert (index.preparation.lr_size, index.preparation.hr_size) == (None, None)
+    sample = read_sample(open_storage(tmp_path), *index.samples("train")[0])
+    assert sample.hr.shape == (3, 80, 80)
+
+
+def test_a_list_of_aois_and_a_report(tiny: World, tmp_path: Path) -> None:
+    (tmp_path / "aois.txt").write_text("\n".join(tiny.names[:4]) + "\n\n", encoding="utf-8")
+    options = ("--aois", tmp_path / "aois.txt", "--report", tmp_path / "report.json", "--fractions", "0.5,0.25,0.25")
+    index = shard(tiny, tmp_path / "out", *options)
+    assert [len(index.samples(split)) for split in SPLITS] == [2, 1, 1]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["index_sha256"] == index.digest
+    assert report["shards"] == {"made": 3}
+    assert (report["aois"], report["skipped"]) == ({"train": 2, "val": 1, "test": 1}, {})
+    assert report["bytes_in"] > 0
+    shard(tiny, tmp_path / "out", *options)
+    assert json.loads((tmp_path / "report.json").read_text())["shards"] == {"kept": 3}
+
+
+def test_verify_says_what_is_wrong_and_ends_with_1(
+    tiny: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = shard(tiny, tmp_path)
+    capsys.readouterr()
+    assert run("verify", tmp_path, "--deep", "--input", tiny.folder, "--num-aois", 2) == 0
+    said = capsys.readouterr().out
+    assert "6 samples decoded, 2 AOIs prepared again and compared: all as written" in said
+    name = index.splits["val"][0].name
+    data = bytearray((tmp_path / name).read_bytes())
+    data[2000] ^= 1
+    (tmp_path / name).write_bytes(data)
+    assert run("verify", tmp_path) == 1
+    said = capsys.readouterr().out
+    assert f"{name}: does not have the SHA-256" in said
+    assert index.splits["val"][0].samples[0].aoi in said
+    assert "2 problems: shard again to mend them" in said
+
+
+def test_inspect_shows_one_place(tiny: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = shard(tiny, tmp_path / "out")
+    aoi = index.samples("test")[0][1].aoi
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "out", "--aoi", aoi, "--png", tmp_path / "one.png") == 0
+    assert f"AOI {aoi!r} in test, test-00000.tar" in capsys.readouterr().out
+    with Image.open(tmp_path / "one.png") as image:
+        assert 200 < image.height < 300
+    with pytest.raises(UserError, match="--aoi 'Nowhere' is not in this dataset"):
+        run("inspect", tmp_path / "out", "--aoi", "Nowhere")
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "words"),
+    [
+        ("shard", ("--native", "--lr-size", "160"), "--native keeps both grids"),
+        ("shard", ("--fractions", "a,b"), "--fractions a,b cannot be"),
+        ("shard", ("--aois", "no/such/file"), "--aois no/such/file cannot be read"),
+        ("shard", ("--sse", "AES256"), "--sse AES256 is for s3:// only"),
+        ("verify", ("--input", "x"), "--input is compared by --deep alone"),
+        ("verify", ("--num-aois", "0"), "--num-aois 0 is too small"),
+    ],
+)
+def test_more_bad_options_are_refused(
+    tiny: World, tmp_path: Path, verb: str, options: tuple[str, ...], words: str
+) -> None:
+    usual = ("--input", tiny.folder, "--output", tmp_path) if verb == "shard" else (tmp_path,)
+    with pytest.raises(UserError, match=re.escape(words)):
+        run(verb, *usual, *options)
