@@ -27,6 +27,7 @@ from sharding.synthetic import write_worldstrat
 from sharding.verify import verify
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults
+from tests.sharding.archives import pack
 from tests.sharding.conftest import World
 
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
@@ -72,6 +73,13 @@ def finished(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return str(output)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_zips_give_the_folders_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path, workers: int) -> None:
+    zips = pack(many.folder, tmp_path / "zips")
+    shard_folder(zips, open_storage(tmp_path / "out"), OPTIONS, workers)
+    assert digests(open_storage(tmp_path / "out")) == undisturbed
 
 
 def kill_at(process: subprocess.Popen[str], folder: Path, moment: float) -> None:
