@@ -67,7 +67,7 @@ def test_interrupted_then_continued_by_the_same_command(tmp_path: Path) -> None:
     arguments = ["download", "--to", str(tmp_path), "--only", "metadata"]
     part = tmp_path / "metadata.csv.part"
     with serving(Mirror({"metadata.csv": body})) as mirror:
-        mirror.pause_s = 0.02
+        mirror.pause_s = 0.2
         command = [sys.executable, "-m", "cluster.cli", *arguments, "--mirror", mirror.url]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
