@@ -174,6 +174,8 @@ class _Reader:
         """Return [1, h, w] of a mask; ``size`` is the (h, w) that it must have."""
         with self.open(file, (1,)) as raster:
             mask: NDArray[np.generic] = raster.read([1])
+        if mask.dtype.kind not in "iuf":
+            raise UnusableError("wrong-type", f"{file.name} holds {mask.dtype}, masks are real numbers")
         if mask.shape[-2:] != size:
             raise UnusableError("size-mismatch", f"{file.name} is {_by(mask.shape)}, its image is {_by(size)}")
         low, high = _range(file, mask)
@@ -201,10 +203,9 @@ class _Reader:
 @contextlib.contextmanager
 def _gdal() -> Iterator[None]:
     """Set GDAL up for many small rasters in memory."""
-    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file. Pixels that are
-    # stored as they are go straight to the array, without the block cache.
-    options = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GTIFF_VIRTUAL_MEM_IO": "IF_ENOUGH_RAM"}
-    with warnings.catch_warnings(), rasterio.Env(DummySession(), **options):
+    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file. Not
+    # GTIFF_VIRTUAL_MEM_IO or GTIFF_DIRECT_IO: they are faster, and take a truncated file for a whole one.
+    with warnings.catch_warnings(), rasterio.Env(DummySession(), GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
 
@@ -269,7 +270,7 @@ def _by(shape: Sequence[int]) -> str:
 
 def _revisit(number: int, metadata: Mapping[str, object], has_clm: bool) -> Revisit:
     cover = metadata.get("cloud_cover")
-    known = isinstance(cover, int | float) and math.isfinite(cover)
+    known = isinstance(cover, int | float) and 0 <= cover <= 100  # NaN is neither
     return Revisit(
         number=number,
         date=_text(metadata, "lowres_date", "datetime"),

@@ -236,6 +236,19 @@ def test_a_mask_of_impossible_values_is_told(spoilt: World) -> None:
     assert "values from -1" in refusal(spoilt).detail
 
 
+def test_a_mask_of_complex_numbers_is_told(spoilt: World) -> None:
+    path = path_of(spoilt, "2-CLM")
+    rewrite(path, pixels(path).astype(np.complex64))
+    assert refusal(spoilt).reason == "wrong-type"
+
+
+@pytest.mark.parametrize("cover", ["NaN", "-1", "1e400", "1" + "0" * 400, '"much"'])
+def test_an_impossible_cloud_cover_is_no_cloud_cover(spoilt: World, cover: str) -> None:
+    path_of(spoilt, "1-metadata").write_text(f'{{"cloud_cover": {cover}, "datetime": "2020-01-02"}}')
+    revisit = read_scene(first(spoilt), THREE).revisits[0]
+    assert (revisit.cloud_cover, revisit.date) == (None, "2020-01-02")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", ["1-L2A_data", "1-CLM"])
 def test_what_is_not_finite_is_told(spoilt: World, which: str, value: float) -> None:
