@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
@@ -136,21 +136,10 @@ def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
         )
 
 
-@dataclass
-class _Sums:
-    """Histograms that grow sample by sample."""
-
-    histograms: dict[str, Histogram] = field(default_factory=dict)
-
-    def add(self, sample: NewSample) -> None:
-        for name in MEASURED:
-            counted = Histogram.of(_in_steps(sample.images[name]))
-            self.histograms[name] = self.histograms[name] + counted if name in self.histograms else counted
-
-
 def _pack(task: ShardTask, path: Path) -> ShardResult:
     """Write the tar to a local file; an AOI that cannot be read is left out."""
-    sums, skipped, bytes_in = _Sums(), [], 0
+    histograms: dict[str, Histogram] = {}
+    skipped, bytes_in = [], 0
     try:
         with path.open("wb") as file:
             writer = ShardWriter(file)
@@ -161,7 +150,7 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
                     skipped.append(skip(aoi.name, error, task.strict))
                     continue
                 if task.split == "train":
-                    sums.add(sample)
+                    _count(sample, histograms)
                 writer.add(sample)
                 bytes_in += sample.bytes_in
             entry = writer.finish(task.name)
@@ -172,7 +161,14 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
         ) from error
     if not entry.samples:
         return ShardResult(task, None, {}, tuple(skipped), bytes_in=bytes_in)
-    return ShardResult(task, entry, sums.histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+    return ShardResult(task, entry, histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+
+
+def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
+    """Add a sample's values to the counts of its shard."""
+    for name in MEASURED:
+        counted = Histogram.of(_in_steps(sample.images[name]))
+        histograms[name] = histograms[name] + counted if name in histograms else counted
 
 
 def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import UserError
-from sharding.storage import BucketNotFoundError, NotFoundError, Storage
+from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
@@ -331,6 +331,10 @@ def read_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Samp
         raise DamagedError(f"{storage.uri}/{shard.name}: {error}") from error
 
 
+GONE = "is gone"
+"""What `damage_of` says of a shard that is not there."""
+
+
 def damage_of(output: Storage, entry: ShardEntry) -> str | None:
     """Compare a stored shard with its line of the index; say what is wrong with it, or None."""
     digest, size = hashlib.sha256(), 0
@@ -339,7 +343,9 @@ def damage_of(output: Storage, entry: ShardEntry) -> str | None:
             digest.update(data)
             size += len(data)
     except NotFoundError:
-        return "is gone"
+        return GONE
+    except CorruptedError:
+        return "does not have the checksum that the store has of it"
     if size != entry.bytes:
         return f"has {size} bytes where {entry.bytes} were written"
     if digest.hexdigest() != entry.sha256:

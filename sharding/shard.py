@@ -165,14 +165,13 @@ class _Sharding:
             tasks = self._tasks(plan)
         index = self._index(plan, now)
         self._publish(index, now)
-        written = [result for result in results if result.outcome != "kept"]
         return Report(
             index=index,
             shards=dict(Counter(result.outcome for result in results)),
             notes=tuple(self.notes),
             seconds=time.monotonic() - self.start,
-            bytes_in=sum(result.bytes_in for result in written),
-            bytes_out=sum(result.entry.bytes for result in written if result.entry),
+            bytes_in=sum(result.bytes_in for result in results),
+            bytes_out=sum(result.bytes_out for result in results),
         )
 
     def _plan(self) -> Plan:

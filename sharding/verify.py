@@ -15,6 +15,7 @@ from sharding.errors import UnusableError
 from sharding.options import SampleOptions
 from sharding.progress import progress
 from sharding.schema import (
+    GONE,
     SPLITS,
     DamagedError,
     Index,
@@ -107,7 +108,7 @@ def verify(
 def _look_at(storage: Storage, shard: ShardEntry, deep: bool) -> list[Problem]:
     damage = damage_of(storage, shard)
     found = [Problem(shard.name, damage)] if damage else []
-    if damage == "is gone" or not (deep or damage):
+    if damage == GONE or not (deep or damage):
         return found
     # Which samples a damage hits tells what is lost; without one, they are decoded to see that they can be.
     for entry in shard.samples:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from sharding.options import SampleOptions
 from sharding.plan import PlanOptions
 from sharding.schema import INDEX_NAME, Index
 from sharding.shard import Report, ShardOptions, shard_folder
-from sharding.storage import Storage, open_storage
+from sharding.storage import CorruptedError, Storage, open_storage
 from sharding.synthetic import write_worldstrat
 from sharding.verify import verify
 from tests.conftest import S3
@@ -208,6 +208,23 @@ def test_a_flipped_byte_is_found_and_mended(
     again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     assert {name for name in times if times[name] != again[name]} == {broken.name}
     assert verify(copy, deep=True).problems == ()
+
+
+def test_what_the_store_finds_corrupt_is_mended(
+    many: World, undisturbed: dict[str, str], copy: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an S3 store says it, whose own checksum fails in the last piece."""
+    broken, stream = "train-00002.tar", type(copy).stream
+
+    def corrupt(storage: Storage, key: str) -> Iterator[bytes]:
+        yield from stream(storage, key)  # type: ignore[arg-type]
+        if key == broken:
+            raise CorruptedError("does not match")
+
+    monkeypatch.setattr(type(copy), "stream", corrupt)
+    assert [problem.shard for problem in verify(copy).problems] == [broken]
+    assert shard_folder(many.folder, copy, OPTIONS).shards == {"mended": 1, "kept": 11}
+    assert digests(copy) == undisturbed
 
 
 def spoil_sidecar(folder: Path) -> None:
