@@ -203,9 +203,10 @@ class _Reader:
 @contextlib.contextmanager
 def _gdal() -> Iterator[None]:
     """Set GDAL up for many small rasters in memory."""
-    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file. Not
-    # GTIFF_VIRTUAL_MEM_IO or GTIFF_DIRECT_IO: they are faster, and take a truncated file for a whole one.
-    with warnings.catch_warnings(), rasterio.Env(DummySession(), GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
+    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file. Pixels that are
+    # stored as they are go straight to the array, without the block cache.
+    options = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GTIFF_VIRTUAL_MEM_IO": "IF_ENOUGH_RAM"}
+    with warnings.catch_warnings(), rasterio.Env(DummySession(), **options):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
 
