@@ -151,14 +151,15 @@ class _Reader:
         self.bytes_in = 0
 
     @contextlib.contextmanager
-    def open(self, file: SourceFile, bands: Sequence[int]) -> Iterator[DatasetReader]:
-        """Open a raster that has these bands, numbered from 1."""
+    def open(self, file: SourceFile, bands: Sequence[int], georeference: bool = False) -> Iterator[DatasetReader]:
+        """Open a raster that has these bands, numbered from 1; where it lies is read only if asked for."""
         data = self._bytes(file)
         if not data:
             raise UnusableError("unreadable", f"{file.name} is empty")
         try:
             # As GeoTIFF and nothing else: some formats that GDAL reads name further files or addresses.
-            with MemoryFile(data) as memory, memory.open(driver="GTiff") as raster:
+            places = {} if georeference else {"GEOREF_SOURCES": "NONE"}
+            with MemoryFile(data) as memory, memory.open(driver="GTiff", **places) as raster:
                 if raster.count < max(bands):
                     raise UnusableError("wrong-bands", f"{file.name} has {raster.count} of {max(bands)} bands")
                 unpacked = raster.width * raster.height * len(bands) * np.dtype(raster.dtypes[0]).itemsize
@@ -218,7 +219,7 @@ def _read_lr(
     georeference = None
     images: list[NDArray[np.float32]] = []
     for file in files:
-        with reader.open(file, bands) as raster:
+        with reader.open(file, bands, georeference=georeference is None) as raster:
             if np.dtype(raster.dtypes[0]).kind != "f":
                 raise UnusableError("wrong-type", f"{file.name} holds {raster.dtypes[0]}, reflectance is float32")
             image = np.asarray(raster.read(list(bands)), dtype=np.float32)

@@ -1,0 +1,34 @@
+"""WorldStrat trees of any number of AOIs, made of a few by hard links."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from sharding.synthetic import write_worldstrat
+
+
+def plant(folder: Path, aois: int, worldstrat: Path | None = None, originals: int = 6) -> None:
+    """Write a tree in WorldStrat's layout; what it holds is copied once and takes the room of a few AOIs.
+
+    Args:
+        folder: where it goes; it must not exist.
+        aois: how many AOIs it shows.
+        worldstrat: a folder whose AOIs are shown again and again; None makes generated ones.
+        originals: how many are generated.
+    """
+    source = folder.with_name(f"{folder.name}-originals")
+    if worldstrat is None:
+        write_worldstrat(source, originals, seed=1)
+    else:
+        for part in ("hr_dataset", "lr_dataset"):
+            shutil.copytree(worldstrat / part, source / part)
+    names = sorted(path.name for path in (source / "hr_dataset").iterdir())
+    for number in range(aois):
+        original = names[number % len(names)]
+        for path in (path for part in ("hr_dataset", "lr_dataset") for path in (source / part / original).rglob("*")):
+            if path.is_file():
+                target = folder / str(path.relative_to(source)).replace(original, f"Place-{number}")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, target)
