@@ -6,10 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
-from sharding.synthetic import write_worldstrat
+from sharding.synthetic import HR_SIDE, write_worldstrat
 
 
-def plant(folder: Path, aois: int, worldstrat: Path | None = None, originals: int = 6) -> None:
+def plant(
+    folder: Path,
+    aois: int,
+    worldstrat: Path | None = None,
+    originals: int = 6,
+    *,
+    revisits: int = 8,
+    hr_side: int = HR_SIDE,
+) -> None:
     """Write a tree in WorldStrat's layout; what it holds is copied once and takes the room of a few AOIs.
 
     Args:
@@ -17,10 +25,12 @@ def plant(folder: Path, aois: int, worldstrat: Path | None = None, originals: in
         aois: how many AOIs it shows.
         worldstrat: a folder whose AOIs are shown again and again; None makes generated ones.
         originals: how many are generated.
+        revisits: Sentinel-2 images of a generated AOI.
+        hr_side: pixels of its 1.5 m rasters.
     """
     source = folder.with_name(f"{folder.name}-originals")
     if worldstrat is None:
-        write_worldstrat(source, originals, seed=1)
+        write_worldstrat(source, originals, seed=1, revisits=revisits, hr_side=hr_side)
     else:
         for part in ("hr_dataset", "lr_dataset"):
             shutil.copytree(worldstrat / part, source / part)

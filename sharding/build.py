@@ -70,8 +70,8 @@ class ShardTask:
 class ShardResult:
     """What became of a task."""
 
-    task: ShardTask
-    """The task."""
+    name: str
+    """Of the task and its shard. The task itself, which lists thousands of files, stays with who gave it."""
 
     entry: ShardEntry | None
     """The shard's line of the index; None where none of its AOIs could be read."""
@@ -112,8 +112,8 @@ def build_shard(task: ShardTask) -> ShardResult:
     with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
         path = Path(folder, task.name)
         result = _pack(task, path)
-        result = _publish(result, path, damage) if result.entry else result
-    task.output.write(task.name + SIDECAR_SUFFIX, _to_sidecar(result))
+        result = _publish(task, result, path, damage) if result.entry else result
+    task.output.write(task.name + SIDECAR_SUFFIX, _to_sidecar(task, result))
     return result
 
 
@@ -160,8 +160,8 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
             "folder that has some"
         ) from error
     if not entry.samples:
-        return ShardResult(task, None, {}, tuple(skipped), bytes_in=bytes_in)
-    return ShardResult(task, entry, histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+        return ShardResult(task.name, None, {}, tuple(skipped), bytes_in=bytes_in)
+    return ShardResult(task.name, entry, histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
 
 
 def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
@@ -178,9 +178,9 @@ def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:
     )
 
 
-def _publish(result: ShardResult, path: Path, damage: str | None) -> ShardResult:
+def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | None) -> ShardResult:
     """Give the packed shard its name."""
-    task, entry = result.task, result.entry
+    entry = result.entry
     assert entry is not None  # the caller has no shard to publish otherwise
     if damage is not None:
         task.output.upload(task.name, path)
@@ -193,9 +193,9 @@ def _publish(result: ShardResult, path: Path, damage: str | None) -> ShardResult
     return result
 
 
-def _to_sidecar(result: ShardResult) -> bytes:
+def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
     described = {
-        "fingerprint": result.task.fingerprint,
+        "fingerprint": task.fingerprint,
         "shard": shard_to_json(result.entry) if result.entry else None,
         "skipped": [vars(item) for item in result.skipped],
         "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
@@ -210,7 +210,7 @@ def _read_sidecar(task: ShardTask) -> ShardResult | None:
         if described["fingerprint"] != task.fingerprint:
             return None
         return ShardResult(
-            task=task,
+            name=task.name,
             entry=shard_from_json(described["shard"]) if described["shard"] else None,
             histograms={name: Histogram.from_text(text) for name, text in described["histograms"].items()},
             skipped=tuple(Skipped(**item) for item in described["skipped"]),

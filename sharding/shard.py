@@ -15,8 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
 from pathlib import Path
 
 from sharding.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
@@ -152,18 +150,18 @@ class _Sharding:
         self._withdraw_index(tasks)
         results: list[ShardResult] = []
         while True:
-            now = self._do(tasks, runner)
-            results = [*results, *now]
+            now, counted = self._do(tasks, runner)
+            results += now
             unread = [item for result in now for item in result.skipped]
             self.skipped += unread
             for item in unread:
                 del self.usable[item.aoi]
-            if {result.task.split for result in now if result.entry} == set(SPLITS):
+            if {task.split for task, result in zip(tasks, now, strict=True) if result.entry} == set(SPLITS):
                 break
             # A split lost all its AOIs while they were read: share out those that can be.
             plan = self._plan()
             tasks = self._tasks(plan)
-        index = self._index(plan, now)
+        index = self._index(plan, tasks, now, counted)
         self._publish(index, now)
         return Report(
             index=index,
@@ -206,29 +204,40 @@ class _Sharding:
         if index is None or index.plan != _digest(tasks):
             self.output.delete(INDEX_NAME)
 
-    def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> list[ShardResult]:
-        """Do all tasks and return their results in the order of the tasks."""
+    def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> tuple[list[ShardResult], dict[str, Histogram]]:
+        """Do all tasks; return their results in the order of the tasks, and what these counted, added up."""
+        sizes = {task.name: len(task.aois) for task in tasks}
         by_name: dict[str, ShardResult] = {}
+        counted: dict[str, Histogram] = {}
         start, skipped, read, written = time.monotonic(), 0, 0, 0
         with progress(sum(len(task.aois) for task in tasks), "sharding", "AOI") as shown:
             for result in runner(tasks):
-                by_name[result.task.name] = result
+                # Megabytes of counts a shard: kept for each, they would outgrow the work itself.
+                by_name[result.name] = replace(result, histograms={})
+                for name, histogram in result.histograms.items():
+                    counted[name] = counted[name] + histogram if name in counted else histogram
                 seconds = max(time.monotonic() - start, 1e-9)
                 skipped += len(result.skipped)
                 read += result.bytes_in
                 written += result.bytes_out
                 rates = {"in": f"{read / seconds / 1e6:.0f} MB/s", "out": f"{written / seconds / 1e6:.0f} MB/s"}
-                shown.update(len(result.task.aois), **rates, skipped=len(self.skipped) + skipped)
+                shown.update(sizes[result.name], **rates, skipped=len(self.skipped) + skipped)
                 if result.outcome in ("mended", "shared"):
-                    self._note(f"{result.task.name} {result.why}")
-        return [by_name[task.name] for task in tasks]
+                    self._note(f"{result.name} {result.why}")
+        return [by_name[task.name] for task in tasks], counted
 
-    def _index(self, plan: Plan, results: Sequence[ShardResult]) -> Index:
+    def _index(
+        self,
+        plan: Plan,
+        tasks: Sequence[ShardTask],
+        results: Sequence[ShardResult],
+        counted: Mapping[str, Histogram],
+    ) -> Index:
+        done = list(zip(tasks, results, strict=True))
         splits: dict[str, tuple[ShardEntry, ...]] = {
-            split: tuple(result.entry for result in results if result.task.split == split and result.entry)
+            split: tuple(result.entry for task, result in done if task.split == split and result.entry)
             for split in SPLITS
         }
-        histograms: list[Mapping[str, Histogram]] = [result.histograms for result in results if result.histograms]
         not_listed = [
             Skipped(aoi, "not-in-split-file", "the split file does not list it") for aoi in plan.split.left_out
         ]
@@ -236,18 +245,18 @@ class _Sharding:
             preparation=self.options.sample.preparation,
             split_rule=plan.rule,
             split_seed=self.options.plan.seed,
-            plan=_digest([result.task for result in results]),
+            plan=_digest(tasks),
             splits=splits,
-            statistics={name: reduce(add, (item[name] for item in histograms)).statistics() for name in histograms[0]},
+            statistics={name: histogram.statistics() for name, histogram in counted.items()},
             skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
         )
 
     def _publish(self, index: Index, results: Sequence[ShardResult]) -> None:
         """Write the index, and remove what earlier plans left that is in this one no more."""
         self.output.write(INDEX_NAME, index.to_json().encode())
-        names = {result.task.name for result in results}
+        names = {result.name for result in results}
         ours = names | {name + SIDECAR_SUFFIX for name in names}
-        empty = {result.task.name for result in results if not result.entry}
+        empty = {result.name for result in results if not result.entry}
         for item in self.output.list():
             if _OURS.fullmatch(item.key) and (item.key not in ours or item.key in empty):
                 self.output.delete(item.key)

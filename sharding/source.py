@@ -61,11 +61,16 @@ class SourceFile:
     size: int
     """Unpacked bytes when it was listed."""
 
-    path: str
-    """The file, or the zip that holds it."""
+    place: str
+    """The folder or the zip that holds it; one text for all files of an AOI, where a plan lists 200,000."""
 
     member: Member | None = None
     """Its place in the zip; None for a file of its own."""
+
+    @property
+    def path(self) -> str:
+        """The file, or the zip that holds it."""
+        return self.place if self.member else os.path.join(self.place, self.name)
 
     def check(self) -> None:
         """Refuse what must not or cannot be read, from the listing alone.
@@ -215,10 +220,11 @@ def _list_folder(folder: Path, below: str) -> _Listing:
         files = listing.files[name]
         if name != aoi.name:
             listing.flaws[name] = ("unsafe-path", "the folder's name is no UTF-8")
+        place = str(aoi / below)
         try:
-            with os.scandir(aoi / below) as entries:
+            with os.scandir(place) as entries:
                 wanted = [entry for entry in entries if _WANTED.fullmatch(entry.name)]
-            files += [SourceFile(entry.name, entry.stat().st_size, entry.path) for entry in wanted if entry.is_file()]
+            files += [SourceFile(entry.name, entry.stat().st_size, place) for entry in wanted if entry.is_file()]
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -111,9 +112,10 @@ def _sort_files(source: Source, name: str) -> AoiFiles:
     hr: dict[str, SourceFile] = {}
     for file in source.hr.get(name, ()):
         if match := _SPOT_FILE.fullmatch(file.name.removeprefix(name)):
-            hr[match[1]] = file
+            hr[sys.intern(match[1])] = file
     revisits: dict[int, dict[str, SourceFile]] = {}
     for file in source.lr.get(name, ()):
         if match := _REVISIT_FILE.fullmatch(file.name.removeprefix(f"{name}-")):
-            revisits.setdefault(int(match[1]), {})[match[2] or match[3]] = file
+            # One text for all files of a layer: a source has 200,000 files.
+            revisits.setdefault(int(match[1]), {})[sys.intern(match[2] or match[3])] = file
     return AoiFiles(name, hr, dict(sorted(revisits.items())), source.flaws.get(name))
