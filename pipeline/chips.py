@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,24 +60,28 @@ def make_window(x: int, y: int, scale: float) -> Window:
     return Window(x, y, LR_CHIP, round(x * scale), round(y * scale), round(LR_CHIP * scale))
 
 
+def training_draws(num_chips: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+    """Return the random words [num_chips, 5] of an epoch's variants; a chip's are a function of (seed, epoch, chip)."""
+    return random_words(5 * num_chips, seed, epoch, "variant").reshape(num_chips, 5)
+
+
 def training_variant(
-    chip: int, seed: int, epoch: int, *, lr_size: int, scale: float, revisits: int, windows: bool, turns: bool
+    chip: int, draws: npt.NDArray[np.uint64], *, lr_size: int, scale: float, revisits: int, windows: bool, turns: bool
 ) -> Variant:
-    """Return how training sees ``chip`` in ``epoch``; a function of (seed, epoch, chip) alone.
+    """Return how training sees ``chip``.
 
     Args:
         chip: Chip number, 9 * sample + window.
-        seed: Seed of the run.
-        epoch: Epoch, from 0.
+        draws: [5] its words of the epoch, see `training_draws`.
         lr_size: Side of the scene's LR grid, pixels.
         scale: HR pixels per LR pixel.
         revisits: Revisits of a scene.
         windows: Replace the chip's window by a random one of the scene.
         turns: Rotate by a random quarter turn, then flip with probability 1/2.
     """
-    x, y, turn, flip, revisit = (int(word) for word in random_words(5, seed, epoch, chip, "variant"))
-    places = lr_size - LR_CHIP + 1
+    x, y, turn, flip, revisit = draws.tolist()
     if windows:
+        places = lr_size - LR_CHIP + 1
         window = make_window(x % places, y % places, scale)
         # Where start and size are both rounded up, the last window would reach a pixel beyond the scene.
         last = round(lr_size * scale) - window.hr_size
@@ -83,11 +89,6 @@ def training_variant(
     else:
         window = chip_window(chip, scale)
     return Variant(window, turn % 4 if turns else 0, turns and flip % 2 == 1, revisit % revisits)
-
-
-def cut(image: Tensor, y: int, x: int, size: int) -> Tensor:
-    """Return the ``size`` x ``size`` window of ``image`` [..., H, W] that starts at row y and column x."""
-    return image[..., y : y + size, x : x + size]
 
 
 def turn_and_flip(image: Tensor, quarter_turns: int, flip: bool) -> Tensor:

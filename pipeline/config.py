@@ -32,21 +32,34 @@ class DataConfig:
     simulate: str = "off"
     """``sensor`` or ``shifts`` make the revisits from the target (`pipeline.simulate`) in training, validation and
     test, as the published training does; ``off`` takes those of the dataset."""
-    shuffle_window: int = 16
+    shuffle_window: int = 4
     """Shards whose chips are shuffled together, >= 1."""
+    lanes: int = 8
+    """Most stretches of an epoch that each global batch is taken from, >= 1; a divisor of the global batch is used."""
     cache_mib: int = 4096
-    """Bound of the decoded scenes kept in memory by each rank, MiB; 0 keeps none."""
+    """Bound of the scenes kept in memory by each rank, MiB; what the threads work on has room in any case."""
+    cache_dir: str = ""
+    """Absolute path of a folder on each node where its ranks keep what they read; "" keeps nothing on disk."""
+    cache_dir_gib: float = 100.0
+    """Bound of that folder, GiB; what was not used for the longest time gives way."""
+    damaged: str = "stop"
+    """What a sample does whose bytes are damaged in the store, read twice: ``stop``, or ``quarantine``, which goes on
+    with its chips at weight 0 and counts them."""
     prefetch_batches: int = 4
-    """Global batches prepared ahead of the step, >= 1."""
+    """Batches prepared ahead of the step, >= 1."""
     loader_threads: int = 4
-    """Threads that read and decode scenes, >= 1."""
+    """Threads that read scenes and prepare batches, >= 1."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        for name in ("shuffle_window", "prefetch_batches", "loader_threads"):
+        for name in ("shuffle_window", "lanes", "prefetch_batches", "loader_threads"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number from 1 up")
         require_one_of("data.simulate", self.simulate, SIMULATIONS)
+        require_one_of("data.damaged", self.damaged, ("stop", "quarantine"))
         require(self.cache_mib >= 0, "data.cache_mib", self.cache_mib, "a whole number from 0 up")
+        require(self.cache_dir_gib > 0, "data.cache_dir_gib", self.cache_dir_gib, "a number above 0")
+        absolute = not self.cache_dir or Path(self.cache_dir).is_absolute()
+        require(absolute, "data.cache_dir", self.cache_dir, "an absolute path, of a folder on each node")
 
 
 @dataclass(frozen=True)

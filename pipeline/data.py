@@ -1,135 +1,56 @@
-"""From an index to batches: scenes read by their span, cached as stored integers, cut to chips, one batch a step."""
+"""From an index to batches: scenes read by their span and held as stored, cut to chips, one batch a step."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch.utils.data import Dataset
 
 from models.registry import ModelConfig, check_sizes
-from pipeline.chips import COLUMNS, LR_CHIP, Variant, Window, chip_window, cut, training_variant, turn_and_flip
+from pipeline.batches import Batch, Layout, StoredBatch, to_batch
+from pipeline.chips import COLUMNS, LR_CHIP, Variant, chip_window, training_draws, training_variant
 from pipeline.config import DataConfig
+from pipeline.diskcache import DiskCache
 from pipeline.order import (
     CHIPS_PER_SCENE,
     BatchPlan,
     Chips,
-    epoch_chips,
+    Shuffle,
+    epoch_batches,
     evaluation_slots,
     rank_slots,
     steps_per_epoch,
 )
-from pipeline.simulate import SIMULATORS, chip_generator
+from pipeline.scenes import Scenes
+from pipeline.spans import Spans
 from sharding.errors import UserError
-from sharding.schema import HR_BANDS, Index, Sample, SampleEntry, ShardEntry, read_sample
-from sharding.storage import Storage, open_storage
-
-logger = logging.getLogger(__name__)
+from sharding.schema import HR_BANDS, SPLITS, Index
+from sharding.storage import open_storage
 
 EVALUATION_DRAW = (0, 0)
 """Seed and epoch of the revisits simulated for evaluation: every run and every evaluation sees the same."""
 
+CPU = torch.device("cpu")
 
-@dataclass(frozen=True)
-class Batch:
-    """Chips of one rank, ready for the network; images are float32 reflectances."""
-
-    lr: Tensor
-    """[B, R, C, h, w] low-resolution revisits."""
-    pan: Tensor
-    """[B, 1, H, W] panchromatic image."""
-    hr: Tensor
-    """[B, C, H, W] target."""
-    revisit: Tensor
-    """[B] int64, the revisit that a head alone is given."""
-    chips: tuple[int, ...]
-    """Chip numbers, 9 * sample + window."""
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(move(self.lr), move(self.pan), move(self.hr), move(self.revisit), self.chips)
-
-    def split(self, size: int) -> list[Batch]:
-        """Return consecutive micro-batches of ``size`` chips."""
-        return [
-            Batch(
-                self.lr[first : first + size],
-                self.pan[first : first + size],
-                self.hr[first : first + size],
-                self.revisit[first : first + size],
-                self.chips[first : first + size],
-            )
-            for first in range(0, len(self.chips), size)
-        ]
+T = TypeVar("T")
 
 
-class SceneCache:
-    """Decoded scenes by key, least recently used first out, within a bound of bytes; safe among threads.
+class ChipDataset(Dataset[Batch]):
+    """One split of a dataset, addressed by chip number; also a map-style dataset of torch.
 
-    Two threads that want the same scene share one read.
+    ``dataset[chip]`` is the chip as evaluation sees it, a `Batch` of one; `pipeline.batches.collate` joins several.
+    A copy that is pickled, as torch's worker processes get, reads and holds scenes by itself.
     """
-
-    def __init__(self, storage: Storage, limit_bytes: int) -> None:
-        self._storage = storage
-        self._limit = limit_bytes
-        self._lock = threading.Lock()
-        self._scenes: OrderedDict[str, Future[Sample]] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, shard: ShardEntry, entry: SampleEntry) -> Sample:
-        """Return a scene, reading it if it is not held.
-
-        Raises:
-            UserError: The store does not answer, or the scene's bytes are damaged.
-        """
-        with self._lock:
-            future = self._scenes.get(entry.key)
-            if future is not None:
-                self._scenes.move_to_end(entry.key)
-                owner = False
-            else:
-                future = self._scenes[entry.key] = Future()
-                owner = True
-        if owner:
-            try:
-                future.set_result(read_sample(self._storage, shard, entry))
-            except BaseException as error:
-                with self._lock:
-                    del self._scenes[entry.key]
-                future.set_exception(error)
-                raise
-            self._evict(future.result())
-        return future.result()
-
-    def _evict(self, added: Sample) -> None:
-        with self._lock:
-            self._bytes += _nbytes(added)
-            for key in list(self._scenes):
-                if self._bytes <= self._limit:
-                    return
-                if self._scenes[key].done():
-                    self._bytes -= _nbytes(self._scenes.pop(key).result())
-
-
-def _nbytes(sample: Sample) -> int:
-    return sample.lr.nbytes + sample.clm.nbytes + sample.hr.nbytes + sample.pan.nbytes
-
-
-class ChipDataset:
-    """One split of a dataset, addressed by chip number."""
 
     def __init__(self, uri: str, split: str, config: DataConfig) -> None:
         """Open the index.
@@ -137,22 +58,41 @@ class ChipDataset:
         Args:
             uri: Folder or s3:// prefix of the dataset.
             split: ``train``, ``val`` or ``test``.
-            config: Cache bound, augmentation and simulation.
+            config: Bounds of memory and disk, augmentation and simulation.
 
         Raises:
-            UserError: No index there, or no such split.
+            UserError: No index there, no such split, or a folder for the cache that cannot be used.
         """
         if not uri:
             raise UserError("data.uri is empty: name a dataset written by `satfusion shard`, as data.uri=URI")
         self.storage = open_storage(uri)
         self.index = Index.load(self.storage)
-        self._cache = SceneCache(self.storage, config.cache_mib << 20)
-        self._config = config
+        self.config = config
         self.lr_size, hr_size = self._sizes()
         self.scale = hr_size / self.lr_size
         self.revisits = self.index.preparation.revisits
-        self._step = self.index.preparation.step
+        self._open_scenes()
         self._choose(split)
+
+    def _open_scenes(self) -> None:
+        config = self.config
+        disk = DiskCache(Path(config.cache_dir), int(config.cache_dir_gib * 2**30)) if config.cache_dir else None
+        sizes = (entry.size for split in SPLITS for _, entry in self.index.samples(split))
+        self.scenes = Scenes(
+            Spans(self.storage, disk),
+            max(sizes, default=0),
+            config.cache_mib << 20,
+            # A pool that trains, one that evaluates, and who asks for a chip by its number.
+            2 * config.loader_threads + 1,
+            quarantine=config.damaged == "quarantine",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "scenes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_scenes()
 
     def _sizes(self) -> tuple[int, int]:
         """Return the sides of both grids, on which nine chips must have room."""
@@ -174,12 +114,13 @@ class ChipDataset:
         self._places = self.index.samples(split)
 
     def sibling(self, split: str) -> ChipDataset:
-        """Return another split of the same dataset, sharing index and cache.
+        """Return another split of the same dataset, sharing index and scenes.
 
         Raises:
             UserError: No such split.
         """
         other = copy.copy(self)
+        other.scenes = self.scenes
         other._choose(split)
         return other
 
@@ -209,14 +150,43 @@ class ChipDataset:
             raise UserError(f"chips of {uri} do not fit: {error}") from None
 
     @property
+    def layout(self) -> Layout:
+        """What a chip is."""
+        preparation, window = self.index.preparation, chip_window(0, self.scale)
+        return Layout(
+            lr=(self.revisits, len(preparation.bands), window.size, window.size),
+            hr=(HR_BANDS, window.hr_size, window.hr_size),
+            dtype=getattr(torch, preparation.dtype),
+            step=preparation.step,
+        )
+
+    @property
     def simulation(self) -> str:
         """How revisits are made from the target, or ``off``."""
-        return self._config.simulate
+        return self.config.simulate
 
     @property
     def num_chips(self) -> int:
         """Chips of the split."""
         return len(self._places) * CHIPS_PER_SCENE
+
+    @property
+    def refetched(self) -> int:
+        """Samples that this process read once more, because they were damaged."""
+        return self.scenes.spans.refetched
+
+    @property
+    def quarantined_chips(self) -> int:
+        """Chips, of all splits, that this process met damaged and left out."""
+        return len(self.scenes.quarantined) * CHIPS_PER_SCENE
+
+    def __len__(self) -> int:
+        return self.num_chips
+
+    def __getitem__(self, chip: int) -> Batch:
+        if not -self.num_chips <= chip < self.num_chips:
+            raise IndexError(f"chip {chip} of {self.num_chips}")
+        return self.evaluation_batch(chip % self.num_chips)
 
     def chip_id(self, chip: int) -> str:
         """Return the chip's name, ``AOI/0..8``."""
@@ -226,72 +196,68 @@ class ChipDataset:
         """Return the name of the chip's AOI."""
         return self._places[chip // CHIPS_PER_SCENE][1].aoi
 
-    def variant(self, chip: int, seed: int, epoch: int) -> Variant:
-        """Return how training sees ``chip`` in ``epoch``."""
+    def variant(self, chip: int, draws: npt.NDArray[np.uint64]) -> Variant:
+        """Return how training sees ``chip``; ``draws`` are the epoch's (`pipeline.chips.training_draws`)."""
         return training_variant(
             chip,
-            seed,
-            epoch,
+            draws[chip],
             lr_size=self.lr_size,
             scale=self.scale,
             revisits=self.revisits,
-            windows=self._config.random_windows,
-            turns=self._config.rotate_flip,
+            windows=self.config.random_windows,
+            turns=self.config.rotate_flip,
         )
 
-    def evaluation_batch(self, chip: int) -> Batch:
+    def evaluation_batch(self, chip: int, device: torch.device = CPU) -> Batch:
         """Return ``chip`` as evaluation sees it: its own window, unturned, the clearest revisit for heads alone."""
-        clearest = self._scene(chip).meta["clearest"]
-        assert isinstance(clearest, int)
-        unchanged = Variant(chip_window(chip, self.scale), 0, False, clearest)
-        return collate([self._cut(chip, unchanged, *EVALUATION_DRAW)])
+        stored = StoredBatch(self.layout, 1)
+        with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
+            clearest = scene.clearest if scene else 0
+            stored.begin([chip], [Variant(chip_window(chip, self.scale), 0, False, clearest)])
+            stored.put(0, scene)
+        return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
 
     def training_chip(self, chip: int, seed: int, epoch: int) -> Batch:
         """Return ``chip`` as training sees it in ``epoch``, a batch of one."""
-        return self._cut(chip, self.variant(chip, seed, epoch), seed, epoch)
+        stored = StoredBatch(self.layout, 1)
+        self.gather([chip], [self.variant(chip, training_draws(self.num_chips, seed, epoch))], stored)
+        return to_batch(stored, CPU, self.simulation, (seed, epoch))
 
-    def _scene(self, chip: int) -> Sample:
-        return self._cache.get(*self._places[chip // CHIPS_PER_SCENE])
+    def gather(self, chips: Sequence[int], variants: Sequence[Variant], into: StoredBatch) -> None:
+        """Cut chips out of their scenes, reading those that are not held."""
+        into.begin(chips, variants)
+        for slot, chip in enumerate(chips):
+            with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
+                into.put(slot, scene)
 
-    def _cut(self, chip: int, variant: Variant, seed: int, epoch: int) -> Batch:
-        scene = self._scene(chip)
-        window: Window = variant.window
-
-        def image(stored: npt.NDArray[np.uint16], y: int, x: int, size: int) -> Tensor:
-            whole = torch.as_tensor(stored)
-            part = cut(whole, y, x, size).to(torch.float32) * self._step
-            return turn_and_flip(part, variant.quarter_turns, variant.flip)[None]
-
-        hr = image(scene.hr, window.hr_y, window.hr_x, window.hr_size)
-        if simulator := SIMULATORS.get(self._config.simulate):
-            lr = simulator(hr[0], self.revisits, (window.size, window.size), chip_generator(seed, epoch, chip))[None]
-        else:
-            lr = image(scene.lr, window.y, window.x, window.size)
-        return Batch(
-            lr=lr,
-            pan=image(scene.pan, window.hr_y, window.hr_x, window.hr_size),
-            hr=hr,
-            revisit=torch.tensor([variant.revisit]),
-            chips=(chip,),
-        )
-
-
-def collate(batches: Sequence[Batch]) -> Batch:
-    """Join batches along the first axis."""
-    return Batch(
-        lr=torch.cat([batch.lr for batch in batches]).contiguous(),
-        pan=torch.cat([batch.pan for batch in batches]).contiguous(),
-        hr=torch.cat([batch.hr for batch in batches]).contiguous(),
-        revisit=torch.cat([batch.revisit for batch in batches]),
-        chips=tuple(chip for batch in batches for chip in batch.chips),
-    )
+    def load(self, scene: int) -> None:
+        """Read a scene that will be used soon."""
+        self.scenes.load(*self._places[scene])
 
 
 class TrainLoader:
-    """Streams one rank's part of every global batch of an epoch, from any step on, prepared ahead by threads."""
+    """One rank's part of every global batch, prepared ahead by threads, from any step on.
 
-    def __init__(self, dataset: ChipDataset, plan: BatchPlan, rank: int, seed: int, config: DataConfig) -> None:
+    Iterating yields the rest of the epoch and counts the steps; ``state_dict`` and ``load_state_dict`` carry the
+    position, of which every rank has the same, over to any other world.
+    """
+
+    def __init__(
+        self,
+        dataset: ChipDataset,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        device: torch.device = CPU,
+    ) -> None:
         """Prepare to read.
+
+        Args:
+            dataset: A split; its configuration says how it is shuffled, and what is prepared ahead by how many threads.
+            plan: The global batch, and how many ranks share it.
+            rank: Which of them this is.
+            seed: Of order and augmentation.
+            device: Where batches are wanted.
 
         Raises:
             UserError: The split holds less than one global batch.
@@ -304,67 +270,176 @@ class TrainLoader:
             )
         self.dropped_chips = dataset.num_chips - self.steps_per_epoch * plan.global_batch
         self.wait_seconds = 0.0
+        """How long the last batch was waited for."""
+        self.step = 0
+        """Global batches that were taken, over all epochs."""
         self._dataset = dataset
         self._plan = plan
         self._rank = rank
         self._seed = seed
-        self._config = config
+        self._config = dataset.config
+        self._shuffle = Shuffle(dataset.config.shuffle_window, dataset.config.lanes)
+        self._device = device
+        # Copies to a GPU go beside its computing.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._order: tuple[int, Chips] | None = None
 
     def order(self, epoch: int) -> Chips:
-        """Return the chips of ``epoch`` in their order, for all ranks."""
+        """Return the global batches [steps, global_batch] of ``epoch``."""
         if self._order is None or self._order[0] != epoch:
             sizes = [len(shard.samples) for shard in self._dataset.shards]
-            digest, window = self._dataset.index.digest, self._config.shuffle_window
-            self._order = epoch, epoch_chips(sizes, digest, self._seed, epoch, window)
+            digest = self._dataset.index.digest
+            self._order = (
+                epoch,
+                epoch_batches(sizes, digest, self._seed, epoch, self._plan.global_batch, self._shuffle),
+            )
         return self._order[1]
 
     def global_batch(self, epoch: int, step_in_epoch: int) -> list[str]:
         """Return the names of the chips of a global batch, in slot order."""
-        size = self._plan.global_batch
-        slots = self.order(epoch)[step_in_epoch * size : (step_in_epoch + 1) * size]
-        return [self._dataset.chip_id(int(chip)) for chip in slots]
+        return [self._dataset.chip_id(int(chip)) for chip in self.order(epoch)[step_in_epoch]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches from ``step`` to the end of its epoch; a batch that was yielded counts as taken."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        for batch in self.batches(epoch, first):
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what the order depends on; the same on every rank."""
+        return {
+            "step": self.step,
+            "order": {
+                "index digest": self._dataset.index.digest,
+                "split": self._dataset.split,
+                "seed": self._seed,
+                "global batch": self._plan.global_batch,
+                "shuffle window": self._shuffle.window,
+                "lanes": self._shuffle.lanes,
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader stood, of any rank of any world.
+
+        Raises:
+            UserError: Its order was another; the difference is named.
+        """
+        own = self.state_dict()["order"]
+        for what, value in state["order"].items():
+            if own[what] != value:
+                raise UserError(f"the state is of another {what}: {value}, and here it is {own[what]}")
+        self.step = int(state["step"])
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batch for each step of ``epoch`` from ``first_step`` (0-based in the epoch) on.
+        """Yield this rank's batch for each step of ``epoch`` from ``first_step`` (0-based in the epoch) on."""
 
-        ``wait_seconds`` holds how long the last one was waited for.
+        def finish(stored: StoredBatch) -> Batch:
+            with torch.cuda.stream(self._stream):
+                batch = to_batch(stored, self._device, self._dataset.simulation, (self._seed, epoch))
+            if self._stream:
+                # Here, in a thread of its own, so that the memory of the stored chips may be used again.
+                self._stream.synchronize()
+            return batch
+
+        for batch in self._ahead(epoch, first_step, finish):
+            if self._stream:
+                for tensor in batch.tensors:
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+            yield batch
+
+    def stored_batches(self, epoch: int, first_step: int = 0) -> Iterator[StoredBatch]:
+        """Yield the same batches as they are stored, for those who convert by themselves.
+
+        Each is good until the next is asked for.
         """
-        order = self.order(epoch)
+        return self._ahead(epoch, first_step, lambda stored: stored)
 
-        def load(chip: int) -> Batch:
-            return self._dataset.training_chip(chip, self._seed, epoch)
+    def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
+        """Yield ``finish`` of each batch, called in threads that are ahead of whoever takes them."""
+        slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
+        draws = training_draws(self._dataset.num_chips, self._seed, epoch)
+        memory: SimpleQueue[StoredBatch] = SimpleQueue()
+        # One that is taken, and those ahead.
+        for _ in range(min(len(slots), self._config.prefetch_batches) + 1):
+            memory.put(StoredBatch(self._dataset.layout, self._plan.per_rank, pin=self._stream is not None))
+
+        def prepare(chips: list[int]) -> T:
+            stored = memory.get()
+            self._dataset.gather(chips, [self._dataset.variant(chip, draws) for chip in chips], stored)
+            done = finish(stored)
+            if done is not stored:
+                memory.put(stored)
+            return done
 
         with ThreadPoolExecutor(self._config.loader_threads, thread_name_prefix="loader") as pool:
-            ahead: deque[list[Future[Batch]]] = deque()
-            next_step = first_step
+            ahead: deque[Future[T]] = deque()
+            scenes = _ReadAhead(self._dataset, slots, pool)
+            steps = iter(slots.tolist())
             try:
-                for _ in range(first_step, self.steps_per_epoch):
-                    while next_step < self.steps_per_epoch and len(ahead) < self._config.prefetch_batches:
-                        slots = rank_slots(order, next_step, self._plan, self._rank)
-                        ahead.append([pool.submit(load, int(chip)) for chip in slots])
-                        next_step += 1
+                for step in range(len(slots)):
+                    while len(ahead) < self._config.prefetch_batches and (chips := next(steps, None)) is not None:
+                        ahead.append(pool.submit(prepare, chips))
+                    scenes.go_on(step)
                     began = time.perf_counter()
-                    batch = collate([future.result() for future in ahead.popleft()])
+                    batch = ahead.popleft().result()
                     self.wait_seconds = time.perf_counter() - began
                     yield batch
+                    if isinstance(batch, StoredBatch):
+                        memory.put(batch)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def evaluation_batches(dataset: ChipDataset, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Batch, bool]]:
-    """Yield this rank's chips of a split one by one, each with whether it counts (see `evaluation_slots`)."""
-    with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as pool:
+class _ReadAhead:
+    """Reads scenes ahead of the batches that need them, in the order in which they will be."""
+
+    def __init__(self, dataset: ChipDataset, slots: Chips, pool: ThreadPoolExecutor) -> None:
+        """Look at the batches [steps, per_rank] that come."""
+        scenes, first = np.unique(slots // CHIPS_PER_SCENE, return_index=True)
+        order = np.argsort(first)
+        self._coming = scenes[order].tolist()
+        self._needed_at = (first[order] // max(1, slots.shape[1])).tolist()
+        self._dataset, self._pool = dataset, pool
+        # What is read ahead must not push out what is in use.
+        self._reach = dataset.scenes.capacity // 2
+        self._busy = 2 * max(dataset.config.loader_threads, slots.shape[1])
+        self._prefetch = dataset.config.prefetch_batches
+        self._reading: deque[Future[None]] = deque()
+        self._used = self._next = 0
+
+    def go_on(self, step: int) -> None:
+        """Begin to read what is needed after the batches that are being prepared at ``step``."""
+        while self._used < len(self._coming) and self._needed_at[self._used] < step + self._prefetch:
+            self._used += 1
+        self._next = max(self._next, self._used)
+        while self._reading and self._reading[0].done():
+            self._reading.popleft()
+        last = min(len(self._coming), self._used + self._reach)
+        while self._next < last and len(self._reading) < self._busy:
+            self._reading.append(self._pool.submit(self._dataset.load, self._coming[self._next]))
+            self._next += 1
+
+
+def evaluation_batches(
+    dataset: ChipDataset, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+) -> Iterator[tuple[Batch, bool]]:
+    """Yield this rank's chips of a split one by one, each with whether it counts.
+
+    Over all ranks each chip counts once, unless it is quarantined (see `evaluation_slots`).
+    """
+    with ThreadPoolExecutor(dataset.config.loader_threads, thread_name_prefix="evaluation") as pool:
         slots = iter(evaluation_slots(dataset.num_chips, rank, world_size))
         ahead: deque[tuple[Future[Batch], bool]] = deque()
         try:
-            for chip, counts in slots:
-                ahead.append((pool.submit(dataset.evaluation_batch, chip), counts))
-                if len(ahead) > 2:
-                    future, ready = ahead.popleft()
-                    yield future.result(), ready
-            while ahead:
-                future, ready = ahead.popleft()
-                yield future.result(), ready
+            while True:
+                while len(ahead) <= dataset.config.loader_threads and (slot := next(slots, None)) is not None:
+                    ahead.append((pool.submit(dataset.evaluation_batch, slot[0], device), slot[1]))
+                if not ahead:
+                    return
+                future, counts = ahead.popleft()
+                batch = future.result()
+                yield batch, counts and bool(batch.weight[0])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.cpp_extension import _get_build_directory
 
 from models.satfusion import Fusion, SatFusion
+from pipeline.batches import Batch
 from pipeline.config import TrainConfig
-from pipeline.data import Batch
 from pipeline.idle import IdleParameters
 from pipeline.order import BatchPlan
 from pipeline.world import World

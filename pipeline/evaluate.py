@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from models.published import identify, load_published, read_published
 from models.registry import ModelConfig, build_model, parse_pair
+from pipeline.batches import Batch
 from pipeline.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
 from pipeline.config import DataConfig
-from pipeline.data import Batch, ChipDataset, evaluation_batches
+from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.metrics import ADJUSTED, METRICS, image_metrics
 from pipeline.order import CHIPS_PER_SCENE
 from pipeline.panels import panel
@@ -186,8 +187,11 @@ def _measure(
             folder.delete(stored.key)
     rows: list[dict[str, object]] = []
     with progress(dataset.num_chips, f"evaluating {name}", "chip") as bar:
-        for number, (batch, _) in enumerate(evaluation_batches(dataset)):
-            batch = batch.to(device)
+        for number, (batch, counts) in enumerate(evaluation_batches(dataset, device=device)):
+            bar.update()
+            if not counts:
+                logger.warning("left out of the figures: %s is quarantined", dataset.chip_id(batch.chips[0]))
+                continue
             with torch.no_grad():
                 fused = network(batch.lr, batch.pan, batch.revisit).fused.float()
             images = {"fused": fused, **baselines(batch)}
@@ -198,7 +202,6 @@ def _measure(
                 rows.append(place | {column: metrics[column].item() for column in COLUMNS})
             if number < panels:
                 _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
-            bar.update()
     result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, folder.uri)
     _write_csvs(folder, rows)
     folder.write("table.txt", result.table().encode())

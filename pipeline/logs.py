@@ -15,7 +15,16 @@ from pipeline.runfolder import RunFolder
 from pipeline.world import World
 
 LOSS_TAGS = ("train/loss", "train/mse", "train/mae", "train/ssim_loss", "train/sam_loss")
-STEP_TAGS = (*LOSS_TAGS, "train/learning_rate", "train/grad_norm", "time/samples_per_second", "time/data_wait_seconds")
+# What a rank's store and cache went through so far.
+DATA_TAGS = ("data/retries", "data/read_again", "data/quarantined_chips")
+STEP_TAGS = (
+    *LOSS_TAGS,
+    "train/learning_rate",
+    "train/grad_norm",
+    "time/samples_per_second",
+    "time/data_wait_seconds",
+    *DATA_TAGS,
+)
 VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
 
 

@@ -1,7 +1,7 @@
 """Which chips make up each global batch, and which rank takes which: pure functions on integers.
 
 A chip is ``9 * sample + window`` with samples numbered in the index's order. The sequence depends on the index digest,
-the seed, the epoch and the shuffle window alone, never on ranks, workers or restarts.
+the seed, the epoch, the global batch and the shuffle settings alone, never on ranks, workers or restarts.
 """
 
 from __future__ import annotations
@@ -70,6 +70,16 @@ def permutation(count: int, *key: int | str) -> Chips:
     return np.argsort(random_words(count, *key), kind="stable").astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Shuffle:
+    """How far a chip may be moved from its shard's neighbours. It decides the order, so a run keeps it."""
+
+    window: int = 4
+    """Shards whose chips are shuffled together, >= 1."""
+    lanes: int = 8
+    """Most stretches of an epoch that a global batch is taken from, >= 1."""
+
+
 def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, window: int) -> Chips:
     """Return the order of all chips of one epoch.
 
@@ -96,23 +106,41 @@ def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch:
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
+def epoch_batches(
+    samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, global_batch: int, shuffle: Shuffle
+) -> Chips:
+    """Return the global batches of one epoch, the same whatever ranks, workers and restarts there are.
+
+    The epoch's chips (`epoch_chips`) are cut into lanes, each a contiguous stretch: their number is the largest divisor
+    of the global batch that is not above ``shuffle.lanes``. Batch k takes the k-th slice of every lane, lane after
+    lane. So the consecutive slots of a rank lie in few lanes, and ranks read other shards but at the lanes' edges;
+    and a batch holds chips of far more shards than one window has.
+
+    Returns:
+        [steps, global_batch] chip numbers, none twice; the tail that fills no batch is left out.
+    """
+    chips = epoch_chips(samples_per_shard, digest, seed, epoch, shuffle.window)
+    steps = steps_per_epoch(len(chips), global_batch)
+    lanes = max(count for count in range(1, min(shuffle.lanes, global_batch) + 1) if global_batch % count == 0)
+    stretches = chips[: steps * global_batch].reshape(lanes, steps, global_batch // lanes)
+    return np.ascontiguousarray(stretches.transpose(1, 0, 2)).reshape(steps, global_batch)
+
+
 def steps_per_epoch(num_chips: int, global_batch: int) -> int:
     """Return the whole global batches in an epoch; the tail of ``num_chips % global_batch`` chips is dropped."""
     return num_chips // global_batch
 
 
-def rank_slots(chips: Chips, step_in_epoch: int, plan: BatchPlan, rank: int) -> Chips:
-    """Return the consecutive slots that ``rank`` takes of the global batch ``step_in_epoch`` (from 0)."""
-    first = step_in_epoch * plan.global_batch + rank * plan.per_rank
-    return chips[first : first + plan.per_rank]
+def rank_slots(batches: Chips, plan: BatchPlan, rank: int) -> Chips:
+    """Return the consecutive slots [..., per_rank] that ``rank`` takes of global batches [..., global_batch]."""
+    return batches[..., rank * plan.per_rank : (rank + 1) * plan.per_rank]
 
 
 def evaluation_slots(num_chips: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """Return the chips ``rank`` evaluates as (chip, counts), dealt round robin.
+    """Return the chips ``rank`` evaluates as (chip, counts): a stretch of the split, so that few ranks read one scene.
 
     Every rank gets the same number, because ZeRO 3 gathers weights in each forward pass; a filler repeats chip 0
     and does not count.
     """
-    rounds = -(-num_chips // world_size)
-    dealt = (turn * world_size + rank for turn in range(rounds))
-    return [(chip, True) if chip < num_chips else (0, False) for chip in dealt]
+    each = -(-num_chips // world_size)
+    return [(chip, True) if chip < num_chips else (0, False) for chip in range(rank * each, (rank + 1) * each)]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.data import Batch
+from pipeline.batches import Batch
 from sharding.picture import robust_high, sheet, to_rgb8
 
 ERROR_FULL_SCALE = 0.1

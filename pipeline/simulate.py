@@ -2,7 +2,8 @@
 
 ``sensor`` is what the published training, validation and test use; ``shifts`` is the older recipe. Moving, blurring,
 pooling and resizing are linear and act on rows and columns apart, so that all of them together are one small matrix an
-axis. Both work on one chip at a time and draw from a generator of that chip's own.
+axis. Both work on one chip at a time, where it lies, and draw from a generator of that chip's own, always on the CPU: a
+GPU simulates what a CPU does, but for rounding.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def sensor_revisits(target: Tensor, revisits: int, size: tuple[int, int], genera
         for length, shift, pixels in zip(target.shape[-2:], (shift_y, shift_x), size, strict=True)
     )
     seen = _apply(rows, columns, target)
-    shot, read = (torch.randn(seen.shape, generator=generator) for _ in range(2))
+    shot, read = (torch.randn(seen.shape, generator=generator).to(seen.device) for _ in range(2))
     seen = seen + shot * (FULL_SCALE * seen).clamp(min=0).sqrt() / FULL_SCALE
     return (seen + READ_NOISE * read).clamp(0, 1)
 
@@ -111,8 +112,9 @@ def shifted_revisits(target: Tensor, revisits: int, size: tuple[int, int], gener
     )
     # In float64, where the order of the sum, which depends on threads, is lost in the rounding.
     contrast = moved.double().std(dim=(1, 2, 3), keepdim=True).float()
-    noisy = (moved + RELATIVE_NOISE * contrast * torch.randn(moved.shape, generator=generator)).clamp(0, 1)
-    brightness = _uniform(revisits, *BRIGHTNESS, generator).float()
+    noise = torch.randn(moved.shape, generator=generator).to(moved.device)
+    noisy = (moved + RELATIVE_NOISE * contrast * noise).clamp(0, 1)
+    brightness = _uniform(revisits, *BRIGHTNESS, generator).float().to(moved.device)
     return (noisy * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -155,4 +157,5 @@ def _apply(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
 
     In float64, so that neither threads nor the machine's matrix product show in the result.
     """
-    return (rows.mT.unsqueeze(1) @ target.double() @ columns.unsqueeze(1)).float()
+    left, right = rows.mT.unsqueeze(1).to(target.device), columns.unsqueeze(1).to(target.device)
+    return (left @ target.double() @ right).float()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.registry import build_model
 from models.satfusion import Fusion
+from pipeline.batches import Batch
 from pipeline.checkpoint import (
     Checkpoint,
     Position,
@@ -27,7 +28,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
 )
 from pipeline.config import RunConfig
-from pipeline.data import Batch, ChipDataset, TrainLoader, evaluation_batches
+from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.engine import Engine
 from pipeline.logs import LOSS_TAGS, STEP_TAGS, VAL_TAGS, RunLogs
 from pipeline.losses import fusion_loss
@@ -39,6 +40,7 @@ from pipeline.schedule import learning_rate
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
+from sharding.retries import RETRIES
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +110,8 @@ class Trainer:
         self.run = run
         self.train_set = train
         self.val_set = val
-        self.loader = TrainLoader(train, plan, world.rank, config.train.seed, config.data)
-        self.step = checkpoint.state.step if checkpoint else 0
+        self.loader = TrainLoader(train, plan, world.rank, config.train.seed, world.device)
+        self.loader.step = checkpoint.state.step if checkpoint else 0
         self.first_step = self.step + 1
         # Of the weights that are kept, which a killed process may have found after its last full checkpoint.
         self.best_loss = best_loss(run.storage, checkpoint) if checkpoint else None
@@ -120,6 +122,11 @@ class Trainer:
         network = build_model(config.model).to(world.device)
         self.engine = Engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
         self._seed_generators(checkpoint)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, or being taken: the global batches that the loader gave."""
+        return self.loader.step
 
     def fit(self, report: Report) -> TrainResult:
         """Train to the last step, validating after each epoch and at the end."""
@@ -138,8 +145,7 @@ class Trainer:
 
     def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
         """Train the rest of ``epoch``, then validate."""
-        first = self.step % self.loader.steps_per_epoch
-        for batch in self.loader.batches(epoch, first):
+        for batch in self.loader:
             values = self.train_step(batch, epoch)
             last_of_epoch = self.step % self.loader.steps_per_epoch == 0
             metrics: dict[str, float] = {}
@@ -164,23 +170,43 @@ class Trainer:
             NonFiniteLossError: On every rank, if any rank's loss or the gradient is no number.
         """
         began = time.perf_counter()
-        rate = learning_rate(self.step + 1, self.loader.steps_per_epoch, self.total_steps, self.config.train)
-        self.engine.begin_step(self.step)
+        rate = learning_rate(self.step, self.loader.steps_per_epoch, self.total_steps, self.config.train)
+        self.engine.begin_step(self.step - 1)
+        counted = self._counted(batch)
         sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
-        for micro in batch.to(self.world.device).split(self.plan.micro_batch):
+        for micro in batch.split(self.plan.micro_batch):
             parts = fusion_loss(self.engine.forward(micro), micro.hr, self.config.loss)
-            sums += torch.stack([part.detach().double().sum() for part in parts[: len(LOSS_TAGS)]])
-            self.engine.backward(parts.total.mean())
+            sums += torch.stack([(part.detach() * micro.weight).double().sum() for part in parts[: len(LOSS_TAGS)]])
+            self.engine.backward(self._mean(parts.total, micro.weight, counted))
             self.engine.step(rate)
-        self.step += 1
-        values = (sums / len(batch.chips)).tolist()
+        # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
+        values = (sums * self.world.size / counted).tolist()
         seconds = time.perf_counter() - began + self.loader.wait_seconds
         speed = self.plan.global_batch / seconds
-        by_rank = self.world.gather([*values, rate, self.engine.grad_norm, speed, self.loader.wait_seconds])
+        data = self.loader.wait_seconds, RETRIES.total, self.train_set.refetched, self.train_set.quarantined_chips
+        by_rank = self.world.gather([*values, rate, self.engine.grad_norm, speed, *data])
         # Looked at after the update, so that a step takes one collective and not two.
         if not by_rank.isfinite().all():
             raise self._not_finite(by_rank, epoch)
         return by_rank
+
+    def _counted(self, batch: Batch) -> float:
+        """Return how many chips of the global batch count: all, unless samples may be quarantined."""
+        if self.config.data.damaged == "stop":
+            return self.plan.global_batch
+        counted = self.world.gather([batch.weight.sum().item()]).sum().item()
+        if counted == 0:
+            raise UserError(
+                f"every chip of global batch {self.step} is quarantined: mend the dataset with `satfusion shard`, which"
+                " makes again what is damaged"
+            )
+        return counted
+
+    def _mean(self, losses: Tensor, weight: Tensor, counted: float) -> Tensor:
+        """Return what the engine, which averages over micro-batches and ranks, turns into the mean over what counts."""
+        if counted == self.plan.global_batch:
+            return losses.mean()
+        return (losses * weight).sum() * (self.plan.grad_accum * self.world.size / counted)
 
     def _not_finite(self, by_rank: Tensor, epoch: int) -> NonFiniteLossError:
         loss = by_rank[:, STEP_TAGS.index("train/loss")]
@@ -202,13 +228,12 @@ class Trainer:
         """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""
         rows: dict[int, list[float]] = {}
         panels: dict[int, Image] = {}
-        for batch, counts in evaluation_batches(self.val_set, self.world.rank, self.world.size):
-            there = batch.to(self.world.device)
-            images = self.engine.predict(there)
+        for batch, counts in evaluation_batches(self.val_set, self.world.rank, self.world.size, self.world.device):
+            images = self.engine.predict(batch)
             if not counts:
                 continue
             chip = batch.chips[0]
-            rows[chip] = evaluation_row(images, there, self.config)
+            rows[chip] = evaluation_row(images, batch, self.config)
             if chip < self.config.output.panels:
                 panels[chip] = panel(batch, images.fused, self.val_set.chip_id(chip))
         for drawn in self.world.gather_objects(panels):
@@ -366,6 +391,7 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
             "train.seed": config.train.seed,
             "train.global_batch": config.train.global_batch,
             "data.shuffle_window": config.data.shuffle_window,
+            "data.lanes": config.data.lanes,
             "data.simulate": config.data.simulate,
             "index of the dataset": digest[:12],
         }

@@ -42,6 +42,12 @@ class S3Storage:
         with self._explained(key):
             return read_whole(self._bucket, self._key(key), self._where(key), offset, offset + length)
 
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """GET a range, and copy it."""
+        data = self.read_range(key, offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def stream(self, key: str) -> Iterator[bytes]:
         """GET the object, and go on with ranges where its body breaks off."""
         with self._explained(key):

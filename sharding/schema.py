@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, TypedDict, cast
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, TypedDict, cast
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -294,15 +295,11 @@ def aoi_of(key: str) -> str:
     return unquote(key)
 
 
-def decode_sample(entry: SampleEntry, span: bytes) -> Sample:
-    """Read a sample from the bytes of its span, after checking them.
-
-    Args:
-        entry: the sample's line of the index.
-        span: ``entry.size`` bytes of the shard from ``entry.offset``.
+def check_span(entry: SampleEntry, span: bytes | memoryview) -> None:
+    """Compare a sample's bytes with its line of the index.
 
     Raises:
-        DamagedError: when the size or the CRC-32 is not the index's.
+        DamagedError: when their number or their CRC-32 is another.
     """
     if len(span) != entry.size:
         raise DamagedError(
@@ -314,9 +311,48 @@ def decode_sample(entry: SampleEntry, span: bytes) -> Sample:
             f"sample {entry.key!r} (AOI {entry.aoi!r}) fails its CRC-32: the shard is damaged or was "
             "replaced, so copy or shard the dataset again"
         )
-    payloads = {suffix: span[offset : offset + size] for suffix, (offset, size) in entry.members.items()}
-    images = {name: np.load(io.BytesIO(payloads[f"{name}.npy"]), allow_pickle=False) for name in IMAGES}
-    return Sample(entry.key, entry.aoi, **images, meta=json.loads(payloads[JSON_SUFFIX]))
+
+
+def images_of(entry: SampleEntry, span: bytes | memoryview) -> dict[str, NDArray[Any]]:
+    """Return the images in a sample's bytes, views of them, by the names in ``IMAGES``."""
+    images = {}
+    for name in IMAGES:
+        offset, length = entry.members[f"{name}.npy"]
+        start = offset + _NPY_PREAMBLE.size + _NPY_PREAMBLE.unpack_from(span, offset)[-1]
+        dtype, shape = _npy_header(bytes(span[offset:start]))
+        count = (offset + length - start) // dtype.itemsize
+        images[name] = np.frombuffer(span, dtype, count, start).reshape(shape)
+    return images
+
+
+_NPY_PREAMBLE = struct.Struct("<6sBBH")
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Parse what stands before an array's memory in a .npy file of version 1.0, the same for most samples."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise DamagedError("a .npy member is not of version 1.0: shard the dataset again")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise DamagedError("a .npy member holds pickled objects, which are never loaded: shard the dataset again")
+    return dtype, shape
+
+
+def decode_sample(entry: SampleEntry, span: bytes) -> Sample:
+    """Read a sample from the bytes of its span, after checking them.
+
+    Args:
+        entry: the sample's line of the index.
+        span: ``entry.size`` bytes of the shard from ``entry.offset``.
+
+    Raises:
+        DamagedError: when the size or the CRC-32 is not the index's.
+    """
+    check_span(entry, span)
+    offset, length = entry.members[JSON_SUFFIX]
+    return Sample(entry.key, entry.aoi, **images_of(entry, span), meta=json.loads(span[offset : offset + length]))
 
 
 def read_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Sample:

@@ -77,6 +77,10 @@ class Storage(Protocol):
         """Return ``length`` bytes from ``offset``, fewer where the object ends before."""
         ...
 
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; return how many bytes came, fewer where the object ends before."""
+        ...
+
     def stream(self, key: str) -> Iterator[bytes]:
         """Yield an object whole, from its first byte to its last, in pieces of up to 64 KiB.
 
@@ -183,6 +187,15 @@ class LocalStorage:
         with self._explained(key), self._path(key).open("rb") as file:
             file.seek(offset)
             return file.read(length)
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Read straight into ``buffer``."""
+        with self._explained(key), self._path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            count = 0
+            while count < len(buffer) and (more := file.readinto(buffer[count:])):
+                count += more
+            return count
 
     def stream(self, key: str) -> Iterator[bytes]:
         """Read the file piece by piece; one that is replaced meanwhile stays readable."""

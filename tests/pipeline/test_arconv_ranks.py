@@ -16,8 +16,8 @@ from models.heads import arconv
 from models.ranks import RankBatchNorm2d, mean_over_ranks
 from models.registry import ModelConfig, build_model
 from models.satfusion import SatFusion
+from pipeline.batches import Batch
 from pipeline.config import TrainConfig
-from pipeline.data import Batch
 from pipeline.engine import Engine, TrainState
 from pipeline.order import BatchPlan
 from pipeline.world import World
@@ -56,7 +56,9 @@ def random_batch(step: int) -> Batch:
     def image(*shape: int) -> Tensor:
         return torch.rand(2, *shape, generator=generator)
 
-    return Batch(image(1, 3, 4, 4), image(1, 12, 12), image(3, 12, 12), torch.zeros(2, dtype=torch.long), (0, 1))
+    return Batch(
+        image(1, 3, 4, 4), image(1, 12, 12), image(3, 12, 12), torch.zeros(2, dtype=torch.long), torch.ones(2), (0, 1)
+    )
 
 
 class Run:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.cpp_extension import _get_build_directory
 
 from models.registry import ModelConfig, build_model
+from pipeline.batches import Batch
 from pipeline.config import TrainConfig
-from pipeline.data import Batch
 from pipeline.engine import Engine, TrainState, import_deepspeed
 from pipeline.losses import LossConfig, fusion_loss
 from pipeline.order import BatchPlan
@@ -39,7 +39,7 @@ def random_batch(step: int, size: int = 4) -> Batch:
         return torch.rand(size, *shape, generator=generator)
 
     lr, pan, hr = image(8, 3, 16, 16), image(1, 50, 50), image(3, 50, 50)
-    return Batch(lr, pan, hr, torch.zeros(size, dtype=torch.long), tuple(range(size)))
+    return Batch(lr, pan, hr, torch.zeros(size, dtype=torch.long), torch.ones(size), tuple(range(size)))
 
 
 @pytest.mark.parametrize("pair", ["SRCNN+PNN", pytest.param("HighResNet+PANNet", marks=pytest.mark.slow)])
@@ -50,7 +50,7 @@ def test_ten_published_steps_through_deepspeed(pair: str, world: World) -> None:
     losses = []
     for step in range(cases.TRAINING_STEPS):
         lr, pan, hr = cases.training_batch(step)
-        batch = Batch(lr, pan, hr, torch.zeros(2, dtype=torch.long), (0, 1))
+        batch = Batch(lr, pan, hr, torch.zeros(2, dtype=torch.long), torch.ones(2), (0, 1))
         losses.append(take_step(engine, batch, 1, cases.LEARNING_RATE, cases.TRAINING_LOSS))
     assert losses == pytest.approx(golden.tolist(), abs=1e-4, rel=0)
 

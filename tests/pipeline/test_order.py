@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.order import (
     BatchPlan,
+    Shuffle,
+    epoch_batches,
     epoch_chips,
     evaluation_slots,
     permutation,
@@ -26,17 +28,45 @@ def test_every_chip_once_an_epoch(layout: list[int], seed: int, epoch: int, wind
     assert sorted(chips.tolist()) == list(range(9 * sum(layout)))
 
 
-@given(layouts, st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 12]))
-def test_ranks_join_to_the_same_global_batches(layout: list[int], world: int, micro: int) -> None:
-    if 12 % (world * micro):
-        micro = 1
-    plan = BatchPlan.create(12, micro, world)
-    alone = BatchPlan.create(12, 12, 1)
-    chips = epoch_chips(layout, "digest", 1, 0, 3)
-    for step in range(steps_per_epoch(len(chips), 12)):
-        joined = np.concatenate([rank_slots(chips, step, plan, rank) for rank in range(world)])
-        assert joined.tolist() == rank_slots(chips, step, alone, 0).tolist()
+shuffles = st.builds(Shuffle, window=st.integers(1, 5), lanes=st.integers(1, 16))
+
+
+@given(layouts, shuffles, st.integers(1, 16), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.data())
+def test_ranks_join_to_the_same_global_batches(
+    layout: list[int], shuffle: Shuffle, world: int, micro: int, accumulation: int, epoch: int, data: st.DataObject
+) -> None:
+    """In any world, from any step on, ranks take equal steps, and together the chips that one rank alone takes."""
+    plan = BatchPlan.create(world * micro * accumulation, micro, world)
     assert plan.micro_batch * plan.grad_accum * plan.world_size == plan.global_batch
+    batches = epoch_batches(layout, "digest", 1, epoch, plan.global_batch, shuffle)
+    steps = steps_per_epoch(9 * sum(layout), plan.global_batch)
+    assert batches.shape == (steps, plan.global_batch)
+    first = data.draw(st.integers(0, steps))
+    joined = np.concatenate([rank_slots(batches, plan, rank)[first:] for rank in range(world)], axis=1)
+    assert joined.tolist() == batches[first:].tolist()
+    other = data.draw(st.sampled_from([n for n in range(1, 17) if plan.global_batch % n == 0]))
+    elsewhere = BatchPlan.create(plan.global_batch, 0, other)
+    again = epoch_batches(layout, "digest", 1, epoch, elsewhere.global_batch, shuffle)
+    rest = np.concatenate([rank_slots(again, elsewhere, rank)[first:] for rank in range(other)], axis=1)
+    assert rest.tolist() == joined.tolist()
+
+
+@given(layouts, shuffles, st.integers(1, 40), st.integers(0, 2**31))
+def test_a_chip_comes_once_and_the_tail_is_less_than_a_batch(
+    layout: list[int], shuffle: Shuffle, batch: int, seed: int
+) -> None:
+    chips = epoch_batches(layout, "digest", seed, 0, batch, shuffle).ravel().tolist()
+    assert len(set(chips)) == len(chips) > 9 * sum(layout) - batch
+    assert set(chips) <= set(range(9 * sum(layout)))
+
+
+def test_ranks_read_few_shards_of_each_other() -> None:
+    layout = [19] * 200
+    batches = epoch_batches(layout, "digest", 1, 0, 32, Shuffle(window=4, lanes=8))
+    for world, most in ((1, 200), (2, 204), (4, 212), (8, 228)):
+        plan = BatchPlan.create(32, 4, world)
+        read = [np.unique(rank_slots(batches, plan, rank) // 9 // 19) for rank in range(world)]
+        assert 200 <= sum(map(len, read)) <= most
 
 
 @given(st.integers(1, 60), st.integers(1, 16))
@@ -56,6 +86,8 @@ def test_what_the_order_depends_on() -> None:
 def test_the_shuffle_is_pinned() -> None:
     # A change here would send every running job's resumption astray.
     assert permutation(8, "digest", 1, 0, "shards").tolist() == [6, 7, 4, 3, 2, 1, 0, 5]
+    first = epoch_batches([2, 1, 2], "digest", 1, 0, 8, Shuffle(2, 4))[0]
+    assert first.tolist() == [34, 28, 22, 42, 38, 19, 8, 2]
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 3, 1), (8, 0, 3), (8, 4, 4), (2, 0, 4)])

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.batches import collate
 from pipeline.config import DataConfig, RunConfig, load_config
-from pipeline.data import ChipDataset, TrainLoader, collate, evaluation_batches
+from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.order import BatchPlan
 from pipeline.simulate import SIMULATORS, chip_generator, sensor_revisits, shifted_revisits
 from pipeline.train import run_training
@@ -183,12 +184,9 @@ def test_the_revisits_of_a_chip_are_made_from_the_chip_as_it_was_turned(mode: st
 
 
 def test_batches_do_not_depend_on_ranks_threads_or_where_an_epoch_is_entered(dataset_uri: str) -> None:
-    config = DataConfig(simulate="sensor", loader_threads=1)
-    dataset = ChipDataset(dataset_uri, "train", config)
-
     def batches(plan: BatchPlan, rank: int, threads: int, first: int = 0) -> list[Tensor]:
-        loader = TrainLoader(dataset, plan, rank, 5, DataConfig(simulate="sensor", loader_threads=threads))
-        return [batch.lr for batch in loader.batches(1, first)]
+        dataset = ChipDataset(dataset_uri, "train", DataConfig(simulate="sensor", loader_threads=threads))
+        return [batch.lr for batch in TrainLoader(dataset, plan, rank, 5).batches(1, first)]
 
     alone = batches(BatchPlan.create(8, 8, 1), 0, 1)
     parts = [batches(BatchPlan.create(8, 4, 2), rank, 3) for rank in (0, 1)]

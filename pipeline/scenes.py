@@ -1,0 +1,170 @@
+"""The scenes of a dataset in memory: each is read once, and held while there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.spans import Spans
+from sharding.schema import JSON_SUFFIX, DamagedError, SampleEntry, ShardEntry, images_of
+
+logger = logging.getLogger(__name__)
+
+Stored = npt.NDArray[Any]
+Memory = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene as it is stored; the arrays are views that are good while it is in use."""
+
+    lr: Stored
+    """[R, C, h, w] revisits."""
+    hr: Stored
+    """[3, H, W] target."""
+    pan: Stored
+    """[1, H, W] panchromatic image."""
+    text: memoryview
+    """The sample's JSON."""
+
+    @property
+    def clearest(self) -> int:
+        """The clearest revisit, 0-based."""
+        return cast(int, json.loads(bytes(self.text))["clearest"])
+
+
+@dataclass
+class _Slot:
+    """A scene that is held, or being read."""
+
+    memory: Memory | None = None
+    users: int = 0
+    """Threads that need it; only without any may its memory be given to another scene."""
+    ready: threading.Event = field(default_factory=threading.Event)
+    scene: Scene | None = None
+    error: BaseException | None = None
+
+
+class Scenes:
+    """Scenes by their place in a dataset, in memory that is taken once and used again. Safe in threads.
+
+    Threads that want the same scene share one read. What is damaged in the store stops whoever asks for it, or is
+    quarantined: remembered, told once, and given as None from then on.
+    """
+
+    def __init__(self, spans: Spans, largest: int, limit_bytes: int, threads: int, *, quarantine: bool) -> None:
+        """Hold nothing yet.
+
+        Args:
+            spans: Reads samples.
+            largest: Bytes of the largest sample.
+            limit_bytes: Bound of the memory; it has room for what ``threads`` work on all the same.
+            threads: Most threads that use scenes at once.
+            quarantine: Whether damage leaves a scene out, and is no error.
+        """
+        self.spans = spans
+        self._largest = largest
+        # Each thread may use one scene and read another.
+        self.capacity = max(limit_bytes // max(1, largest), 2 * threads)
+        """Scenes that can be held."""
+        self._quarantine = quarantine
+        self._changed = threading.Condition()
+        self._held: OrderedDict[str, _Slot] = OrderedDict()
+        self._free: list[Memory] = []
+        self._taken = 0
+        self._failed: dict[str, BaseException] = {}
+        self.quarantined: dict[str, str] = {}
+        """By key of a sample that is damaged in the store, what is wrong with it."""
+
+    def load(self, shard: ShardEntry, entry: SampleEntry) -> None:
+        """Read a scene that will be used soon; whoever uses it is told if that fails."""
+        try:
+            with self.use(shard, entry):
+                pass
+        except Exception as error:
+            self._failed[entry.key] = error
+
+    @contextlib.contextmanager
+    def use(self, shard: ShardEntry, entry: SampleEntry) -> Iterator[Scene | None]:
+        """Give a scene, read if it is not held; None if it is quarantined.
+
+        Raises:
+            UserError: The store does not answer, or the scene is damaged and not to be quarantined.
+        """
+        if entry.key in self.quarantined:
+            yield None
+            return
+        slot = self._enter(shard, entry)
+        try:
+            if slot.error is not None:
+                raise slot.error
+            yield slot.scene
+        finally:
+            self._leave(slot)
+
+    def _enter(self, shard: ShardEntry, entry: SampleEntry) -> _Slot:
+        with self._changed:
+            if error := self._failed.pop(entry.key, None):
+                raise error
+            slot = self._held.get(entry.key)
+            if slot is not None:
+                slot.users += 1
+                self._held.move_to_end(entry.key)
+            else:
+                mine = self._held[entry.key] = _Slot(users=1)
+                mine.memory = self._memory()
+        if slot is None:
+            self._read(mine, shard, entry)
+            return mine
+        slot.ready.wait()
+        return slot
+
+    def _leave(self, slot: _Slot) -> None:
+        with self._changed:
+            slot.users -= 1
+            if slot.users == 0:
+                if slot.scene is None and slot.memory is not None:
+                    self._free.append(slot.memory)
+                self._changed.notify()
+
+    def _memory(self) -> Memory:
+        """Return memory that is free, new, or of the scene that was not used for the longest time."""
+        while True:
+            if self._free:
+                return self._free.pop()
+            if self._taken < self.capacity:
+                self._taken += 1
+                return np.empty(self._largest, np.uint8)
+            for key, slot in self._held.items():
+                if slot.users == 0 and slot.memory is not None:
+                    del self._held[key]
+                    return slot.memory
+            self._changed.wait()
+
+    def _read(self, slot: _Slot, shard: ShardEntry, entry: SampleEntry) -> None:
+        assert slot.memory is not None
+        try:
+            span = memoryview(slot.memory)[: entry.size]  # type: ignore[arg-type]
+            self.spans.read(shard, entry, span)
+            images = images_of(entry, span)
+            offset, length = entry.members[JSON_SUFFIX]
+            slot.scene = Scene(images["lr"], images["hr"], images["pan"], span[offset : offset + length])
+        except BaseException as error:
+            with self._changed:
+                del self._held[entry.key]
+                if self._quarantine and isinstance(error, DamagedError):
+                    self.quarantined[entry.key] = str(error)
+                    logger.warning("quarantined, its chips count nothing: %s", error)
+                else:
+                    slot.error = error
+        finally:
+            slot.ready.set()

@@ -1,0 +1,70 @@
+"""Samples' bytes, checked: from the node's disk cache, or else from the store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from pipeline.diskcache import DiskCache
+from sharding.schema import DamagedError, SampleEntry, ShardEntry, check_span
+from sharding.storage import CorruptedError, NotFoundError, Storage
+
+logger = logging.getLogger(__name__)
+
+
+class Spans:
+    """Reads the spans of a dataset's samples. Every read is compared with the index's CRC-32. Safe in threads."""
+
+    def __init__(self, storage: Storage, disk: DiskCache | None) -> None:
+        """Read from ``disk`` what it holds, all else from ``storage``, and then keep it in ``disk``."""
+        self._storage = storage
+        self._disk = disk
+        self._lock = threading.Lock()
+        self.refetched = 0
+        """Spans that were read once more, because the disk cache's or the store's bytes were damaged."""
+
+    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
+        """Fill ``span``, which is as long as the sample, with its bytes.
+
+        Raises:
+            DamagedError: They are damaged in the store, read twice, or gone; it names shard, sample and AOI.
+            StorageUnavailableError: The store does not answer.
+        """
+        if self._disk is None:
+            self._fetch(shard, entry, span)
+            return
+        name = f"{shard.sha256[:32]}-{entry.offset}"
+        if self._cached(self._disk, name, entry, span):
+            return
+        with self._disk.lock(name):
+            # Another rank of the node may have fetched it meanwhile.
+            if not self._cached(self._disk, name, entry, span):
+                self._fetch(shard, entry, span)
+                self._disk.put(name, span)
+
+    def _cached(self, disk: DiskCache, name: str, entry: SampleEntry, span: memoryview) -> bool:
+        if not disk.get(name, span):
+            return False
+        try:
+            check_span(entry, span)
+        except DamagedError as error:
+            disk.drop(name)
+            self._note(f"the disk cache's copy of {error}")
+            return False
+        return True
+
+    def _fetch(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
+        for again in (False, True):
+            try:
+                check_span(entry, span[: self._storage.read_into(shard.name, entry.offset, span)])
+                return
+            except (DamagedError, CorruptedError, NotFoundError) as error:
+                named = DamagedError(f"{self._storage.uri}/{shard.name}: {error}")
+                if again or isinstance(error, NotFoundError):
+                    raise named from error
+                self._note(str(named))
+
+    def _note(self, why: str) -> None:
+        with self._lock:
+            self.refetched += 1
+        logger.info("read again: %s", why)
