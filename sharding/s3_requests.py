@@ -24,7 +24,7 @@ READ_TIMEOUT_S = 20.0
 POOL_SIZE = 32
 
 _answered: set[str] = set()
-"""Endpoints that answered this process, be it with an error."""
+"""Endpoints that answered this process, be it with an error, and were not waited for in vain since."""
 
 
 class Bucket:
@@ -73,8 +73,13 @@ class Bucket:
         reason = passing_reason(error)
         if reason is None:
             raise error
-        known = self._client is not None and self._client.meta.endpoint_url in _answered
-        attempts.pause(error, reason, retries.KNOWN_S if known else retries.FIRST_CONTACT_S)
+        endpoint = self._connect().meta.endpoint_url
+        try:
+            attempts.pause(error, reason, retries.KNOWN_S if endpoint in _answered else retries.FIRST_CONTACT_S)
+        except Exception:
+            # What is left to send after a failure, and other threads, must not wait as long again one after another.
+            _answered.discard(endpoint)
+            raise
 
     def _connect(self) -> BaseClient:
         """Return this process's client: sockets must not be shared with a forked child."""

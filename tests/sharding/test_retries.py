@@ -9,8 +9,10 @@ import pytest
 from sharding import retries, s3_requests
 from sharding.errors import UserError
 from sharding.retries import Attempts, RetryCounter
-from sharding.storage import open_storage
+from sharding.storage import StorageUnavailableError, open_storage
 from sharding.storage_options import MIB, StorageOptions, add_storage_arguments, storage_options
+from tests.conftest import S3
+from tests.faults import FaultProxy, Faults
 
 
 class Clock:
@@ -78,6 +80,23 @@ def test_others_end_a_pause() -> None:
 def test_a_dead_endpoint_is_reported_within_twenty_seconds() -> None:
     assert retries.FIRST_CONTACT_S + s3_requests.CONNECT_TIMEOUT_S <= 20
     assert retries.LEAST_ATTEMPTS * s3_requests.CONNECT_TIMEOUT_S <= 20
+
+
+def test_a_store_that_was_waited_for_in_vain_is_not_waited_for_as_long_again(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage = open_storage(s3.prefix())
+        storage.write("x", b"1")
+        proxy.faults = Faults(reset=1.0)
+        monkeypatch.setattr(retries, "FIRST_CONTACT_S", 0.0)
+        for patience_s in (0.5, 5.0):
+            monkeypatch.setattr(retries, "KNOWN_S", patience_s)
+            proxy.requests.clear()
+            with pytest.raises(StorageUnavailableError, match="does not answer"):
+                storage.read("x")
+        assert proxy.done("reset") == retries.LEAST_ATTEMPTS
 
 
 def test_retries_are_counted_by_reason() -> None:

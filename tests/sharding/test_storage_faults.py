@@ -297,7 +297,8 @@ def test_neither_endpoint_nor_keys_are_logged_or_shown(
     told = []
     storage = open_storage(s3.prefix(), SMALL_PARTS)
     storage.write("x", DATA)
-    monkeypatch.setattr(retries, "KNOWN_S", 0.3)
+    for patience in ("KNOWN_S", "FIRST_CONTACT_S"):
+        monkeypatch.setattr(retries, patience, 0.3)
     for kind in ("busy", "reset", "lose", "cut", "stall"):
         proxy.faults = Faults(**{kind: 1.0}, at=0)  # type: ignore[arg-type]
         with pytest.raises(StorageUnavailableError) as caught:
