@@ -356,6 +356,15 @@ class TrainLoader:
         """
         return self._ahead(epoch, first_step, lambda stored: stored)
 
+    def epoch_batches(self, epoch: int, first_step: int = 0) -> Dataset[Batch]:
+        """Return the batches of ``batches`` as a map-style dataset, for torch's own loader and its processes.
+
+        ``DataLoader(loader.epoch_batches(0), batch_size=None, num_workers=4)`` yields them in their order. Each worker
+        process reads and holds scenes by itself, up to ``data.cache_mib``.
+        """
+        slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
+        return _EpochBatches(self._dataset, slots, self._seed, epoch)
+
     def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
         """Yield ``finish`` of each batch, called in threads that are ahead of whoever takes them."""
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
@@ -390,6 +399,23 @@ class TrainLoader:
                         memory.put(batch)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _EpochBatches(Dataset[Batch]):
+    """Batches by their number."""
+
+    def __init__(self, dataset: ChipDataset, slots: Chips, seed: int, epoch: int) -> None:
+        self._dataset, self._slots, self._draw = dataset, slots, (seed, epoch)
+        self._draws = training_draws(dataset.num_chips, seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, step: int) -> Batch:
+        chips = self._slots[step].tolist()
+        stored = StoredBatch(self._dataset.layout, len(chips))
+        self._dataset.gather(chips, [self._dataset.variant(chip, self._draws) for chip in chips], stored)
+        return to_batch(stored, CPU, self._dataset.simulation, self._draw)
 
 
 class _ReadAhead:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from models.registry import ModelConfig
 from pipeline.batches import collate
@@ -148,6 +150,46 @@ def test_two_ranks_get_the_parts_of_one_ranks_batches(dataset_uri: str) -> None:
         assert torch.equal(joined.lr, whole.lr)
         assert torch.equal(joined.hr, whole.hr)
         assert torch.equal(joined.pan, whole.pan)
+
+
+def test_torchs_loader_with_processes_gives_the_same_batches(dataset_uri: str) -> None:
+    dataset = ChipDataset(dataset_uri, "train", DataConfig(random_windows=True))
+    ours = loader(dataset, BatchPlan.create(8, 4, 2), rank=1)
+    epoch = ours.epoch_batches(1, first_step=1)
+    theirs = DataLoader(epoch, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    for mine, batch in zip(ours.batches(1, first_step=1), theirs, strict=True):
+        assert batch.chips == mine.chips
+        assert all(torch.equal(a, b) for a, b in zip(batch.tensors, mine.tensors, strict=True))
+
+
+def test_a_split_is_a_dataset_of_torch(dataset_uri: str) -> None:
+    dataset = ChipDataset(dataset_uri, "test", DataConfig())
+    batch = next(iter(DataLoader(dataset, batch_size=4, collate_fn=collate)))
+    assert batch.chips == (0, 1, 2, 3)
+    assert batch.lr.shape == (4, 8, 3, 50, 50)
+    assert len(dataset) == dataset.num_chips == 9
+    with pytest.raises(IndexError, match="chip 9 of 9"):
+        dataset[9]
+
+
+def test_the_state_carries_the_position_to_another_world(dataset_uri: str) -> None:
+    dataset = ChipDataset(dataset_uri, "train", DataConfig())
+    plan = BatchPlan.create(8, 8, 1)
+    first = loader(dataset, plan)
+    whole = [batch.chips for epoch in range(2) for batch in first.batches(epoch)]
+    taken = [next(iter(first)).chips]
+    for _, batch in zip(range(2), first, strict=False):
+        taken.append(batch.chips)
+    state = json.loads(json.dumps(first.state_dict()))
+    ranks = [loader(dataset, BatchPlan.create(8, 4, 2), rank) for rank in (0, 1)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for _ in range(2):
+        for parts in zip(*ranks, strict=True):
+            taken.append(parts[0].chips + parts[1].chips)
+    assert taken == whole
+    with pytest.raises(UserError, match="another seed: 5, and here it is 6"):
+        TrainLoader(dataset, plan, 0, seed=6).load_state_dict(state)
 
 
 def test_going_on_at_a_step_yields_what_was_left(dataset_uri: str) -> None:
