@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
 _READY_SECONDS = 60.0
+_BUCKET_EXISTS = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
 
 
 class _S3Client(Protocol):
@@ -113,7 +114,13 @@ class ObjectStore:
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; it may exist already."""
-        self._client().create_bucket(Bucket=name)
+        from botocore.exceptions import ClientError
+
+        try:
+            self._client().create_bucket(Bucket=name)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in _BUCKET_EXISTS:
+                raise
 
     def __enter__(self) -> Self:
         self.start()
@@ -137,6 +144,8 @@ class ObjectStore:
             f"-master.port={master}",
             f"-master.port.grpc={master_grpc}",
             "-master.telemetry=false",
+            # A lone master that starts again has nobody to wait for; ten seconds and more are the default.
+            "-master.electionTimeout=1s",
             # A bucket takes seven volumes at its first object; small ones let a disk hold many buckets.
             "-master.volumeSizeLimitMB=256",
             "-volume.max=1000",
@@ -180,7 +189,7 @@ class ObjectStore:
                 raise UserError(f"the S3 server ended at its start with status {status}: {self._log_tail()}")
             try:
                 # A bucket alone needs the filer only; storing an object shows that a volume answers too.
-                client.create_bucket(Bucket=probe)
+                self.create_bucket(probe)
                 client.put_object(Bucket=probe, Key="object", Body=b"ready")
                 client.delete_object(Bucket=probe, Key="object")
                 client.delete_bucket(Bucket=probe)

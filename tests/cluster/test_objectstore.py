@@ -47,6 +47,19 @@ def test_keys_are_private(s3: S3) -> None:
     assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in s3.store.log_file.read_text()
 
 
+def test_starts_again_over_the_buckets_of_an_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ObjectStore(tmp_path, bucket="kept") as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.session.Session().client("s3")
+        client.put_object(Bucket="kept", Key="a/b", Body=b"payload")
+        client.create_bucket(Bucket="ready-probe")  # as a start leaves it that is killed
+        store.stop()
+        store.start()
+        assert client.get_object(Bucket="kept", Key="a/b")["Body"].read() == b"payload"
+        assert {bucket["Name"] for bucket in client.list_buckets()["Buckets"]} == {"kept"}
+
+
 def test_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = (
         "import sys, time, pathlib; from cluster.objectstore import ObjectStore\n"
