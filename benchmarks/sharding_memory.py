@@ -2,14 +2,15 @@
 
 ``python -m benchmarks.sharding_memory`` plants trees of full-size AOIs, shards them by the real command with one and
 with two workers, and prints the peak of resident memory of each process. Then it shards 4,000 AOIs of few pixels and
-opens their index, each time in a fresh process. Ten minutes, and 8 GB in the temporary folder;
-``--only memory`` or ``--only index`` is a part of it.
+opens their index, each time in a fresh process. Ten minutes, and 8 GB in the temporary folder; ``--only`` and
+``--workers`` do a part of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import shutil
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ REVISITS = 16
 EVERY_S = 0.02
 """Between two looks at the processes. The kernel keeps the peaks, so only growth since the last look is missed."""
 LARGEST = ("--bands", "all", "--select", "clearest", "--native", "--dtype", "float32")
-"""The options whose samples take most: 21.5 MB each."""
+"""The options whose samples take most: 28 MB each."""
 OPEN = """
 import sys, time
 from sharding.schema import SPLITS, Index
@@ -102,19 +103,16 @@ def _peak_of(pid: int) -> int:
     return 0
 
 
-def report_memory(sizes: Sequence[int], folder: Path) -> None:
+def report_memory(sizes: Sequence[int], numbers: Sequence[int], folder: Path) -> None:
     """Print a row for each number of workers and AOIs, and of the largest samples over the fewest AOIs."""
     print("| Options | Workers | AOIs | the command, MiB | largest worker, MiB | of the fewest AOIs' | seconds |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for aois in sizes:
         plant(folder / f"{aois}", aois, revisits=REVISITS)
-    for name, options, workers, among in (
-        ("default", (), 1, sizes),
-        ("default", (), 2, sizes),
-        ("largest samples", LARGEST, 2, sizes[:1]),
-    ):
+    kinds = (("default", (), sizes), ("largest samples", LARGEST, sizes[:1]))
+    for workers, (name, options, counts) in itertools.product(numbers, kinds):
         least = 0
-        for aois in among:
+        for aois in counts:
             start = time.monotonic()
             peaks = watch(folder / f"{aois}", folder / "out", workers, *options)
             seconds = time.monotonic() - start
@@ -153,12 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["memory", "index"], help="leave the other out")
     parser.add_argument("--aois", type=int, nargs="+", default=[100, 2000], help="of the trees (default: 100 2000)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of each tree (default: 1 2)")
     parser.add_argument("--indexed", type=int, default=4000, help="AOIs of the index (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="openings of the index (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.only != "index":
-            report_memory(sorted(options.aois), Path(folder))
+            report_memory(sorted(options.aois), options.workers, Path(folder))
         if options.only != "memory":
             report_index(options.indexed, options.repeats, Path(folder))
 
