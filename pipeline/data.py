@@ -130,7 +130,7 @@ class ChipDataset(Dataset[Batch]):
         Raises:
             UserError: It names both numbers, or the size.
         """
-        uri, bands = self.storage.uri, len(self.index.preparation.bands)
+        uri, bands = self.storage.uri, len(self.index.preparation.band_numbers)
         if bands != HR_BANDS:
             raise UserError(
                 f"{uri} holds {bands} bands of its revisits and {HR_BANDS} of its targets, and a model returns the "
@@ -154,7 +154,7 @@ class ChipDataset(Dataset[Batch]):
         """What a chip is."""
         preparation, window = self.index.preparation, chip_window(0, self.scale)
         return Layout(
-            lr=(self.revisits, len(preparation.bands), window.size, window.size),
+            lr=(self.revisits, len(preparation.band_numbers), window.size, window.size),
             hr=(HR_BANDS, window.hr_size, window.hr_size),
             dtype=getattr(torch, preparation.dtype),
             step=preparation.step,

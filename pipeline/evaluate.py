@@ -146,7 +146,7 @@ def evaluate_published(
     except ValueError as error:
         raise UserError(str(error)) from None
     dataset = _open_split(data_uri, split, DataConfig(simulate=simulate))
-    bands = len(dataset.index.preparation.bands)
+    bands = len(dataset.index.preparation.band_numbers)
     try:
         config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
     except ValueError as error:

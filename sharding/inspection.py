@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sharding.errors import UserError, nearest
+from sharding.options import SampleOptions
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
-from sharding.schema import SPLITS, Index, Preparation, Sample, SampleEntry, ShardEntry, read_sample
+from sharding.schema import SPLITS, Index, Sample, SampleEntry, ShardEntry, read_sample
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
     stored = f"integers of {preparation.step:g}" if preparation.dtype == "uint16" else preparation.dtype
     yield (
         f"samples {preparation.select} {preparation.revisits} revisits of {preparation.level}, bands "
-        f"{', '.join(map(str, preparation.bands))}, LR {lr}, HR {hr} from _{preparation.hr_source}, {stored}"
+        f"{', '.join(map(str, preparation.band_numbers))}, LR {lr}, HR {hr} from _{preparation.hr}, {stored}"
     )
     yield f"split   {index.split_rule}{seed}"
     for split in SPLITS:
@@ -107,7 +108,7 @@ def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> 
         raise UserError(f"cannot write --png {path} ({error}): give a writable file that ends in .png") from error
 
 
-def _row(split: str, sample: Sample, preparation: Preparation) -> list[Tile]:
+def _row(split: str, sample: Sample, preparation: SampleOptions) -> list[Tile]:
     step, rgb = preparation.step, preparation.rgb
     hr = sample.hr * step
     white = robust_high(hr)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from sharding.errors import UserError
-from sharding.schema import RGB_BANDS, STEP, Preparation
 
+STEP = 3e-5
+"""Reflectance of one step of the stored uint16, whose largest value is then 65535 x 3e-5 = 1.966."""
+RGB_BANDS = (4, 3, 2)
+"""Red, green, blue as positions from 1 in Sentinel-2 rasters."""
 LEVELS = ("l2a", "l1c")
 NUM_BANDS = {"l2a": 12, "l1c": 13}
 """Bands of each product's rasters: all of Sentinel-2's, but L2A has no cirrus (B10)."""
@@ -21,7 +27,7 @@ LR_SIZE, HR_SIZE = 160, 500
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How an AOI becomes a sample. The same files and options give the same bytes.
+    """How an AOI becomes a sample. The same files and options give the same bytes, and a dataset's index holds them.
 
     Raises:
         UserError: Naming the option, its value and what it may be.
@@ -84,35 +90,35 @@ class SampleOptions:
         return STEP if self.dtype == "uint16" else 1.0
 
     @property
-    def preparation(self) -> Preparation:
-        """What a dataset of these options says of itself."""
-        return Preparation(
-            level=self.level,
-            bands=self.band_numbers,
-            revisits=self.revisits,
-            select=self.select,
-            hr_source=self.hr,
-            lr_size=self.lr_size,
-            hr_size=self.hr_size,
-            dtype=self.dtype,
-            max_cloud=self.max_cloud,
-            step=self.step,
-        )
+    def rgb(self) -> list[int]:
+        """Where red, green and blue stand among the bands, from 0."""
+        return [self.band_numbers.index(band) for band in RGB_BANDS]
+
+    @property
+    def sample_bytes(self) -> int:
+        """What a sample takes in a shard, about: native sizes are taken as WorldStrat's usual ones."""
+        lr, hr = self.lr_size or 158, self.hr_size or 1054
+        values = self.revisits * len(self.band_numbers) * lr**2 + (3 + 1) * hr**2
+        return values * np.dtype(self.dtype).itemsize + self.revisits * lr**2
+
+    def to_json(self) -> dict[str, object]:
+        """Return what an index says of its samples. Bands are numbers there and the step is told, for any reader."""
+        table = {**asdict(self), "bands": list(self.band_numbers), "step": self.step}
+        table["hr_source"] = table.pop("hr")
+        return table
 
     @classmethod
-    def of(cls, preparation: Preparation) -> SampleOptions:
-        """Return the options that a dataset was made with."""
-        return cls(
-            level=preparation.level,
-            bands="true_color" if preparation.bands == RGB_BANDS else "all",
-            revisits=preparation.revisits,
-            select=preparation.select,
-            hr=preparation.hr_source,
-            lr_size=preparation.lr_size,
-            hr_size=preparation.hr_size,
-            dtype=preparation.dtype,
-            max_cloud=preparation.max_cloud,
-        )
+    def from_json(cls, table: dict[str, Any]) -> SampleOptions:
+        """Read what ``to_json`` wrote; another table is a ValueError, KeyError, TypeError or AttributeError."""
+        named = {name: value for name, value in table.items() if name not in ("hr_source", "step")}
+        named["bands"] = "true_color" if tuple(table["bands"]) == RGB_BANDS else "all"
+        try:
+            options = cls(hr=table["hr_source"], **named)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        if options.to_json() != table:
+            raise ValueError("its bands or its step are not those of its options")
+        return options
 
 
 def _among(option: str, value: str, known: Sequence[str]) -> None:

@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from sharding.options import SampleOptions
+from sharding.options import STEP, SampleOptions
 from sharding.rasters import Scene
-from sharding.schema import STEP
 
 SPOT_SCALE = 10_000
 # Scene classes that say nothing of the ground: no data, saturated, cloud shadow, clouds, cirrus. Snow (11) stays:
@@ -55,7 +54,7 @@ def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
 
     These three alone, so that the choice is the same whichever bands are stored.
     """
-    ranked = rank_revisits(scene.lr[:, options.preparation.rgb], _usable(scene))
+    ranked = rank_revisits(scene.lr[:, options.rgb], _usable(scene))
     revisits = tuple(sorted(ranked[: options.revisits]) if options.select == "clearest" else range(options.revisits))
     return Chosen(revisits, revisits.index(ranked[0]))
 

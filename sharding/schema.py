@@ -20,16 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import UserError
+from sharding.options import SampleOptions
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
-STEP = 3e-5
-"""Reflectance of one step of the stored uint16, whose largest value is then 65535 x 3e-5 = 1.966."""
 HR_BANDS = 3
 """Bands of the targets: red, green, blue."""
-RGB_BANDS = (4, 3, 2)
-"""Red, green, blue as positions from 1 in Sentinel-2 rasters."""
 INDEX_NAME = "index.json"
 IMAGES = ("lr", "clm", "hr", "pan")
 JSON_SUFFIX = "json"
@@ -41,44 +38,6 @@ Span = tuple[int, int]
 
 class DamagedError(UserError):
     """Stored bytes are not the ones that were written."""
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How rasters became samples."""
-
-    level: str
-    """Sentinel-2 product: ``l2a`` or ``l1c``."""
-    bands: tuple[int, ...]
-    """Bands of ``lr`` in order, as positions from 1 in that product's rasters: 4, 3, 2 are R, G, B."""
-    revisits: int
-    """Revisits of each sample."""
-    select: str
-    """Which revisits: ``first`` or ``clearest``."""
-    hr_source: str
-    """The SPOT raster that ``hr`` was made from: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
-    lr_size: int | None
-    """Height and width of the LR grid in px; None where each sample has its own."""
-    hr_size: int | None
-    """Height and width of the HR and PAN grid in px; None where each sample has its own."""
-    dtype: str
-    """Of stored images: ``uint16`` in steps of ``step``, or ``float32`` reflectance."""
-    max_cloud: float | None
-    """Percentage of cloud above which AOIs were left out; None where none were."""
-    step: float
-    """Reflectance of 1 as it is stored."""
-
-    @property
-    def sample_bytes(self) -> int:
-        """What a sample takes in a shard, about: native sizes are taken as WorldStrat's usual ones."""
-        lr, hr = self.lr_size or 158, self.hr_size or 1054
-        values = self.revisits * len(self.bands) * lr**2 + (3 + 1) * hr**2
-        return values * np.dtype(self.dtype).itemsize + self.revisits * lr**2
-
-    @property
-    def rgb(self) -> list[int]:
-        """Where red, green and blue stand among the bands, from 0."""
-        return [self.bands.index(band) for band in RGB_BANDS]
 
 
 class BandStatistics(TypedDict):
@@ -150,7 +109,7 @@ class Skipped:
 class Index:
     """The table of contents of a dataset; its presence makes the folder or prefix one."""
 
-    preparation: Preparation
+    preparation: SampleOptions
     """How the samples were prepared."""
 
     split_rule: str
@@ -194,7 +153,7 @@ class Index:
         return json.dumps(
             {
                 "format_version": self.format_version,
-                "preparation": vars(self.preparation),
+                "preparation": self.preparation.to_json(),
                 "split_rule": self.split_rule,
                 "split_seed": self.split_seed,
                 "plan": self.plan,
@@ -222,7 +181,7 @@ class Index:
                 )
             return cls(
                 format_version=data["format_version"],
-                preparation=Preparation(**{**data["preparation"], "bands": tuple(data["preparation"]["bands"])}),
+                preparation=SampleOptions.from_json(data["preparation"]),
                 split_rule=data["split_rule"],
                 split_seed=data["split_seed"],
                 plan=data["plan"],
@@ -270,16 +229,16 @@ class Sample(NamedTuple):
     """Its name."""
 
     lr: NDArray[np.uint16]
-    """[R, C, h, w] revisits in steps of ``STEP``."""
+    """[R, C, h, w] revisits in steps of ``sharding.options.STEP``."""
 
     clm: NDArray[np.uint8]
     """[R, 1, h, w] cloud masks: 0 clear, 1 cloud, 255 no data."""
 
     hr: NDArray[np.uint16]
-    """[3, H, W] the target in steps of ``STEP``."""
+    """[3, H, W] the target in the same steps."""
 
     pan: NDArray[np.uint16]
-    """[1, H, W] the panchromatic image in steps of ``STEP``."""
+    """[1, H, W] the panchromatic image in the same steps."""
 
     meta: dict[str, object]
     """The JSON: dates, georeference, source digests, ``clearest`` (0-based index into ``lr``) and more."""

@@ -174,7 +174,7 @@ class _Sharding:
 
     def _plan(self) -> Plan:
         names = [aoi.name for aoi in self.found]
-        sample_bytes = self.options.sample.preparation.sample_bytes
+        sample_bytes = self.options.sample.sample_bytes
         plan = make_plan(list(self.usable), names, self.rows, sample_bytes, self.options.plan)
         for line in describe_split(plan.split):
             self._note(line)
@@ -242,7 +242,7 @@ class _Sharding:
             Skipped(aoi, "not-in-split-file", "the split file does not list it") for aoi in plan.split.left_out
         ]
         return Index(
-            preparation=self.options.sample.preparation,
+            preparation=self.options.sample,
             split_rule=plan.rule,
             split_seed=self.options.plan.seed,
             plan=_digest(tasks),

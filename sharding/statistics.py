@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.schema import STEP, BandStatistics
+from sharding.options import STEP
+from sharding.schema import BandStatistics
 
 VALUES = 1 << 16
 """What a stored uint16 may be."""

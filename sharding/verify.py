@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from sharding.errors import UnusableError
-from sharding.options import SampleOptions
 from sharding.progress import progress
 from sharding.schema import (
     GONE,
@@ -132,7 +131,7 @@ def _compare_with_source(
     from sharding.source import open_source
     from sharding.worldstrat import find_aois
 
-    options = SampleOptions.of(index.preparation)
+    options = index.preparation
     found = {aoi.name: aoi for aoi in find_aois(open_source(folder, options.level))}
     problems = []
     with progress(len(pairs), "preparing again", "AOI") as shown:

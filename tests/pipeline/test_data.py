@@ -17,8 +17,8 @@ from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.order import BatchPlan
 from sharding.errors import UserError
-from sharding.options import SampleOptions
-from sharding.schema import STEP, Index, read_sample
+from sharding.options import STEP, SampleOptions
+from sharding.schema import Index, read_sample
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat

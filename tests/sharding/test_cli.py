@@ -48,7 +48,7 @@ def test_options_reach_the_dataset(tiny: World, tmp_path: Path) -> None:
     options = ("--hr", "rgbn", "--revisits", 2, "--splits", "seeded", "--seed", 9, "--shard-size", 1, "--strict")
     assert run("shard", "--input", tiny.folder, "--output", tmp_path, "--workers", 1, *options) == 0
     index = Index.load(open_storage(tmp_path))
-    assert (index.preparation.hr_source, index.preparation.revisits) == ("rgbn", 2)
+    assert (index.preparation.hr, index.preparation.revisits) == ("rgbn", 2)
     assert (index.split_rule, index.split_seed) == ("seeded", 9)
     assert [len(index.splits[split]) for split in ("train", "val", "test")] == [4, 1, 1]
 
@@ -107,7 +107,7 @@ def test_options_of_samples_reach_the_dataset(tiny: World, tmp_path: Path) -> No
     options = ("--bands", "all", "--select", "clearest", "--dtype", "float32", "--max-cloud", 100)
     index = shard(tiny, tmp_path, "--lr-size", 40, "--hr-size", 50, *options)
     preparation = index.preparation
-    assert preparation.bands == tuple(range(1, 13))
+    assert preparation.band_numbers == tuple(range(1, 13))
     assert (preparation.select, preparation.dtype, preparation.max_cloud) == ("clearest", "float32", 100)
     pairs = index.samples("train")
     sample = read_sample(open_storage(tmp_path), *pairs[0])

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sharding.options import SampleOptions
+from sharding.options import STEP, SampleOptions
 from sharding.prepare import choose_revisits, prepare, quantise, rank_revisits
 from sharding.rasters import read_scene
-from sharding.schema import STEP
 from tests.sharding.conftest import World, aois_of
 
 EIGHT = tuple(range(8))

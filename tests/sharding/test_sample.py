@@ -10,9 +10,8 @@ import pytest
 import rasterio
 
 from sharding.errors import UnusableError, UserError
-from sharding.options import SampleOptions
+from sharding.options import STEP, SampleOptions
 from sharding.sample import make_sample
-from sharding.schema import STEP
 from sharding.source import open_source
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import AoiFiles, check_files, find_aois

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import UserError
+from sharding.options import SampleOptions
 from sharding.schema import (
     INDEX_NAME,
     SUFFIXES,
@@ -83,6 +84,43 @@ def test_a_damaged_part_of_an_index_is_refused(dataset: Dataset, path: tuple[str
     part[path[-1]] = wrong
     with pytest.raises(UserError, match="is damaged"):
         Index.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("bands", [8, 4, 3], "its bands or its step are not those of its options"),
+        ("step", 1.0, "its bands or its step are not those of its options"),
+        ("level", "l9", "--level 'l9' is unknown"),
+        ("more", 1, "'more'"),
+    ],
+)
+def test_an_index_of_samples_that_cannot_be_is_refused(dataset: Dataset, name: str, wrong: object, words: str) -> None:
+    data = json.loads(dataset.index.to_json())
+    data["preparation"][name] = wrong
+    with pytest.raises(UserError, match=f"is damaged .*{words}.*: shard the dataset again"):
+        Index.from_json(json.dumps(data))
+
+
+def test_the_options_of_samples_survive_the_index() -> None:
+    """The table is for readers without this code too: bands are numbers, and the step is told."""
+    options = SampleOptions("l1c", "all", 3, "clearest", "rgbn", None, None, "float32", 12.5)
+    table = json.loads(json.dumps(options.to_json()))
+    assert SampleOptions.from_json(table) == options
+    assert table == {
+        "level": "l1c",
+        "bands": list(range(1, 14)),
+        "revisits": 3,
+        "select": "clearest",
+        "hr_source": "rgbn",
+        "lr_size": None,
+        "hr_size": None,
+        "dtype": "float32",
+        "max_cloud": 12.5,
+        "step": 1.0,
+    }
+    assert SampleOptions().to_json()["bands"] == [4, 3, 2]
+    assert SampleOptions().to_json()["step"] == 3e-5
 
 
 def test_an_unknown_split_is_refused(dataset: Dataset) -> None:

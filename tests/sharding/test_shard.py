@@ -13,9 +13,9 @@ import pytest
 import webdataset
 
 from sharding.errors import UserError
-from sharding.options import SampleOptions
+from sharding.options import STEP, SampleOptions
 from sharding.plan import PlanOptions
-from sharding.schema import INDEX_NAME, SPLITS, STEP, Index, Sample, decode_sample, read_sample
+from sharding.schema import INDEX_NAME, SPLITS, Index, Sample, decode_sample, read_sample
 from sharding.shard import Report, ShardOptions
 from sharding.shard import shard_folder as run_sharding
 from sharding.splits import SPLIT_SEED, seeded_split
@@ -249,7 +249,7 @@ def test_missing_ps_names_the_aoi_and_the_way_out(spoilt: World, tmp_path: Path)
     with pytest.raises(UserError, match=r"and all others cannot be used: .*_ps.tiff is missing; `--hr rgbn` takes"):
         shard_folder(spoilt.folder, storage, TINY)
     index = shard_folder(spoilt.folder, storage, replace(TINY, sample=replace(TINY.sample, hr="rgbn")))
-    assert index.preparation.hr_source == "rgbn"
+    assert index.preparation.hr == "rgbn"
     assert len(list(samples(storage, index))) == 6
 
 

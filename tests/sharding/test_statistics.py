@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.schema import STEP
+from sharding.options import STEP
 from sharding.statistics import PERCENTILES, Histogram
 
 
