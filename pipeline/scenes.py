@@ -15,9 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.spans import Spans
+from sharding.errors import UserError
 from sharding.schema import JSON_SUFFIX, DamagedError, SampleEntry, ShardEntry, images_of
+from sharding.storage import StorageUnavailableError
 
 logger = logging.getLogger(__name__)
+
+# Scenes whose memory is taken at once: from 4 MiB up numpy asks for huge pages, which cost a hundredth of the faults.
+BLOCK = 16
 
 Stored = npt.NDArray[Any]
 Memory = npt.NDArray[np.uint8]
@@ -81,17 +86,25 @@ class Scenes:
         self._held: OrderedDict[str, _Slot] = OrderedDict()
         self._free: list[Memory] = []
         self._taken = 0
-        self._failed: dict[str, BaseException] = {}
+        self._away = False
         self.quarantined: dict[str, str] = {}
         """By key of a sample that is damaged in the store, what is wrong with it."""
 
     def load(self, shard: ShardEntry, entry: SampleEntry) -> None:
-        """Read a scene that will be used soon; whoever uses it is told if that fails."""
+        """Read a scene that will be used soon. If that fails, whoever uses it then reads it again, and is told.
+
+        A store that was waited for in vain is not asked again until somebody needs a scene and gets it: who needs one
+        now must not wait behind many that are needed later.
+        """
+        if self._away:
+            return
         try:
             with self.use(shard, entry):
                 pass
-        except Exception as error:
-            self._failed[entry.key] = error
+        except StorageUnavailableError:
+            self._away = True
+        except UserError as error:
+            logger.info("not read ahead: %s", error)
 
     @contextlib.contextmanager
     def use(self, shard: ShardEntry, entry: SampleEntry) -> Iterator[Scene | None]:
@@ -100,9 +113,6 @@ class Scenes:
         Raises:
             UserError: The store does not answer, or the scene is damaged and not to be quarantined.
         """
-        if entry.key in self.quarantined:
-            yield None
-            return
         slot = self._enter(shard, entry)
         try:
             if slot.error is not None:
@@ -113,15 +123,14 @@ class Scenes:
 
     def _enter(self, shard: ShardEntry, entry: SampleEntry) -> _Slot:
         with self._changed:
-            if error := self._failed.pop(entry.key, None):
-                raise error
+            if entry.key in self.quarantined:
+                return _Slot(users=1)
             slot = self._held.get(entry.key)
             if slot is not None:
                 slot.users += 1
                 self._held.move_to_end(entry.key)
             else:
                 mine = self._held[entry.key] = _Slot(users=1)
-                mine.memory = self._memory()
         if slot is None:
             self._read(mine, shard, entry)
             return mine
@@ -142,8 +151,10 @@ class Scenes:
             if self._free:
                 return self._free.pop()
             if self._taken < self.capacity:
-                self._taken += 1
-                return np.empty(self._largest, np.uint8)
+                block = np.empty((min(BLOCK, self.capacity - self._taken), self._largest), np.uint8)
+                self._taken += len(block)
+                self._free.extend(block)
+                continue
             for key, slot in self._held.items():
                 if slot.users == 0 and slot.memory is not None:
                     del self._held[key]
@@ -151,13 +162,15 @@ class Scenes:
             self._changed.wait()
 
     def _read(self, slot: _Slot, shard: ShardEntry, entry: SampleEntry) -> None:
-        assert slot.memory is not None
         try:
-            span = memoryview(slot.memory)[: entry.size]  # type: ignore[arg-type]
+            with self._changed:
+                memory = slot.memory = self._memory()
+            span = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
             self.spans.read(shard, entry, span)
             images = images_of(entry, span)
             offset, length = entry.members[JSON_SUFFIX]
             slot.scene = Scene(images["lr"], images["hr"], images["pan"], span[offset : offset + length])
+            self._away = False
         except BaseException as error:
             with self._changed:
                 del self._held[entry.key]

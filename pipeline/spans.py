@@ -7,7 +7,7 @@ import threading
 
 from pipeline.diskcache import DiskCache
 from sharding.schema import DamagedError, SampleEntry, ShardEntry, check_span
-from sharding.storage import CorruptedError, NotFoundError, Storage
+from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class Spans:
             try:
                 check_span(entry, span[: self._storage.read_into(shard.name, entry.offset, span)])
                 return
+            except BucketNotFoundError:  # nothing of the dataset is there: no damage of this sample
+                raise
             except (DamagedError, CorruptedError, NotFoundError) as error:
                 named = DamagedError(f"{self._storage.uri}/{shard.name}: {error}")
                 if again or isinstance(error, NotFoundError):

@@ -1,0 +1,302 @@
+"""Scenes in memory: one read each, a bound, and what becomes of errors and damage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.scenes import Scene, Scenes
+from pipeline.spans import Spans
+from sharding.schema import DamagedError, Index, SampleEntry, ShardEntry, read_sample
+from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StorageUnavailableError, open_storage
+from tests.pipeline.test_data import copy_to
+
+Place = tuple[ShardEntry, SampleEntry]
+
+
+class Watched(Spans):
+    """Real reads that are noted, that wait while the gate is closed, and that fail with the errors in store."""
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage, None)
+        self.reads: list[str] = []
+        self.errors: list[BaseException] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
+        self.reads.append(entry.key)
+        self.gate.wait()
+        if self.errors:
+            raise self.errors.pop()
+        super().read(shard, entry, span)
+
+
+@pytest.fixture
+def spans(shards: dict[int, str]) -> Watched:
+    return Watched(open_storage(shards[3]))
+
+
+@pytest.fixture(scope="module")
+def places(shards: dict[int, str]) -> list[Place]:
+    """Five scenes."""
+    return list(Index.load(open_storage(shards[3])).samples("train"))
+
+
+def scenes_of(
+    spans: Spans, places: list[Place], held: int = 2, *, threads: int = 1, quarantine: bool = False
+) -> Scenes:
+    largest = max(entry.size for _, entry in places)
+    return Scenes(spans, largest, held * largest, threads, quarantine=quarantine)
+
+
+def name_of(scene: Scene | None) -> str:
+    assert scene is not None
+    return str(json.loads(bytes(scene.text))["aoi"])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_scene_is_what_is_stored(spans: Watched, places: list[Place], shards: dict[int, str]) -> None:
+    scenes = scenes_of(spans, places)
+    for shard, entry in places:
+        stored = read_sample(open_storage(shards[3]), shard, entry)
+        with scenes.use(shard, entry) as scene:
+            assert scene is not None
+            for name in ("lr", "hr", "pan"):
+                assert np.array_equal(getattr(scene, name), getattr(stored, name))
+            assert scene.clearest == stored.meta["clearest"]
+
+
+@pytest.mark.parametrize("held", [2, 3])
+def test_memory_is_bounded_and_used_again(spans: Watched, places: list[Place], held: int) -> None:
+    scenes = scenes_of(spans, places, held)
+    assert scenes.capacity == held
+    addresses = set()
+    for place in places * 3:
+        with scenes.use(*place) as scene:
+            assert scene is not None
+            assert name_of(scene) == place[1].aoi
+            addresses.add(scene.lr.ctypes.data)
+    assert len(addresses) == held
+    assert len(spans.reads) == 15  # five in a row push out whatever comes next
+
+
+def test_what_the_threads_work_on_has_room_in_any_case(spans: Watched, places: list[Place]) -> None:
+    assert scenes_of(spans, places, 0, threads=4).capacity == 8
+
+
+def test_the_least_recently_used_scene_goes(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 3)
+    a, b, c, d, _ = places
+
+    def use(*wanted: Place) -> list[str]:
+        spans.reads.clear()
+        for place in wanted:
+            with scenes.use(*place):
+                pass
+        return list(spans.reads)
+
+    assert use(a, b, c, a, d) == [place[1].key for place in (a, b, c, d)]
+    assert use(a, c, d) == []
+    assert use(b) == [b[1].key]
+    assert use(c, d) == []
+    assert use(a) == [a[1].key]
+
+
+def test_a_scene_in_use_stays(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 2)
+    with scenes.use(*places[0]) as scene:
+        for place in places[1:] * 2:
+            with scenes.use(*place) as other:
+                assert name_of(other) == place[1].aoi
+            assert name_of(scene) == places[0][1].aoi
+        with scenes.use(*places[0]):
+            assert spans.reads.count(places[0][1].key) == 1
+
+
+def test_many_threads_share_one_read(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 2, threads=8)
+    spans.gate.clear()
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(used, scenes, places[0]) for _ in range(8)]
+        everybody_waits(scenes, places[0], 8)
+        spans.gate.set()
+        assert {call.result() for call in calls} == {places[0][1].aoi}
+    assert spans.reads == [places[0][1].key]
+
+
+def used(scenes: Scenes, place: Place) -> str:
+    with scenes.use(*place) as scene:
+        return name_of(scene)
+
+
+def everybody_waits(scenes: Scenes, place: Place, threads: int) -> None:
+    wait_for(lambda: place[1].key in scenes._held and scenes._held[place[1].key].users == threads)
+
+
+def test_an_error_reaches_all_who_wait_and_the_next_one_reads_again(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 2)
+    spans.gate.clear()
+    spans.errors = [StorageUnavailableError("away")]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(used, scenes, places[0]) for _ in range(4)]
+        everybody_waits(scenes, places[0], 4)
+        spans.gate.set()
+        for call in calls:
+            with pytest.raises(StorageUnavailableError, match="away"):
+                call.result()
+    assert len(spans.reads) == 1
+    assert used(scenes, places[0]) == places[0][1].aoi
+
+
+@pytest.mark.timeout(60)
+def test_reads_that_fail_keep_no_memory(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 2)
+    spans.errors = [StorageUnavailableError("away") for _ in range(10)]
+    for place in places * 2:
+        with pytest.raises(StorageUnavailableError):
+            used(scenes, place)
+    assert [used(scenes, place) for place in places] == [entry.aoi for _, entry in places]
+
+
+@pytest.mark.timeout(60)
+def test_memory_that_cannot_be_had_is_an_error_for_everybody(spans: Watched, places: list[Place]) -> None:
+    scenes = Scenes(spans, 1 << 62, 0, 1, quarantine=False)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            used(scenes, places[0])
+
+
+def test_what_was_not_read_ahead_is_read_by_who_needs_it(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 2)
+    spans.errors = [DamagedError("damaged")]
+    scenes.load(*places[0])
+    assert used(scenes, places[0]) == places[0][1].aoi
+    scenes.load(*places[1])
+    assert used(scenes, places[1]) == places[1][1].aoi
+    assert len(spans.reads) == 3
+
+
+def test_a_store_that_is_away_is_not_read_ahead_from(spans: Watched, places: list[Place]) -> None:
+    """Each would be waited for, and whoever needs a scene now would wait behind all of them."""
+    scenes = scenes_of(spans, places, 3)
+    spans.errors = [StorageUnavailableError("away") for _ in range(2)]
+    for place in places:
+        scenes.load(*place)
+    assert spans.reads == [places[0][1].key]
+    with pytest.raises(StorageUnavailableError):
+        used(scenes, places[1])
+    assert used(scenes, places[1]) == places[1][1].aoi
+    scenes.load(*places[2])
+    assert spans.reads[-1] == places[2][1].key
+
+
+@pytest.fixture
+def damaged(shards: dict[int, str], places: list[Place], tmp_path: Path) -> Watched:
+    """The first scene is damaged."""
+    copy_to(shards[3], str(tmp_path))
+    shard, entry = places[0]
+    data = bytearray((tmp_path / shard.name).read_bytes())
+    data[entry.offset + entry.size // 2] ^= 4
+    (tmp_path / shard.name).write_bytes(data)
+    return Watched(open_storage(tmp_path))
+
+
+def test_quarantine_is_told_once_and_remembered(
+    damaged: Watched, places: list[Place], caplog: pytest.LogCaptureFixture
+) -> None:
+    scenes = scenes_of(damaged, places, 2, threads=6, quarantine=True)
+    caplog.set_level(logging.WARNING)
+    damaged.gate.clear()
+    with ThreadPoolExecutor(12) as pool:
+        ahead = [pool.submit(scenes.load, *places[0]) for _ in range(6)]
+        calls = [pool.submit(nothing, scenes, places[0]) for _ in range(6)]
+        everybody_waits(scenes, places[0], 12)
+        damaged.gate.set()
+        assert all(call.result() for call in calls)
+        assert [call.result() for call in ahead] == [None] * 6
+    assert nothing(scenes, places[0])
+    assert damaged.reads == [places[0][1].key]
+    assert damaged.refetched == 1
+    (record,) = caplog.records
+    assert places[0][1].aoi in record.getMessage()
+    assert scenes.quarantined.keys() == {places[0][1].key}
+    assert used(scenes, places[1]) == places[1][1].aoi
+
+
+def nothing(scenes: Scenes, place: Place) -> bool:
+    with scenes.use(*place) as scene:
+        return scene is None
+
+
+def test_damage_stops_whoever_asks_and_names_the_scene(damaged: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(damaged, places, 2)
+    shard, entry = places[0]
+    for _ in range(2):
+        with pytest.raises(DamagedError) as told:
+            used(scenes, places[0])
+        for name in (f"/{shard.name}", repr(entry.key), repr(entry.aoi)):
+            assert name in str(told.value)
+    assert scenes.quarantined == {}
+
+
+def test_a_store_that_does_not_answer_is_no_damage(spans: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(spans, places, 2, quarantine=True)
+    spans.errors = [StorageUnavailableError("away")]
+    with pytest.raises(StorageUnavailableError):
+        used(scenes, places[0])
+    assert used(scenes, places[0]) == places[0][1].aoi
+
+
+@pytest.mark.parametrize(("error", "kind"), [(NotFoundError, DamagedError), (BucketNotFoundError, BucketNotFoundError)])
+def test_a_shard_that_is_gone_is_damage_and_a_bucket_is_not(
+    places: list[Place], shards: dict[int, str], monkeypatch: pytest.MonkeyPatch, error: type[Exception], kind: type
+) -> None:
+    storage = open_storage(shards[3])
+
+    def gone(*_: object) -> int:
+        raise error("is gone")
+
+    monkeypatch.setattr(type(storage), "read_into", gone)
+    with pytest.raises(NotFoundError if kind is BucketNotFoundError else DamagedError, match="is gone") as told:
+        Spans(storage, None).read(*places[0], memoryview(bytearray(places[0][1].size)))
+    assert type(told.value) is kind
+
+
+@pytest.mark.timeout(120)
+def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_for(
+    spans: Watched, places: list[Place]
+) -> None:
+    scenes = scenes_of(spans, places, 0, threads=1)
+    assert scenes.capacity == 2
+
+    def work(seed: int) -> int:
+        draw = np.random.default_rng(seed)
+        seen = 0
+        for number in draw.integers(len(places), size=60):
+            if draw.random() < 0.3:
+                scenes.load(*places[draw.integers(len(places))])
+            with scenes.use(*places[number]) as scene:
+                before = name_of(scene), int(scene.lr.sum())  # type: ignore[union-attr]
+                time.sleep(0.0005)
+                assert (name_of(scene), int(scene.lr.sum())) == before  # type: ignore[union-attr]
+                assert before[0] == places[number][1].aoi
+                seen += 1
+        return seen
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [60] * 8
