@@ -202,6 +202,11 @@ def _measure(
                 rows.append(place | {column: metrics[column].item() for column in COLUMNS})
             if number < panels:
                 _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
+    if not rows:
+        raise UserError(
+            f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: mend the dataset with"
+            " `satfusion shard`, which makes again what is damaged"
+        )
     result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, folder.uri)
     _write_csvs(folder, rows)
     folder.write("table.txt", result.table().encode())

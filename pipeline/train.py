@@ -255,6 +255,11 @@ class Trainer:
         everyone: dict[int, list[float]] = {}
         for part in self.world.gather_objects(rows):
             everyone.update(part)
+        if not everyone:
+            raise UserError(
+                f"split {self.val_set.split!r} of {self.val_set.storage.uri} is empty or quarantined whole, so nothing"
+                " says which weights are best: run `satfusion shard` again, which mends what is damaged"
+            )
         # Summed in chip order, so that the figures do not depend on who computed which.
         table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
         metrics = dict(zip(VAL_TAGS, table.mean(0).tolist(), strict=True))
