@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,9 @@ def evaluate_run(
     run = open_storage(uri)
     checkpoint = read_checkpoint(run, select_checkpoint(run, which))
     network = load_network(checkpoint)
-    dataset = _open_split(data_uri or checkpoint.config.data.uri, split, checkpoint.config.data)
+    # The nodes' disk cache is not this machine's, and every sample is read once.
+    data = replace(checkpoint.config.data, cache_dir="")
+    dataset = _open_split(data_uri or data.uri, split, data)
     dataset.check_fits(checkpoint.config.model)
     name = _folder_name(checkpoint.name, dataset, registration)
     digest = dataset.index.digest
