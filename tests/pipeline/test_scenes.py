@@ -175,7 +175,7 @@ def test_reads_that_fail_keep_no_memory(spans: Watched, places: list[Place]) -> 
 
 @pytest.mark.timeout(60)
 def test_memory_that_cannot_be_had_is_an_error_for_everybody(spans: Watched, places: list[Place]) -> None:
-    scenes = Scenes(spans, 1 << 62, 0, 1, quarantine=False)
+    scenes = Scenes(spans, 1 << 50, 0, 1, quarantine=False)
     for _ in range(3):
         with pytest.raises(MemoryError):
             used(scenes, places[0])
