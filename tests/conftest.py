@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -31,6 +32,11 @@ TINY = (
 
 TWO_A_SHARD = ShardOptions(plan=PlanOptions(shard_bytes=7_000_000))
 """Of scenes of 3.4 MB."""
+
+
+def pytest_configure() -> None:
+    # A run in a shell's background ignores interrupts, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class S3:
