@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.chips import chip_window
 from pipeline.config import DataConfig
@@ -125,7 +125,7 @@ def floor(place: Place, check: bool) -> Epoch:
                 span = memoryview(buffer)[: entry.size]
                 if os.preadv(files[shard.name], [span], entry.offset) != entry.size:
                     raise RuntimeError(f"{shard.name} was cut")
-                if check and zlib.crc32(span) != entry.crc32:
+                if check and crc32(span) != entry.crc32:
                     raise RuntimeError(f"{entry.key} is damaged")
                 yield views(entry, buffer)
 
@@ -155,7 +155,7 @@ def floor_in_order(place: Place, check: bool) -> Epoch:
                 shard, entry = samples[scene]
                 span = memoryview(memory[scene])[: entry.size]
                 os.preadv(files[shard.name], [span], entry.offset)
-                if check and zlib.crc32(span) != entry.crc32:
+                if check and crc32(span) != entry.crc32:
                     raise RuntimeError(f"{entry.key} is damaged")
                 held[scene] = views(entry, memory[scene])
             yield cut(held[scene], window)

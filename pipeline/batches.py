@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.chips import Variant, turn_and_flip
-from pipeline.scenes import Scene
+from pipeline.chips import Layout, StoredChips, Variant, turn_and_flip
+from pipeline.held import Scene
 from pipeline.simulate import SIMULATORS, chip_generator
 
 BLANK = 0.3
@@ -61,39 +62,27 @@ def collate(batches: Sequence[Batch]) -> Batch:
     return Batch._with(columns, tuple(chip for batch in batches for chip in batch.chips))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the chips of a dataset are."""
-
-    lr: tuple[int, int, int, int]
-    """Revisits, bands, rows, columns."""
-    hr: tuple[int, int, int]
-    """Bands, rows, columns; PAN has as many of the latter."""
-    dtype: torch.dtype
-    """Of the stored images."""
-    step: float
-    """Reflectance of 1 as it is stored."""
-
-
 class StoredBatch:
     """Memory for the chips of one batch, as they are stored; page-locked where a GPU copies from it."""
 
     def __init__(self, layout: Layout, size: int, *, pin: bool = False) -> None:
         """Take memory for ``size`` chips."""
-        _, rows, columns = layout.hr
         self.layout = layout
-        self.lr = torch.empty((size, *layout.lr), dtype=layout.dtype, pin_memory=pin)
-        """[B, R, C, h, w]."""
-        self.hr = torch.empty((size, *layout.hr), dtype=layout.dtype, pin_memory=pin)
-        """[B, C, H, W]."""
-        self.pan = torch.empty((size, 1, rows, columns), dtype=layout.dtype, pin_memory=pin)
-        """[B, 1, H, W]."""
+        shape = (size, layout.chip_bytes)
+        # numpy asks for huge pages where torch does not.
+        self.memory = (
+            torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            if pin
+            else torch.from_numpy(np.empty(shape, np.uint8))
+        )
+        """[B, chip_bytes] each chip as bytes."""
+        self.lr, self.hr, self.pan = layout.tensors(self.memory)
+        """[B, R, C, h, w], [B, C, H, W] and [B, 1, H, W], views of it."""
         self.weight = torch.ones(size)
         """[B] 1, or 0 for a chip that is quarantined."""
         self.chips: tuple[int, ...] = ()
         self.variants: tuple[Variant, ...] = ()
-        # The same memory as numpy's: its slices cost a fifth.
-        self._lr, self._hr, self._pan = self.lr.numpy(), self.hr.numpy(), self.pan.numpy()
+        self._stored = StoredChips(layout, self.memory)
 
     def begin(self, chips: Sequence[int], variants: Sequence[Variant]) -> None:
         """Say which chips come."""
@@ -101,16 +90,13 @@ class StoredBatch:
         self.weight.fill_(1)
 
     def put(self, slot: int, scene: Scene | None) -> None:
-        """Cut the chip of ``slot`` out of its scene; None leaves it blank, of weight 0."""
-        if scene is None:
-            for images in (self._lr, self._hr, self._pan):
-                images[slot] = BLANK / self.layout.step
-            self.weight[slot] = 0
+        """Copy the chip of ``slot`` out of its scene; None leaves it blank, of weight 0."""
+        if scene is not None:
+            scene.copy(self.variants[slot].window, self._stored, slot)
             return
-        x, y, size, hr_x, hr_y, hr_size = self.variants[slot].window
-        self._lr[slot] = scene.lr[:, :, y : y + size, x : x + size]
-        self._hr[slot] = scene.hr[:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
-        self._pan[slot] = scene.pan[:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
+        for images in self._stored.images:
+            images[slot] = BLANK / self.layout.step
+        self.weight[slot] = 0
 
 
 def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tuple[int, int]) -> Batch:
@@ -124,8 +110,8 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
         simulate: ``off``, or how revisits are made from the target (`pipeline.simulate`).
         draw: Seed and epoch of the simulation.
     """
-    images = {name: getattr(stored, name).to(device, non_blocking=True) for name in ("lr", "hr", "pan")}
-    lr, hr, pan = (image.to(torch.float32) * stored.layout.step for image in images.values())
+    images = stored.layout.tensors(stored.memory.to(device, non_blocking=True))
+    lr, hr, pan = (image.to(torch.float32) * stored.layout.step for image in images)
     groups: dict[tuple[int, bool], list[int]] = {}
     for slot, variant in enumerate(stored.variants):
         groups.setdefault((variant.quarter_turns, variant.flip), []).append(slot)

@@ -6,7 +6,11 @@ start and size are round(x * scale), halves to even (156 x 156 at 3.125 HR pixel
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +21,9 @@ from pipeline.order import CHIPS_PER_SCENE, random_words
 
 LR_CHIP = 50
 COLUMNS = 3
+
+Stored = npt.NDArray[Any]
+Memory = npt.NDArray[np.uint8]
 
 
 class Window(NamedTuple):
@@ -47,6 +54,59 @@ class Variant(NamedTuple):
     """Rows reversed, after the turn."""
     revisit: int
     """The revisit that a head alone is given, 0-based."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the chips of a dataset are, and how one lies in memory: revisits, target and PAN, one after the other."""
+
+    lr: tuple[int, int, int, int]
+    """Revisits, bands, rows, columns."""
+    hr: tuple[int, int, int]
+    """Bands, rows, columns; PAN has as many of the latter."""
+    dtype: torch.dtype
+    """Of the stored images."""
+    step: float
+    """Reflectance of 1 as it is stored."""
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """First byte, byte after the last, and shape of each image."""
+        parts, start = [], 0
+        for shape in (self.lr, self.hr, (1, *self.hr[1:])):
+            stop = start + math.prod(shape) * self.dtype.itemsize
+            parts.append((start, stop, shape))
+            start = stop
+        return tuple(parts)
+
+    @property
+    def chip_bytes(self) -> int:
+        """Bytes of a chip."""
+        return self._parts[-1][1]
+
+    def tensors(self, memory: Tensor) -> list[Tensor]:
+        """Return LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W] of chips, views of uint8 [N, chip_bytes]."""
+        return [memory[:, start:stop].view(self.dtype).view(-1, *shape) for start, stop, shape in self._parts]
+
+
+class StoredChips:
+    """Chips as they are stored, one after the other in one piece of memory."""
+
+    def __init__(self, layout: Layout, memory: Tensor) -> None:
+        """Take uint8 memory [N, chip_bytes] for them."""
+        # As numpy's: its slices cost a fifth of torch's.
+        self.rows: Memory = memory.numpy()
+        """[N, chip_bytes] each chip as bytes."""
+        self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
+        """LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W], views of the rows."""
+
+    def cut(self, slot: int, scene: Sequence[Stored], window: Window) -> None:
+        """Copy a window of a scene's LR, HR and PAN."""
+        x, y, size, hr_x, hr_y, hr_size = window
+        lr, hr, pan = self.images
+        lr[slot] = scene[0][:, :, y : y + size, x : x + size]
+        hr[slot] = scene[1][:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
+        pan[slot] = scene[2][:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
 
 
 def chip_window(chip: int, scale: float) -> Window:

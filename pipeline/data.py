@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,10 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from models.registry import ModelConfig, check_sizes
-from pipeline.batches import Batch, Layout, StoredBatch, to_batch
-from pipeline.chips import COLUMNS, LR_CHIP, Variant, chip_window, training_draws, training_variant
+from pipeline.batches import Batch, StoredBatch, to_batch
+from pipeline.chips import COLUMNS, LR_CHIP, Layout, Variant, chip_window, training_draws, training_variant
 from pipeline.config import DataConfig
 from pipeline.diskcache import DiskCache
+from pipeline.held import Cut, Whole, clearest
 from pipeline.order import (
     CHIPS_PER_SCENE,
     BatchPlan,
@@ -77,10 +78,11 @@ class ChipDataset(Dataset[Batch]):
     def _open_scenes(self) -> None:
         config = self.config
         disk = DiskCache(Path(config.cache_dir), int(config.cache_dir_gib * 2**30)) if config.cache_dir else None
-        sizes = (entry.size for split in SPLITS for _, entry in self.index.samples(split))
+        largest = max((entry.size for split in SPLITS for _, entry in self.index.samples(split)), default=0)
+        windows = [chip_window(chip, self.scale) for chip in range(CHIPS_PER_SCENE)]
         self.scenes = Scenes(
             Spans(self.storage, disk),
-            max(sizes, default=0),
+            Whole(largest) if config.random_windows else Cut(self.layout, windows, largest),
             config.cache_mib << 20,
             # A pool that trains, one that evaluates, and who asks for a chip by its number.
             2 * config.loader_threads + 1,
@@ -212,8 +214,8 @@ class ChipDataset(Dataset[Batch]):
         """Return ``chip`` as evaluation sees it: its own window, unturned, the clearest revisit for heads alone."""
         stored = StoredBatch(self.layout, 1)
         with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
-            clearest = scene.clearest if scene else 0
-            stored.begin([chip], [Variant(chip_window(chip, self.scale), 0, False, clearest)])
+            revisit = clearest(scene) if scene else 0
+            stored.begin([chip], [Variant(chip_window(chip, self.scale), 0, False, revisit)])
             stored.put(0, scene)
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
 
@@ -283,6 +285,8 @@ class TrainLoader:
         # Copies to a GPU go beside its computing.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._order: tuple[int, Chips] | None = None
+        # The last one given back is the next one taken: it may still be in the processor's cache.
+        self._memory: LifoQueue[StoredBatch] = LifoQueue()
 
     def order(self, epoch: int) -> Chips:
         """Return the global batches [steps, global_batch] of ``epoch``."""
@@ -369,9 +373,9 @@ class TrainLoader:
         """Yield ``finish`` of each batch, called in threads that are ahead of whoever takes them."""
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         draws = training_draws(self._dataset.num_chips, self._seed, epoch)
-        memory: SimpleQueue[StoredBatch] = SimpleQueue()
+        memory = self._memory
         # One that is taken, and those ahead.
-        for _ in range(min(len(slots), self._config.prefetch_batches) + 1):
+        while memory.qsize() <= min(len(slots), self._config.prefetch_batches):
             memory.put(StoredBatch(self._dataset.layout, self._plan.per_rank, pin=self._stream is not None))
 
         def prepare(chips: list[int]) -> T:

@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.chips import Memory
+from pipeline.held import Form, Scene
 from pipeline.spans import Spans
 from sharding.errors import UserError
-from sharding.schema import JSON_SUFFIX, DamagedError, SampleEntry, ShardEntry, images_of
+from sharding.schema import DamagedError, SampleEntry, ShardEntry
 from sharding.storage import StorageUnavailableError
 
 logger = logging.getLogger(__name__)
 
 # Scenes whose memory is taken at once: from 4 MiB up numpy asks for huge pages, which cost a hundredth of the faults.
 BLOCK = 16
-
-Stored = npt.NDArray[Any]
-Memory = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One scene as it is stored; the arrays are views that are good while it is in use."""
-
-    lr: Stored
-    """[R, C, h, w] revisits."""
-    hr: Stored
-    """[3, H, W] target."""
-    pan: Stored
-    """[1, H, W] panchromatic image."""
-    text: memoryview
-    """The sample's JSON."""
-
-    @property
-    def clearest(self) -> int:
-        """The clearest revisit, 0-based."""
-        return cast(int, json.loads(bytes(self.text))["clearest"])
 
 
 @dataclass
@@ -66,20 +43,20 @@ class Scenes:
     quarantined: remembered, told once, and given as None from then on.
     """
 
-    def __init__(self, spans: Spans, largest: int, limit_bytes: int, threads: int, *, quarantine: bool) -> None:
+    def __init__(self, spans: Spans, form: Form, limit_bytes: int, threads: int, *, quarantine: bool) -> None:
         """Hold nothing yet.
 
         Args:
             spans: Reads samples.
-            largest: Bytes of the largest sample.
+            form: What is held of a scene.
             limit_bytes: Bound of the memory; it has room for what ``threads`` work on all the same.
             threads: Most threads that use scenes at once.
             quarantine: Whether damage leaves a scene out, and is no error.
         """
         self.spans = spans
-        self._largest = largest
+        self._form = form
         # Each thread may use one scene and read another.
-        self.capacity = max(limit_bytes // max(1, largest), 2 * threads)
+        self.capacity = max(limit_bytes // max(1, form.bytes), 2 * threads)
         """Scenes that can be held."""
         self._quarantine = quarantine
         self._changed = threading.Condition()
@@ -151,7 +128,7 @@ class Scenes:
             if self._free:
                 return self._free.pop()
             if self._taken < self.capacity:
-                block = np.empty((min(BLOCK, self.capacity - self._taken), self._largest), np.uint8)
+                block = np.empty((min(BLOCK, self.capacity - self._taken), self._form.bytes), np.uint8)
                 self._taken += len(block)
                 self._free.extend(block)
                 continue
@@ -165,11 +142,7 @@ class Scenes:
         try:
             with self._changed:
                 memory = slot.memory = self._memory()
-            span = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
-            self.spans.read(shard, entry, span)
-            images = images_of(entry, span)
-            offset, length = entry.members[JSON_SUFFIX]
-            slot.scene = Scene(images["lr"], images["hr"], images["pan"], span[offset : offset + length])
+            slot.scene = self._form.read(entry, memory, lambda span: self.spans.read(shard, entry, span))
             self._away = False
         except BaseException as error:
             with self._changed:

@@ -17,6 +17,7 @@ from sharding.schema import Index, read_sample
 from sharding.splits import FRACTIONS, SPLIT_SEED
 from sharding.storage import open_storage
 from sharding.storage_options import add_storage_arguments, storage_options
+from sharding.workers import processes
 
 if TYPE_CHECKING:
     from sharding.shard import Report, Runner, ShardOptions
@@ -147,13 +148,13 @@ def run_download(args: argparse.Namespace) -> int:
 
 def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
     """Run `shard`; ``runner`` does the work elsewhere than in processes of this machine."""
+    # Before the rest, which loads torch here: other processes load it at the same time.
+    runner = runner or processes(_or(args.workers, _workers()))
     # Here, not above: every other verb must run without rasterio.
     from sharding.shard import shard_folder
 
-    options = shard_options(args)
     storage = open_storage(args.output, storage_options(args))
-    workers = _or(args.workers, _workers())
-    report = shard_folder(args.input, storage, options, workers, say=print, runner=runner)
+    report = shard_folder(args.input, storage, shard_options(args), say=print, runner=runner)
     for line in (*describe(report.index, storage), *report.lines()):
         print(line)
     if args.report:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sharding.retries import Attempts
 from sharding.s3_errors import explained
-from sharding.s3_read import Body, read_whole
+from sharding.s3_read import Body, read_range, read_whole
 from sharding.s3_requests import Bucket
 from sharding.s3_write import Upload, opened
 from sharding.storage import BucketNotFoundError, NotFoundError, StoredObject
@@ -33,25 +33,25 @@ class S3Storage:
     def read(self, key: str) -> bytes:
         """GET the object."""
         with self._explained(key):
-            return read_whole(self._bucket, self._key(key), self._where(key), 0, None)
+            return read_whole(self._bucket, self._key(key), self._where(key))
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """GET with a Range header."""
-        if length <= 0:
-            return b""
-        with self._explained(key):
-            return read_whole(self._bucket, self._key(key), self._where(key), offset, offset + length)
+        data = bytearray(max(length, 0))
+        return bytes(memoryview(data)[: self.read_into(key, offset, memoryview(data))])
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """GET a range, and copy it."""
-        data = self.read_range(key, offset, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        """GET with a Range header, straight into ``buffer``."""
+        if not buffer:
+            return 0
+        with self._explained(key):
+            return read_range(self._bucket, self._key(key), self._where(key), offset, buffer)
 
     def stream(self, key: str) -> Iterator[bytes]:
         """GET the object, and go on with ranges where its body breaks off."""
         with self._explained(key):
-            yield from Body(self._bucket, self._key(key), self._where(key), 0, None).pieces()
+            for piece in Body(self._bucket, self._key(key), self._where(key), 0, None).pieces():
+                yield bytes(piece)
 
     def write(self, key: str, data: bytes) -> None:
         """PUT the object, in parallel parts where it is large; S3 publishes it at the end of the last request."""

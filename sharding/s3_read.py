@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+from zlib_ng.zlib_ng import crc32
 
 from sharding import retries
 from sharding.errors import UserError
@@ -14,25 +15,52 @@ from sharding.s3_errors import BeginAnewError, code_of
 from sharding.s3_requests import Bucket
 from sharding.storage import PIECE, CorruptedError
 
+T = TypeVar("T")
+
 # An object that is replaced or damaged each time it is read is not waited for as a silent store is.
 READS = 3
 _CORRUPTED = "{} does not match the checksum that the store has of it: write it again"
 
 
-def read_whole(bucket: Bucket, key: str, where: str, start: int, stop: int | None) -> bytes:
-    """Return an object's bytes from ``start`` to before ``stop`` (None: its end), all of one version.
+def read_whole(bucket: Bucket, key: str, where: str) -> bytes:
+    """Return an object, all of one version.
 
     Raises:
-        CorruptedError: they do not match the store's checksum, each time they are read.
-        BeginAnewError: the object is replaced each time while it is read.
+        CorruptedError: it does not match the store's checksum, each time it is read.
+        BeginAnewError: it is replaced each time while it is read.
     """
+
+    def read() -> bytes:
+        body = Body(bucket, key, where, 0, None)
+        data = b"".join(body.pieces())
+        body.check(data)
+        return data
+
+    return _until_whole(where, read)
+
+
+def read_range(bucket: Bucket, key: str, where: str, start: int, buffer: memoryview) -> int:
+    """Fill ``buffer`` with an object's bytes from ``start`` on, all of one version; return how many there were.
+
+    Raises:
+        CorruptedError, BeginAnewError: as `read_whole`.
+    """
+
+    def read() -> int:
+        body = Body(bucket, key, where, start, start + len(buffer))
+        count = sum(map(len, body.pieces(buffer)))
+        body.check(buffer[:count])
+        return count
+
+    return _until_whole(where, read)
+
+
+def _until_whole(where: str, read: Callable[[], T]) -> T:
+    """Read again what is damaged on the way or replaced meanwhile, a few times."""
     attempts = Attempts(where)
     while True:
-        body = Body(bucket, key, where, start, stop)
         try:
-            data = b"".join(body.pieces())
-            body.check(data)
-            return data
+            return read()
         except (CorruptedError, BeginAnewError) as error:
             if attempts.failures + 1 == READS:
                 raise
@@ -53,8 +81,8 @@ class Body:
         self._crc32: str | None = None
         self._continued = False
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes in pieces of up to ``PIECE``.
+    def pieces(self, into: memoryview | None = None) -> Iterator[bytes | memoryview]:
+        """Yield the bytes in pieces of up to ``PIECE``, as views of ``into`` if that is given; it then has room for all.
 
         Raises:
             CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is
@@ -68,7 +96,7 @@ class Body:
             body = None
             try:
                 body = self._open()
-                while body is not None and (data := body.read(PIECE)):
+                while body is not None and (data := self._take(body, into)):
                     self._position += len(data)
                     attempts.progressed()
                     yield data
@@ -82,13 +110,20 @@ class Body:
                     body.close()
             self._continued = self._position > self._start
 
-    def check(self, data: bytes) -> None:
+    def _take(self, body: Any, into: memoryview | None) -> bytes | memoryview:
+        """Return the next piece; an empty one at the end."""
+        if into is None:
+            return cast(bytes, body.read(PIECE))
+        room = into[self._position - self._start :][:PIECE]
+        return room[: body.readinto(room)]
+
+    def check(self, data: bytes | memoryview) -> None:
         """Compare a continued body with the store's checksum: botocore does so only with one that came in one answer.
 
         Raises:
             CorruptedError: it is another.
         """
-        if self._continued and self._crc32 and self._crc32 != base64.b64encode(zlib.crc32(data).to_bytes(4)).decode():
+        if self._continued and self._crc32 and self._crc32 != base64.b64encode(crc32(data).to_bytes(4)).decode():
             raise CorruptedError(_CORRUPTED.format(self._where))
 
     def _open(self) -> Any:

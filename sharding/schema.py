@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +17,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
 
 from sharding.errors import UserError
 from sharding.options import SampleOptions
@@ -265,7 +265,7 @@ def check_span(entry: SampleEntry, span: bytes | memoryview) -> None:
             f"sample {entry.key!r} (AOI {entry.aoi!r}) has {len(span)} bytes where the index says "
             f"{entry.size}: the shard was cut or replaced, so shard the dataset again"
         )
-    if zlib.crc32(span) != entry.crc32:
+    if crc32(span) != entry.crc32:
         raise DamagedError(
             f"sample {entry.key!r} (AOI {entry.aoi!r}) fails its CRC-32: the shard is damaged or was "
             "replaced, so copy or shard the dataset again"

@@ -124,9 +124,8 @@ def shard_folder(
         UserError: for a source, an option or a storage that the user can mend. An older dataset stays as it was if
             nothing was written yet; after that no index is left.
     """
-    if workers < 1:
-        raise UserError(f"--workers {workers} is too small: the least is 1")
-    return _Sharding(folder, output, options, say).run(runner or processes(workers))
+    runner = runner or processes(workers)
+    return _Sharding(folder, output, options, say).run(runner)
 
 
 class _Sharding:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from zlib_ng.zlib_ng import crc32
+
 from sharding.errors import Reason, UnusableError, UserError
 
 HR_FOLDER, LR_FOLDER = "hr_dataset", "lr_dataset"
@@ -132,7 +134,7 @@ class SourceFile:
         if len(data) != self.size:
             held = "more" if len(data) > self.size else "fewer"
             raise UnusableError("damaged-member", f"{self._where} holds {held} than the {self.size} bytes it claims")
-        if zlib.crc32(data) != member.crc32:
+        if crc32(data) != member.crc32:
             raise UnusableError("damaged-member", f"{self._where} fails its CRC-32")
         return data
 

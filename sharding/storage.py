@@ -18,8 +18,9 @@ from typing import Protocol
 from sharding.errors import UserError
 from sharding.storage_options import StorageOptions
 
-PIECE = 1 << 16
-"""Bytes of a piece of `Storage.stream`. What came of a piece that stalls is lost; larger ones are no faster."""
+PIECE = 120 << 10
+"""Bytes of a piece of `Storage.stream`. What came of a piece that stalls is lost; from 128 KiB up the C library asks
+the kernel for each piece's memory anew, which makes larger ones slower."""
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
 # What a file system says that has no hard links: FAT, some network shares and FUSE mounts.
@@ -82,7 +83,7 @@ class Storage(Protocol):
         ...
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Yield an object whole, from its first byte to its last, in pieces of up to 64 KiB.
+        """Yield an object whole, from its first byte to its last, in pieces of up to 120 KiB.
 
         All pieces are of one and the same object: one that is replaced meanwhile is a StorageUnavailableError. Only
         an S3 object that arrived without a break was compared with the store's checksum (CorruptedError, after the

@@ -1,31 +1,56 @@
-"""Processes of this machine that make shards."""
+"""Processes of this machine that make shards.
+
+They are forked from one process that has loaded torch and GDAL and done nothing else, since threads do not survive a
+fork: so each starts at once, and shares the libraries' memory with the others.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, forkserver
+from typing import TYPE_CHECKING
 
-from sharding.build import ShardResult, ShardTask, build_shard
 from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from sharding.build import ShardResult, ShardTask
 
 
 def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardResult]]:
-    """Return what does tasks in so many processes; one works here, without the cost of another."""
+    """Return what does tasks in so many processes; one works here, without the cost of another.
+
+    Several begin to load their libraries now, while their work is planned: call it early.
+
+    Raises:
+        UserError: for less than one.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers} is too small: the least is 1")
+    if workers > 1:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["sharding.build"])
+        forkserver.ensure_running()
 
     def run(tasks: Sequence[ShardTask]) -> Iterator[ShardResult]:
-        return map(build_shard, tasks) if workers == 1 else _in_processes(tasks, workers)
+        # Not before: it loads torch, which the processes do at the same time.
+        from sharding.build import build_shard
+
+        return map(build_shard, tasks) if workers == 1 else _in_processes(build_shard, tasks, workers)
 
     return run
 
 
-def _in_processes(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
-    # Spawned, not forked: torch's and GDAL's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+def _in_processes(
+    build: Callable[[ShardTask], ShardResult], tasks: Sequence[ShardTask], workers: int
+) -> Iterator[ShardResult]:
+    context = multiprocessing.get_context("forkserver")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ),))
     try:
-        for future in as_completed([executor.submit(build_shard, task) for task in tasks]):
+        for future in as_completed([executor.submit(build, task) for task in tasks]):
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
@@ -36,8 +61,19 @@ def _in_processes(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardRes
         executor.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """Leave the cores to the other workers."""
+def _begin(environment: Mapping[str, str]) -> None:
+    """Prepare a worker: the environment of now, cores left to the other workers, and no life after the command's."""
     import torch
 
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that gave it work is killed: its tasks would be waited for for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    connection.wait([parent.sentinel])
+    os._exit(1)

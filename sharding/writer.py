@@ -6,13 +6,13 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
 
 from sharding.schema import JSON_SUFFIX, SampleEntry, ShardEntry, Span, key_of
 
@@ -72,7 +72,7 @@ class ShardWriter:
             header = _header(f"{key}.{suffix}", length)
             spans[suffix] = (self._size - start + len(header), length)
             for part in (header, *payload, bytes(-length % tarfile.BLOCKSIZE)):
-                crc = zlib.crc32(part, crc)
+                crc = crc32(part, crc)
                 self._write(part)
         self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, spans))
 

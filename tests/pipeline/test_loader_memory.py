@@ -62,20 +62,23 @@ def epochs(dataset: ChipDataset, first: int, last: int) -> None:
             pass
 
 
-def test_scenes_take_the_memory_that_they_were_given(many_scenes: str, reads: Reads) -> None:
+@pytest.mark.parametrize("windows", [False, True])
+def test_scenes_take_the_memory_that_they_were_given(many_scenes: str, reads: Reads, windows: bool) -> None:
+    """Whole scenes are read to where they stay; of those of which the same chips are cut, each thread reads one."""
     aois, addresses = reads
-    dataset = ChipDataset(many_scenes, "train", DataConfig(cache_mib=0, loader_threads=1))
+    dataset = ChipDataset(many_scenes, "train", DataConfig(cache_mib=0, loader_threads=1, random_windows=windows))
     scenes = dataset.num_chips // 9
     assert dataset.scenes.capacity == 6 < scenes
     epochs(dataset, 0, 3)
-    assert len(addresses) == 6
+    assert len(addresses) == 6 if windows else 1 <= len(addresses) <= 2
     assert len(aois) > 3 * scenes
 
     aois.clear()
     addresses.clear()
-    ample = ChipDataset(many_scenes, "train", DataConfig())
+    ample = ChipDataset(many_scenes, "train", DataConfig(random_windows=windows))
     epochs(ample, 0, 3)
-    assert len(aois) == len(set(aois)) == len(addresses) == scenes + ample.sibling("val").num_chips // 9
+    assert len(aois) == len(set(aois)) == scenes + ample.sibling("val").num_chips // 9
+    assert not windows or len(addresses) == len(aois)
 
 
 def test_epochs_leave_nothing_behind(many_scenes: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.scenes import Scene, Scenes
+from pipeline.held import Scene, Whole, WholeScene, clearest
+from pipeline.scenes import Scenes
 from pipeline.spans import Spans
 from sharding.schema import DamagedError, Index, SampleEntry, ShardEntry, read_sample
 from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StorageUnavailableError, open_storage
@@ -55,12 +56,12 @@ def scenes_of(
     spans: Spans, places: list[Place], held: int = 2, *, threads: int = 1, quarantine: bool = False
 ) -> Scenes:
     largest = max(entry.size for _, entry in places)
-    return Scenes(spans, largest, held * largest, threads, quarantine=quarantine)
+    return Scenes(spans, Whole(largest), held * largest, threads, quarantine=quarantine)
 
 
 def name_of(scene: Scene | None) -> str:
     assert scene is not None
-    return str(json.loads(bytes(scene.text))["aoi"])
+    return str(json.loads(scene.text)["aoi"])
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -75,10 +76,10 @@ def test_a_scene_is_what_is_stored(spans: Watched, places: list[Place], shards: 
     for shard, entry in places:
         stored = read_sample(open_storage(shards[3]), shard, entry)
         with scenes.use(shard, entry) as scene:
-            assert scene is not None
-            for name in ("lr", "hr", "pan"):
-                assert np.array_equal(getattr(scene, name), getattr(stored, name))
-            assert scene.clearest == stored.meta["clearest"]
+            assert isinstance(scene, WholeScene)
+            for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
+                assert np.array_equal(image, getattr(stored, name))
+            assert clearest(scene) == stored.meta["clearest"]
 
 
 @pytest.mark.parametrize("held", [2, 3])
@@ -88,9 +89,9 @@ def test_memory_is_bounded_and_used_again(spans: Watched, places: list[Place], h
     addresses = set()
     for place in places * 3:
         with scenes.use(*place) as scene:
-            assert scene is not None
+            assert isinstance(scene, WholeScene)
             assert name_of(scene) == place[1].aoi
-            addresses.add(scene.lr.ctypes.data)
+            addresses.add(scene.images[0].ctypes.data)
     assert len(addresses) == held
     assert len(spans.reads) == 15  # five in a row push out whatever comes next
 
@@ -175,7 +176,7 @@ def test_reads_that_fail_keep_no_memory(spans: Watched, places: list[Place]) -> 
 
 @pytest.mark.timeout(60)
 def test_memory_that_cannot_be_had_is_an_error_for_everybody(spans: Watched, places: list[Place]) -> None:
-    scenes = Scenes(spans, 1 << 50, 0, 1, quarantine=False)
+    scenes = Scenes(spans, Whole(1 << 50), 0, 1, quarantine=False)
     for _ in range(3):
         with pytest.raises(MemoryError):
             used(scenes, places[0])
@@ -291,9 +292,10 @@ def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_
             if draw.random() < 0.3:
                 scenes.load(*places[draw.integers(len(places))])
             with scenes.use(*places[number]) as scene:
-                before = name_of(scene), int(scene.lr.sum())  # type: ignore[union-attr]
+                assert isinstance(scene, WholeScene)
+                before = name_of(scene), int(scene.images[0].sum())
                 time.sleep(0.0005)
-                assert (name_of(scene), int(scene.lr.sum())) == before  # type: ignore[union-attr]
+                assert (name_of(scene), int(scene.images[0].sum())) == before
                 assert before[0] == places[number][1].aoi
                 seen += 1
         return seen

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from models.registry import ENCODERS, HEADS, ModelConfig, build_model
-from pipeline.batches import Batch, Layout, StoredBatch, to_batch
-from pipeline.chips import Variant, make_window
+from pipeline.batches import Batch, StoredBatch, to_batch
+from pipeline.chips import Layout, Variant, make_window
 from pipeline.config import RunConfig
 from pipeline.data import CPU, ChipDataset, TrainLoader
 from pipeline.evaluate import METHODS, evaluate_run

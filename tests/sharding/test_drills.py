@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -32,7 +33,7 @@ from tests.sharding.conftest import World
 
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
 """A sample takes 2.4 MB, so a shard has one."""
-COMMAND = ["--revisits", "2", "--shard-size", "2.5", "--workers", "1"]
+COMMAND = ["--revisits", "2", "--shard-size", "2.5"]
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +55,10 @@ def digests(storage: Storage) -> dict[str, str]:
     return {item.key: hashlib.sha256(storage.read(item.key)).hexdigest() for item in storage.list()}
 
 
-def start(many: World, output: str, **options: object) -> subprocess.Popen[str]:
+def start(many: World, output: str, workers: int = 1, **options: object) -> subprocess.Popen[str]:
     """Start the real command in a process group of its own."""
-    command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(many.folder), "--output", output, *COMMAND]
+    command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(many.folder), "--output", output]
+    command += [*COMMAND, "--workers", str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}  # type: ignore[dict-item]
     return subprocess.Popen(
         command,
@@ -115,6 +117,38 @@ def test_a_killed_run_goes_on(many: World, undisturbed: dict[str, str], tmp_path
 @pytest.mark.slow
 def test_ten_kills_leave_the_same_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
     drill(many, tmp_path / "out", 10, undisturbed)
+
+
+def test_a_command_that_is_killed_takes_its_workers_along(many: World, tmp_path: Path) -> None:
+    """They would wait for tasks for ever."""
+    process = start(many, str(tmp_path / "out"), workers=2)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/*.tar")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        assert len(of_group(process.pid)) >= 4  # the command, the process that workers are forked from, two of these
+        process.kill()
+        process.wait()
+        while of_group(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert of_group(process.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def of_group(group: int) -> list[int]:
+    """Return the living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(of) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
 
 
 def test_two_at_once_leave_the_same_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
