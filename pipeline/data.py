@@ -232,9 +232,15 @@ class ChipDataset(Dataset[Batch]):
             with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
                 into.put(slot, scene)
 
-    def load(self, scene: int) -> None:
-        """Read a scene that will be used soon."""
-        self.scenes.load(*self._places[scene])
+    def load(self, scenes: Sequence[int]) -> None:
+        """Read scenes of one shard that will be used soon, in their order there."""
+        shard, _ = self._places[scenes[0]]
+        self.scenes.load(shard, [self._places[scene][1] for scene in scenes])
+
+    def neighbourhood(self, scene: int) -> tuple[str, int]:
+        """Return what a scene has in common with those that are worth reading by the same request."""
+        shard, entry = self._places[scene]
+        return shard.name, entry.offset // (self.scenes.spans.request_bytes or 1)
 
 
 class TrainLoader:
@@ -431,6 +437,11 @@ class _ReadAhead:
         order = np.argsort(first)
         self._coming = scenes[order].tolist()
         self._needed_at = (first[order] // max(1, slots.shape[1])).tolist()
+        self._places = {scene: place for place, scene in enumerate(self._coming)}
+        self._neighbours: dict[tuple[str, int], list[int]] = {}
+        for scene in scenes.tolist():
+            self._neighbours.setdefault(dataset.neighbourhood(scene), []).append(scene)
+        self._begun: set[int] = set()
         self._dataset, self._pool = dataset, pool
         # What is read ahead must not push out what is in use.
         self._reach = dataset.scenes.capacity // 2
@@ -448,8 +459,20 @@ class _ReadAhead:
             self._reading.popleft()
         last = min(len(self._coming), self._used + self._reach)
         while self._next < last and len(self._reading) < self._busy:
-            self._reading.append(self._pool.submit(self._dataset.load, self._coming[self._next]))
+            if self._coming[self._next] not in self._begun:
+                together = self._together(self._coming[self._next], last)
+                self._begun.update(together)
+                self._reading.append(self._pool.submit(self._dataset.load, together))
             self._next += 1
+
+    def _together(self, scene: int, last: int) -> list[int]:
+        """Return a scene and those beside it that are needed before place ``last`` too, in their order in the shard."""
+        neighbours = self._neighbours[self._dataset.neighbourhood(scene)]
+        return [
+            other
+            for other in neighbours
+            if (self._used <= self._places[other] < last and other not in self._begun) or other == scene
+        ]
 
 
 def evaluation_batches(

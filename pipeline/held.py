@@ -47,6 +47,10 @@ class Form(Protocol):
         """Read a scene into memory of that size."""
         ...
 
+    def keep(self, entry: SampleEntry, span: memoryview, memory: Memory) -> Scene:
+        """Copy what is held of a sample's bytes, which were checked, into memory of that size."""
+        ...
+
 
 @dataclass(frozen=True)
 class WholeScene:
@@ -74,6 +78,14 @@ class Whole:
         span = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
         read(span)
         return _whole(entry, span)
+
+    def keep(self, entry: SampleEntry, span: memoryview, memory: Memory) -> WholeScene:
+        """Copy the sample."""
+
+        def copy(into: memoryview) -> None:
+            into[:] = span
+
+        return self.read(entry, memory, copy)
 
 
 @dataclass(frozen=True)
@@ -119,13 +131,17 @@ class Cut:
         try:
             span = memoryview(buffer)[: entry.size]  # type: ignore[arg-type]
             read(span)
-            scene = _whole(entry, span)
-            chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
-            for window, number in self._numbers.items():
-                chips.cut(number, scene.images, window)
-            return CutScene(chips, self._numbers, scene.text)
+            return self.keep(entry, span, memory)
         finally:
             self._spare.append(buffer)
+
+    def keep(self, entry: SampleEntry, span: memoryview, memory: Memory) -> CutScene:
+        """Cut the chips."""
+        scene = _whole(entry, span)
+        chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
+        for window, number in self._numbers.items():
+            chips.cut(number, scene.images, window)
+        return CutScene(chips, self._numbers, scene.text)
 
 
 def _whole(entry: SampleEntry, span: memoryview) -> WholeScene:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from pipeline.chips import Memory
 from pipeline.held import Form, Scene
 from pipeline.spans import Spans
-from sharding.errors import UserError
 from sharding.schema import DamagedError, SampleEntry, ShardEntry
 from sharding.storage import StorageUnavailableError
 
@@ -67,21 +66,44 @@ class Scenes:
         self.quarantined: dict[str, str] = {}
         """By key of a sample that is damaged in the store, what is wrong with it."""
 
-    def load(self, shard: ShardEntry, entry: SampleEntry) -> None:
-        """Read a scene that will be used soon. If that fails, whoever uses it then reads it again, and is told.
+    def load(self, shard: ShardEntry, entries: Iterable[SampleEntry]) -> None:
+        """Read scenes of a shard that will be used soon, by one request where they lie one after the other.
 
-        A store that was waited for in vain is not asked again until somebody needs a scene and gets it: who needs one
-        now must not wait behind many that are needed later.
+        If that fails, whoever uses one then reads it again, and is told. A store that was waited for in vain is not
+        asked again until somebody needs a scene and gets it: who needs one now must not wait behind many that are
+        needed later.
         """
-        if self._away:
-            return
-        try:
-            with self.use(shard, entry):
-                pass
-        except StorageUnavailableError:
-            self._away = True
-        except UserError as error:
-            logger.info("not read ahead: %s", error)
+        rest = deque(entries)
+        while not self._away and (claimed := self._claim(rest)):
+            try:
+                with self.spans.together(shard, [entry for entry, _ in claimed]) as parts:
+                    # Memory is taken for one at a time, so that nobody waits for memory and keeps some.
+                    for (entry, slot), part in zip(claimed, parts, strict=True):
+                        self._read(slot, shard, entry, part)
+                        self._leave(slot)
+            except BaseException as error:
+                for entry, slot in claimed:
+                    self._fail(slot, entry, error)
+                    self._leave(slot)
+            for _, slot in claimed:
+                if isinstance(slot.error, StorageUnavailableError):
+                    self._away = True
+                elif slot.error is not None:
+                    logger.info("not read ahead: %s", slot.error)
+
+    def _claim(self, entries: deque[SampleEntry]) -> list[tuple[SampleEntry, _Slot]]:
+        """Take the next scenes that nobody holds or reads, and that lie one after the other, off ``entries``."""
+        claimed: list[tuple[SampleEntry, _Slot]] = []
+        with self._changed:
+            while entries:
+                entry = entries[0]
+                if claimed and entry.offset != claimed[-1][0].offset + claimed[-1][0].size:
+                    break
+                entries.popleft()
+                if entry.key not in self._held and entry.key not in self.quarantined:
+                    slot = self._held[entry.key] = _Slot(users=1)
+                    claimed.append((entry, slot))
+        return claimed
 
     @contextlib.contextmanager
     def use(self, shard: ShardEntry, entry: SampleEntry) -> Iterator[Scene | None]:
@@ -138,19 +160,26 @@ class Scenes:
                     return slot.memory
             self._changed.wait()
 
-    def _read(self, slot: _Slot, shard: ShardEntry, entry: SampleEntry) -> None:
+    def _read(self, slot: _Slot, shard: ShardEntry, entry: SampleEntry, part: memoryview | None = None) -> None:
+        """Fill a slot, from its sample's bytes if they are there."""
         try:
             with self._changed:
                 memory = slot.memory = self._memory()
-            slot.scene = self._form.read(entry, memory, lambda span: self.spans.read(shard, entry, span))
+            if part is None:
+                slot.scene = self._form.read(entry, memory, lambda span: self.spans.read(shard, entry, span))
+            else:
+                slot.scene = self._form.keep(entry, part, memory)
             self._away = False
-        except BaseException as error:
-            with self._changed:
-                del self._held[entry.key]
-                if self._quarantine and isinstance(error, DamagedError):
-                    self.quarantined[entry.key] = str(error)
-                    logger.warning("quarantined, its chips count nothing: %s", error)
-                else:
-                    slot.error = error
-        finally:
             slot.ready.set()
+        except BaseException as error:
+            self._fail(slot, entry, error)
+
+    def _fail(self, slot: _Slot, entry: SampleEntry, error: BaseException) -> None:
+        with self._changed:
+            del self._held[entry.key]
+            if self._quarantine and isinstance(error, DamagedError):
+                self.quarantined[entry.key] = str(error)
+                logger.warning("quarantined, its chips count nothing: %s", error)
+            else:
+                slot.error = error
+        slot.ready.set()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.diskcache import DiskCache
 from sharding.schema import DamagedError, SampleEntry, ShardEntry, check_span
@@ -20,6 +25,7 @@ class Spans:
         self._storage = storage
         self._disk = disk
         self._lock = threading.Lock()
+        self._buffers: list[npt.NDArray[np.uint8]] = []
         self.refetched = 0
         """Spans that were read once more, because the disk cache's or the store's bytes were damaged."""
 
@@ -41,6 +47,46 @@ class Spans:
             if not self._cached(self._disk, name, entry, span):
                 self._fetch(shard, entry, span)
                 self._disk.put(name, span)
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of neighbours that are worth one request; 0 where each sample is read by itself."""
+        return 0 if self._disk else self._storage.request_bytes
+
+    @contextlib.contextmanager
+    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[list[memoryview | None]]:
+        """Read samples that lie one after the other by one request.
+
+        Gives the bytes of each, good until the context ends; None for those that are to be read by themselves: a single
+        one, and what is damaged or gone.
+
+        Raises:
+            StorageUnavailableError: The store does not answer.
+        """
+        if len(entries) < 2:
+            yield [None] * len(entries)
+            return
+        first, total = entries[0].offset, sum(entry.size for entry in entries)
+        buffer = self._buffers.pop() if self._buffers else np.empty(0, np.uint8)
+        if len(buffer) < total:
+            buffer = np.empty(max(total, self.request_bytes), np.uint8)
+        try:
+            span = memoryview(buffer)[:total]  # type: ignore[arg-type]
+            try:
+                span = span[: self._storage.read_into(shard.name, first, span)]
+            except (CorruptedError, NotFoundError):
+                span = span[:0]
+            yield [self._intact(shard, entry, span[entry.offset - first :][: entry.size]) for entry in entries]
+        finally:
+            self._buffers.append(buffer)
+
+    def _intact(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> memoryview | None:
+        try:
+            check_span(entry, span)
+        except DamagedError as error:
+            self._note(f"{self._storage.uri}/{shard.name}: {error}")
+            return None
+        return span
 
     def _cached(self, disk: DiskCache, name: str, entry: SampleEntry, span: memoryview) -> bool:
         if not disk.get(name, span):

@@ -18,6 +18,8 @@ from sharding.storage import BucketNotFoundError, NotFoundError, StoredObject
 class S3Storage:
     """Objects under a prefix of an S3 bucket."""
 
+    request_bytes = 16 << 20
+
     def __init__(self, bucket: Bucket, prefix: str) -> None:
         self._bucket = bucket
         self._prefix = prefix

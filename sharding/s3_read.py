@@ -82,7 +82,7 @@ class Body:
         self._continued = False
 
     def pieces(self, into: memoryview | None = None) -> Iterator[bytes | memoryview]:
-        """Yield the bytes in pieces of up to ``PIECE``, as views of ``into`` if that is given; it then has room for all.
+        """Yield the bytes in pieces of up to ``PIECE``, views of ``into`` if that is given; it has room for all.
 
         Raises:
             CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is

@@ -70,6 +70,9 @@ class Storage(Protocol):
         """The absolute folder or ``s3://`` URI that keys are relative to."""
         ...
 
+    request_bytes: int
+    """How much is worth reading by one request, neighbours of what is needed too; 0 where requests cost nothing."""
+
     def read(self, key: str) -> bytes:
         """Return an object whole; NotFoundError where there is none."""
         ...
@@ -166,6 +169,8 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
 
 class LocalStorage:
     """Objects as files under a folder."""
+
+    request_bytes = 0
 
     def __init__(self, root: Path) -> None:
         self._root = root

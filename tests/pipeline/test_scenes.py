@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,16 @@ class Watched(Spans):
             raise self.errors.pop()
         super().read(shard, entry, span)
 
+    @contextlib.contextmanager
+    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[list[memoryview | None]]:
+        if len(entries) > 1:
+            self.reads.append("+".join(entry.key for entry in entries))
+            self.gate.wait()
+            if self.errors:
+                raise self.errors.pop()
+        with super().together(shard, entries) as parts:
+            yield parts
+
 
 @pytest.fixture
 def spans(shards: dict[int, str]) -> Watched:
@@ -57,6 +68,10 @@ def scenes_of(
 ) -> Scenes:
     largest = max(entry.size for _, entry in places)
     return Scenes(spans, Whole(largest), held * largest, threads, quarantine=quarantine)
+
+
+def load(scenes: Scenes, *places: Place) -> None:
+    scenes.load(places[0][0], [entry for _, entry in places])
 
 
 def name_of(scene: Scene | None) -> str:
@@ -185,9 +200,9 @@ def test_memory_that_cannot_be_had_is_an_error_for_everybody(spans: Watched, pla
 def test_what_was_not_read_ahead_is_read_by_who_needs_it(spans: Watched, places: list[Place]) -> None:
     scenes = scenes_of(spans, places, 2)
     spans.errors = [DamagedError("damaged")]
-    scenes.load(*places[0])
+    load(scenes, places[0])
     assert used(scenes, places[0]) == places[0][1].aoi
-    scenes.load(*places[1])
+    load(scenes, places[1])
     assert used(scenes, places[1]) == places[1][1].aoi
     assert len(spans.reads) == 3
 
@@ -197,13 +212,97 @@ def test_a_store_that_is_away_is_not_read_ahead_from(spans: Watched, places: lis
     scenes = scenes_of(spans, places, 3)
     spans.errors = [StorageUnavailableError("away") for _ in range(2)]
     for place in places:
-        scenes.load(*place)
+        load(scenes, place)
     assert spans.reads == [places[0][1].key]
     with pytest.raises(StorageUnavailableError):
         used(scenes, places[1])
     assert used(scenes, places[1]) == places[1][1].aoi
-    scenes.load(*places[2])
+    load(scenes, places[2])
     assert spans.reads[-1] == places[2][1].key
+
+
+@pytest.fixture(scope="module")
+def neighbours(shards: dict[int, str]) -> list[Place]:
+    """Five scenes of one shard."""
+    return list(Index.load(open_storage(shards[1])).samples("train"))
+
+
+def keys(*places: Place) -> str:
+    return "+".join(entry.key for _, entry in places)
+
+
+def test_neighbours_are_read_together(shards: dict[int, str], neighbours: list[Place]) -> None:
+    """What is held already parts those that are not."""
+    spans = Watched(open_storage(shards[1]))
+    scenes = scenes_of(spans, neighbours, 5)
+    a, b, c, d, e = neighbours
+    assert used(scenes, c) == c[1].aoi
+    load(scenes, a, b, c, d, e)
+    assert spans.reads == [keys(c), keys(a, b), keys(d, e)]
+    for shard, entry in neighbours:
+        stored = read_sample(open_storage(shards[1]), shard, entry)
+        with scenes.use(shard, entry) as scene:
+            assert isinstance(scene, WholeScene)
+            for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
+                assert np.array_equal(image, getattr(stored, name))
+    load(scenes, a, b, c, d, e)
+    assert len(spans.reads) == 3
+    assert scenes._free == []
+    assert all(slot.users == 0 for slot in scenes._held.values())
+
+
+def test_neighbours_need_no_more_memory_at_once_than_there_is(shards: dict[int, str], neighbours: list[Place]) -> None:
+    spans = Watched(open_storage(shards[1]))
+    scenes = scenes_of(spans, neighbours, 2)
+    load(scenes, *neighbours)
+    assert spans.reads == [keys(*neighbours)]
+    assert [used(scenes, place) for place in neighbours] == [entry.aoi for _, entry in neighbours]
+
+
+def test_who_waits_for_a_neighbour_is_told_that_the_store_is_away(
+    shards: dict[int, str], neighbours: list[Place]
+) -> None:
+    spans = Watched(open_storage(shards[1]))
+    scenes = scenes_of(spans, neighbours, 5, threads=3)
+    spans.gate.clear()
+    spans.errors = [StorageUnavailableError("away")]
+    with ThreadPoolExecutor(2) as pool:
+        ahead = pool.submit(load, scenes, *neighbours)
+        wait_for(lambda: len(scenes._held) == 5)
+        waiting = pool.submit(used, scenes, neighbours[3])
+        everybody_waits(scenes, neighbours[3], 2)
+        spans.gate.set()
+        with pytest.raises(StorageUnavailableError):
+            waiting.result()
+        ahead.result()
+    load(scenes, *neighbours)
+    assert spans.reads == [keys(*neighbours)]  # not asked again before somebody needs a scene and gets it
+    assert used(scenes, neighbours[4]) == neighbours[4][1].aoi
+    load(scenes, *neighbours)
+    assert spans.reads[1:] == [keys(neighbours[4]), keys(*neighbours[:4])]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_damage_among_neighbours_is_read_again_and_costs_none_of_the_others(
+    shards: dict[int, str], neighbours: list[Place], tmp_path: Path, harm: str
+) -> None:
+    copy_to(shards[1], str(tmp_path))
+    shard, entry = neighbours[2]
+    path = tmp_path / shard.name
+    data = bytearray(path.read_bytes())
+    data[entry.offset + 100] ^= 1
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data if harm == "flipped" else data[: entry.offset + 100])
+    spans = Watched(open_storage(tmp_path))
+    scenes = scenes_of(spans, neighbours, 5, quarantine=True)
+    load(scenes, *neighbours)
+    lost = {"flipped": neighbours[2:3], "cut": neighbours[2:], "gone": neighbours}[harm]
+    assert spans.reads == [keys(*neighbours), *(entry.key for _, entry in lost)]
+    assert scenes.quarantined.keys() == {entry.key for _, entry in lost}
+    for place in neighbours:
+        assert nothing(scenes, place) == (place in lost)
 
 
 @pytest.fixture
@@ -224,9 +323,10 @@ def test_quarantine_is_told_once_and_remembered(
     caplog.set_level(logging.WARNING)
     damaged.gate.clear()
     with ThreadPoolExecutor(12) as pool:
-        ahead = [pool.submit(scenes.load, *places[0]) for _ in range(6)]
+        ahead = [pool.submit(load, scenes, places[0]) for _ in range(6)]
+        everybody_waits(scenes, places[0], 1)  # who reads ahead waits for nobody
         calls = [pool.submit(nothing, scenes, places[0]) for _ in range(6)]
-        everybody_waits(scenes, places[0], 12)
+        everybody_waits(scenes, places[0], 7)
         damaged.gate.set()
         assert all(call.result() for call in calls)
         assert [call.result() for call in ahead] == [None] * 6
@@ -290,7 +390,7 @@ def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_
         seen = 0
         for number in draw.integers(len(places), size=60):
             if draw.random() < 0.3:
-                scenes.load(*places[draw.integers(len(places))])
+                load(scenes, places[draw.integers(len(places))])
             with scenes.use(*places[number]) as scene:
                 assert isinstance(scene, WholeScene)
                 before = name_of(scene), int(scene.images[0].sum())
