@@ -75,7 +75,8 @@ FORMS = {
     "LitData, cold": Form(partial(peer, open_chips=partial(litdata, cold=True)), cold=True, workers=True),
     "published": Form(forms.published),
     "S3: ranged GETs": Form(forms.ranged_gets, first=True),
-    "S3: ours": Form(forms.ours_s3, first=True),
+    "S3: ours": Form(partial(forms.ours_s3, anew=True)),
+    "S3: ours, first epoch": Form(partial(forms.ours_s3, anew=False), first=True),
 }
 
 CLAIMS = [
@@ -94,6 +95,7 @@ CLAIMS = [
     ("ours, cold", "LitData, cold", 1),
     ("ours, first epoch", "published", 30),
     ("S3: ours", "S3: ranged GETs", 0.85),
+    ("S3: ours, first epoch", "S3: ranged GETs", 0.85),
 ]
 """How many times as fast as another a form is to be."""
 

@@ -315,6 +315,6 @@ def ranged_gets(place: Place) -> Epoch:
     return epoch
 
 
-def ours_s3(place: Place) -> Epoch:
-    """Stream from S3 through memory that holds nothing at first."""
-    return ours(place, os.environ["LOADER_S3_URI"], loader_threads=THREADS)
+def ours_s3(place: Place, anew: bool) -> Epoch:
+    """Stream from S3 through memory that holds nothing at first; ``anew`` uses that of the epoch before again."""
+    return ours(place, os.environ["LOADER_S3_URI"], anew=anew, loader_threads=THREADS)
