@@ -1,0 +1,61 @@
+"""Which scenes are read ahead of the batches that need them, and when."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.order import CHIPS_PER_SCENE, Chips
+
+if TYPE_CHECKING:
+    from pipeline.data import ChipDataset
+
+
+class ReadAhead:
+    """Reads scenes ahead of the batches that need them, in the order in which they will be."""
+
+    def __init__(self, dataset: ChipDataset, slots: Chips, pool: ThreadPoolExecutor) -> None:
+        """Look at the batches [steps, per_rank] that come."""
+        scenes, first = np.unique(slots // CHIPS_PER_SCENE, return_index=True)
+        order = np.argsort(first)
+        self._coming = scenes[order].tolist()
+        self._needed_at = (first[order] // max(1, slots.shape[1])).tolist()
+        self._places = {scene: place for place, scene in enumerate(self._coming)}
+        self._neighbours: dict[tuple[str, int], list[int]] = {}
+        for scene in scenes.tolist():
+            self._neighbours.setdefault(dataset.neighbourhood(scene), []).append(scene)
+        self._begun: set[int] = set()
+        self._dataset, self._pool = dataset, pool
+        # What is read ahead must not push out what is in use.
+        self._reach = dataset.scenes.capacity // 2
+        self._busy = 2 * max(dataset.config.loader_threads, slots.shape[1])
+        self._prefetch = dataset.config.prefetch_batches
+        self._reading: deque[Future[None]] = deque()
+        self._used = self._next = 0
+
+    def go_on(self, step: int) -> None:
+        """Begin to read what is needed after the batches that are being prepared at ``step``."""
+        while self._used < len(self._coming) and self._needed_at[self._used] < step + self._prefetch:
+            self._used += 1
+        self._next = max(self._next, self._used)
+        while self._reading and self._reading[0].done():
+            self._reading.popleft()
+        last = min(len(self._coming), self._used + self._reach)
+        while self._next < last and len(self._reading) < self._busy:
+            if self._coming[self._next] not in self._begun:
+                together = self._together(self._coming[self._next], last)
+                self._begun.update(together)
+                self._reading.append(self._pool.submit(self._dataset.load, together))
+            self._next += 1
+
+    def _together(self, scene: int, last: int) -> list[int]:
+        """Return a scene and those beside it that are needed before place ``last`` too, in their order in the shard."""
+        neighbours = self._neighbours[self._dataset.neighbourhood(scene)]
+        return [
+            other
+            for other in neighbours
+            if (self._used <= self._places[other] < last and other not in self._begun) or other == scene
+        ]
