@@ -37,14 +37,15 @@ class DataConfig:
     lanes: int = 8
     """Most stretches of an epoch that each global batch is taken from, >= 1; a divisor of the global batch is used."""
     cache_mib: int = 4096
-    """Bound of the scenes kept in memory by each rank, MiB; what the threads work on has room in any case."""
+    """Bound of the scenes kept in memory by each rank, MiB. What the threads work on has room in any case; what they
+    read at the moment, up to a sample each, or from S3 up to 16 MiB of samples and one more, comes on top."""
     cache_dir: str = ""
     """Absolute path of a folder on each node where its ranks keep what they read; "" keeps nothing on disk."""
     cache_dir_gib: float = 100.0
     """Bound of that folder, GiB; what was not used for the longest time gives way."""
     damaged: str = "stop"
-    """What a sample does whose bytes are damaged in the store, read twice: ``stop``, or ``quarantine``, which goes on
-    with its chips at weight 0 and counts them."""
+    """What a sample does whose bytes are damaged in the store, read twice or more: ``stop``, or ``quarantine``, which
+    goes on with its chips at weight 0 and counts them."""
     prefetch_batches: int = 4
     """Batches prepared ahead of the step, >= 1."""
     loader_threads: int = 4

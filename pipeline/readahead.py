@@ -33,7 +33,7 @@ class ReadAhead:
         self._reach = dataset.scenes.capacity // 2
         self._busy = 2 * max(dataset.config.loader_threads, slots.shape[1])
         self._prefetch = dataset.config.prefetch_batches
-        self._reading: deque[Future[None]] = deque()
+        self._reading: deque[tuple[Future[None], int]] = deque()
         self._used = self._next = 0
 
     def go_on(self, step: int) -> None:
@@ -41,21 +41,18 @@ class ReadAhead:
         while self._used < len(self._coming) and self._needed_at[self._used] < step + self._prefetch:
             self._used += 1
         self._next = max(self._next, self._used)
-        while self._reading and self._reading[0].done():
+        while self._reading and self._reading[0][0].done():
             self._reading.popleft()
         last = min(len(self._coming), self._used + self._reach)
-        while self._next < last and len(self._reading) < self._busy:
+        # Not too many, for the batches to come wait behind them.
+        while self._next < last and sum(scenes for _, scenes in self._reading) < self._busy:
             if self._coming[self._next] not in self._begun:
                 together = self._together(self._coming[self._next], last)
                 self._begun.update(together)
-                self._reading.append(self._pool.submit(self._dataset.load, together))
+                self._reading.append((self._pool.submit(self._dataset.load, together), len(together)))
             self._next += 1
 
     def _together(self, scene: int, last: int) -> list[int]:
         """Return a scene and those beside it that are needed before place ``last`` too, in their order in the shard."""
         neighbours = self._neighbours[self._dataset.neighbourhood(scene)]
-        return [
-            other
-            for other in neighbours
-            if (self._used <= self._places[other] < last and other not in self._begun) or other == scene
-        ]
+        return [other for other in neighbours if self._used <= self._places[other] < last and other not in self._begun]

@@ -50,33 +50,40 @@ class Spans:
 
     @property
     def request_bytes(self) -> int:
-        """Bytes of neighbours that are worth one request; 0 where each sample is read by itself."""
+        """Bytes of neighbours that are worth one request; 0 where each sample is read by itself.
+
+        As with a disk cache, where the ranks of a node share the reading sample by sample.
+        """
         return 0 if self._disk else self._storage.request_bytes
 
     @contextlib.contextmanager
     def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[list[memoryview | None]]:
-        """Read samples that lie one after the other by one request.
+        """Read samples that lie one after the other by one request, where that is worth it.
 
-        Gives the bytes of each, good until the context ends; None for those that are to be read by themselves: a single
-        one, and what is damaged or gone.
+        Gives the bytes of each, good until the context ends; None for those that are to be read by themselves: all
+        where it is not worth it, and what is damaged or gone.
 
         Raises:
             StorageUnavailableError: The store does not answer.
         """
-        if len(entries) < 2:
+        if len(entries) < 2 or not self.request_bytes:
             yield [None] * len(entries)
             return
         first, total = entries[0].offset, sum(entry.size for entry in entries)
-        buffer = self._buffers.pop() if self._buffers else np.empty(0, np.uint8)
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = np.empty(0, np.uint8)
         if len(buffer) < total:
             buffer = np.empty(max(total, self.request_bytes), np.uint8)
+        parts: list[memoryview | None] = [None] * len(entries)
         try:
             span = memoryview(buffer)[:total]  # type: ignore[arg-type]
-            try:
+            # What is wrong with them is for the reads of each to say.
+            with contextlib.suppress(CorruptedError, NotFoundError):
                 span = span[: self._storage.read_into(shard.name, first, span)]
-            except (CorruptedError, NotFoundError):
-                span = span[:0]
-            yield [self._intact(shard, entry, span[entry.offset - first :][: entry.size]) for entry in entries]
+                parts = [self._intact(shard, entry, span[entry.offset - first :][: entry.size]) for entry in entries]
+            yield parts
         finally:
             self._buffers.append(buffer)
 

@@ -43,7 +43,7 @@ class S3Storage:
         return bytes(memoryview(data)[: self.read_into(key, offset, memoryview(data))])
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """GET with a Range header, straight into ``buffer``."""
+        """GET with a Range header, piece by piece into ``buffer``."""
         if not buffer:
             return 0
         with self._explained(key):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,8 +33,7 @@ def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardRes
     if workers < 1:
         raise UserError(f"--workers {workers} is too small: the least is 1")
     if workers > 1:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["sharding.build"])
-        forkserver.ensure_running()
+        _start_loading()
 
     def run(tasks: Sequence[ShardTask]) -> Iterator[ShardResult]:
         # Not before: it loads torch, which the processes do at the same time.
@@ -42,6 +42,21 @@ def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardRes
         return map(build_shard, tasks) if workers == 1 else _in_processes(build_shard, tasks, workers)
 
     return run
+
+
+def _start_loading() -> None:
+    """Start the process that the workers are forked from."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["sharding.preload"])
+    # It would look for modules in the current folder first, as this command does not.
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _in_processes(
@@ -65,6 +80,7 @@ def _begin(environment: Mapping[str, str]) -> None:
     """Prepare a worker: the environment of now, cores left to the other workers, and no life after the command's."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -14,9 +14,9 @@ from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.order import BatchPlan
 from pipeline.spans import Spans
-from sharding.schema import SampleEntry, ShardEntry
+from sharding.schema import Index, SampleEntry, ShardEntry
 from sharding.shard import ShardOptions, shard_folder
-from sharding.storage import open_storage
+from sharding.storage import LocalStorage, open_storage
 from sharding.synthetic import write_worldstrat
 from tests.pipeline.conftest import SMALL
 
@@ -79,6 +79,35 @@ def test_scenes_take_the_memory_that_they_were_given(many_scenes: str, reads: Re
     epochs(ample, 0, 3)
     assert len(aois) == len(set(aois)) == scenes + ample.sibling("val").num_chips // 9
     assert not windows or len(addresses) == len(aois)
+
+
+def test_neighbours_come_by_one_request_where_requests_cost_something(
+    many_scenes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches are the same; only the first batch's scenes are not read ahead."""
+
+    def read() -> tuple[list[torch.Tensor], int]:
+        counted = 0
+        read_into = LocalStorage.read_into
+
+        def counting(self: LocalStorage, key: str, offset: int, buffer: memoryview) -> int:
+            nonlocal counted
+            counted += 1
+            return read_into(self, key, offset, buffer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStorage, "read_into", counting)
+            dataset = ChipDataset(many_scenes, "train", DataConfig(prefetch_batches=1))
+            loader = TrainLoader(dataset, BatchPlan.create(2, 0, 1), 0, seed=1)
+            return [tensor for batch in loader for tensor in batch.tensors], counted
+
+    alone, requests = read()
+    largest = max(entry.size for _, entry in Index.load(open_storage(many_scenes)).samples("train"))
+    monkeypatch.setattr(LocalStorage, "request_bytes", 5 * largest)
+    together, fewer = read()
+    assert all(map(torch.equal, alone, together))
+    assert requests == 16
+    assert fewer <= 10
 
 
 def test_epochs_leave_nothing_behind(many_scenes: str) -> None:

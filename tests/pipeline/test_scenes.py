@@ -27,6 +27,8 @@ Place = tuple[ShardEntry, SampleEntry]
 class Watched(Spans):
     """Real reads that are noted, that wait while the gate is closed, and that fail with the errors in store."""
 
+    request_bytes = 1 << 20  # type: ignore[assignment]
+
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage, None)
         self.reads: list[str] = []
@@ -380,8 +382,9 @@ def test_a_shard_that_is_gone_is_damage_and_a_bucket_is_not(
 
 @pytest.mark.timeout(120)
 def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_for(
-    spans: Watched, places: list[Place]
+    shards: dict[int, str], neighbours: list[Place]
 ) -> None:
+    places, spans = neighbours, Watched(open_storage(shards[1]))
     scenes = scenes_of(spans, places, 0, threads=1)
     assert scenes.capacity == 2
 
@@ -390,7 +393,8 @@ def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_
         seen = 0
         for number in draw.integers(len(places), size=60):
             if draw.random() < 0.3:
-                load(scenes, places[draw.integers(len(places))])
+                first = draw.integers(len(places))
+                load(scenes, *places[first : first + draw.integers(1, 4)])
             with scenes.use(*places[number]) as scene:
                 assert isinstance(scene, WholeScene)
                 before = name_of(scene), int(scene.images[0].sum())
@@ -402,3 +406,4 @@ def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(8))) == [60] * 8
+    assert any("+" in read for read in spans.reads)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import logging
 import random
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
+from botocore.httpchecksum import Crc32Checksum, StreamingChecksumBody
+from urllib3 import HTTPResponse
 
 from cluster.objectstore import ObjectStore
 from sharding import retries, s3_requests
 from sharding.retries import RETRIES
-from sharding.s3_read import READS
+from sharding.s3_read import READS, read_range
+from sharding.s3_requests import Bucket
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage
 from sharding.storage_options import MIB, StorageOptions
 from tests.conftest import S3
@@ -160,6 +167,30 @@ def test_a_damaged_body_is_found_by_the_store_s_checksum(
     proxy.faults = Faults(flip=1.0)
     with pytest.raises(CorruptedError, match="/x does not match the checksum"):
         read(storage)
+
+
+class Answers:
+    """A bucket that answers a range with its checksum, as some stores do."""
+
+    def __init__(self, *bodies: bytes) -> None:
+        self.bodies = list(bodies)
+
+    def send(self, operation: str, **request: str) -> dict[str, object]:
+        raw = HTTPResponse(io.BytesIO(self.bodies.pop(0)), preload_content=False)
+        checksum = base64.b64encode(zlib.crc32(DATA).to_bytes(4)).decode()
+        body = StreamingChecksumBody(raw, str(len(DATA)), Crc32Checksum(), checksum)
+        return {"Body": body, "ContentRange": request["Range"].replace("=", " ") + "/*", "ContentLength": len(DATA)}
+
+
+def test_a_range_that_arrives_with_its_checksum_is_compared() -> None:
+    damaged = bytes([DATA[0] ^ 1]) + DATA[1:]
+    buffer = memoryview(bytearray(len(DATA)))
+    bucket = Answers(damaged, DATA)
+    assert read_range(cast(Bucket, bucket), "x", "x", 0, buffer) == len(DATA)
+    assert buffer == DATA
+    assert bucket.bodies == []
+    with pytest.raises(CorruptedError, match="x does not match the checksum"):
+        read_range(cast(Bucket, Answers(*[damaged] * READS)), "x", "x", 0, buffer)
 
 
 def test_a_body_that_is_damaged_on_its_way_is_read_again(proxy: FaultProxy, storage: Storage) -> None:
