@@ -4,8 +4,8 @@
 `pipeline.train`, from a local folder and from an S3 server. Scenes find less room in memory than there are, so that
 every epoch reads from the store again. The wait is the mean over both ranks, its share that of the time of all steps;
 the very first step, before which nothing could be read ahead, is told apart. Memory is what is resident after each
-epoch's validation, as it is and once the C library has given back to the system what it keeps of freed memory. Then a
-loader alone goes through twenty epochs.
+epoch's validation, as it is and once the C library has given back to the system what it keeps of freed memory; all
+threads share one arena, the only one whose free end it gives back. Then a loader alone goes through twenty epochs.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def launch(mode: str, config: Path) -> None:
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command = [sys.executable, *(ranks if mode == "--train" else []), *module]
     with tempfile.TemporaryFile("w+") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
         log.seek(0)
         if done.returncode:
             sys.exit(log.read())
