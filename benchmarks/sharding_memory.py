@@ -84,14 +84,23 @@ def watch(folder: Path, output: Path, workers: int, *options: str) -> Peaks:
 
 
 def _workers_of(pid: int) -> list[int]:
-    """Return the children of a process that work for it, not the one that keeps count of its semaphores."""
-    found = []
+    """Return the processes that work for one: those that its child forks which does nothing else."""
+    servers = [child for child in _children_of(pid) if b"forkserver" in _command_of(child)]
+    return [worker for server in servers for worker in _children_of(server)]
+
+
+def _children_of(pid: int) -> list[int]:
+    found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(int(child))
+            found += map(int, (thread / "children").read_text().split())
     return found
+
+
+def _command_of(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _peak_of(pid: int) -> int:
