@@ -81,6 +81,16 @@ def name_of(scene: Scene | None) -> str:
     return str(json.loads(scene.text)["aoi"])
 
 
+def assert_as_stored(scenes: Scenes, places: list[Place], uri: str) -> None:
+    for shard, entry in places:
+        stored = read_sample(open_storage(uri), shard, entry)
+        with scenes.use(shard, entry) as scene:
+            assert isinstance(scene, WholeScene)
+            for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
+                assert np.array_equal(image, getattr(stored, name))
+            assert clearest(scene) == stored.meta["clearest"]
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
@@ -90,13 +100,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_a_scene_is_what_is_stored(spans: Watched, places: list[Place], shards: dict[int, str]) -> None:
     scenes = scenes_of(spans, places)
-    for shard, entry in places:
-        stored = read_sample(open_storage(shards[3]), shard, entry)
-        with scenes.use(shard, entry) as scene:
-            assert isinstance(scene, WholeScene)
-            for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
-                assert np.array_equal(image, getattr(stored, name))
-            assert clearest(scene) == stored.meta["clearest"]
+    assert_as_stored(scenes, places, shards[3])
 
 
 @pytest.mark.parametrize("held", [2, 3])
@@ -241,12 +245,7 @@ def test_neighbours_are_read_together(shards: dict[int, str], neighbours: list[P
     assert used(scenes, c) == c[1].aoi
     load(scenes, a, b, c, d, e)
     assert spans.reads == [keys(c), keys(a, b), keys(d, e)]
-    for shard, entry in neighbours:
-        stored = read_sample(open_storage(shards[1]), shard, entry)
-        with scenes.use(shard, entry) as scene:
-            assert isinstance(scene, WholeScene)
-            for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
-                assert np.array_equal(image, getattr(stored, name))
+    assert_as_stored(scenes, neighbours, shards[1])
     load(scenes, a, b, c, d, e)
     assert len(spans.reads) == 3
     assert scenes._free == []
