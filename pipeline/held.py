@@ -47,10 +47,6 @@ class Form(Protocol):
         """Read a scene into memory of that size."""
         ...
 
-    def keep(self, entry: SampleEntry, span: memoryview, memory: Memory) -> Scene:
-        """Copy what is held of a sample's bytes, which were checked, into memory of that size."""
-        ...
-
 
 @dataclass(frozen=True)
 class WholeScene:
@@ -78,14 +74,6 @@ class Whole:
         span = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
         read(span)
         return _whole(entry, span)
-
-    def keep(self, entry: SampleEntry, span: memoryview, memory: Memory) -> WholeScene:
-        """Copy the sample."""
-
-        def copy(into: memoryview) -> None:
-            into[:] = span
-
-        return self.read(entry, memory, copy)
 
 
 @dataclass(frozen=True)
@@ -131,17 +119,13 @@ class Cut:
         try:
             span = memoryview(buffer)[: entry.size]  # type: ignore[arg-type]
             read(span)
-            return self.keep(entry, span, memory)
+            scene = _whole(entry, span)
+            chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
+            for window, number in self._numbers.items():
+                chips.cut(number, scene.images, window)
+            return CutScene(chips, self._numbers, scene.text)
         finally:
             self._spare.append(buffer)
-
-    def keep(self, entry: SampleEntry, span: memoryview, memory: Memory) -> CutScene:
-        """Cut the chips."""
-        scene = _whole(entry, span)
-        chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
-        for window, number in self._numbers.items():
-            chips.cut(number, scene.images, window)
-        return CutScene(chips, self._numbers, scene.text)
 
 
 def _whole(entry: SampleEntry, span: memoryview) -> WholeScene:

@@ -8,12 +8,13 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from pipeline.chips import Memory
 from pipeline.held import Form, Scene
-from pipeline.spans import Spans
+from pipeline.spans import Read, Spans
 from sharding.schema import DamagedError, SampleEntry, ShardEntry
 from sharding.storage import StorageUnavailableError
 
@@ -75,21 +76,19 @@ class Scenes:
         """
         rest = deque(entries)
         while not self._away and (claimed := self._claim(rest)):
-            try:
-                with self.spans.together(shard, [entry for entry, _ in claimed]) as parts:
-                    # Memory is taken for one at a time, so that nobody waits for memory and keeps some.
-                    for (entry, slot), part in zip(claimed, parts, strict=True):
-                        self._read(slot, shard, entry, part)
-                        self._leave(slot)
-            except BaseException as error:
+            away: StorageUnavailableError | None = None
+            with self.spans.together(shard, [entry for entry, _ in claimed]) as read:
+                # Memory is taken for one at a time, so that nobody waits for memory and keeps some.
                 for entry, slot in claimed:
-                    self._fail(slot, entry, error)
+                    if away:
+                        self._fail(slot, entry, away)
+                    else:
+                        self._read(slot, entry, read)
                     self._leave(slot)
-            for _, slot in claimed:
-                if isinstance(slot.error, StorageUnavailableError):
-                    self._away = True
-                elif slot.error is not None:
-                    logger.info("not read ahead: %s", slot.error)
+                    if isinstance(slot.error, StorageUnavailableError):
+                        away, self._away = slot.error, True
+                    elif slot.error is not None:
+                        logger.info("not read ahead: %s", slot.error)
 
     def _claim(self, entries: deque[SampleEntry]) -> list[tuple[SampleEntry, _Slot]]:
         """Take the next scenes that nobody holds or reads, and that lie one after the other, off ``entries``."""
@@ -131,7 +130,7 @@ class Scenes:
             else:
                 mine = self._held[entry.key] = _Slot(users=1)
         if slot is None:
-            self._read(mine, shard, entry)
+            self._read(mine, entry, partial(self.spans.read, shard))
             return mine
         slot.ready.wait()
         return slot
@@ -160,15 +159,11 @@ class Scenes:
                     return slot.memory
             self._changed.wait()
 
-    def _read(self, slot: _Slot, shard: ShardEntry, entry: SampleEntry, part: memoryview | None = None) -> None:
-        """Fill a slot, from its sample's bytes if they are there."""
+    def _read(self, slot: _Slot, entry: SampleEntry, read: Read) -> None:
         try:
             with self._changed:
                 memory = slot.memory = self._memory()
-            if part is None:
-                slot.scene = self._form.read(entry, memory, lambda span: self.spans.read(shard, entry, span))
-            else:
-                slot.scene = self._form.keep(entry, part, memory)
+            slot.scene = self._form.read(entry, memory, partial(read, entry))
             self._away = False
             slot.ready.set()
         except BaseException as error:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from pipeline.diskcache import DiskCache
 from sharding.schema import DamagedError, SampleEntry, ShardEntry, check_span
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 logger = logging.getLogger(__name__)
+
+Read = Callable[[SampleEntry, memoryview], None]
+"""Fills memory that is as long as a sample with its bytes, checked."""
 
 
 class Spans:
@@ -25,7 +26,6 @@ class Spans:
         self._storage = storage
         self._disk = disk
         self._lock = threading.Lock()
-        self._buffers: list[npt.NDArray[np.uint8]] = []
         self.refetched = 0
         """Spans that were read once more, because the disk cache's or the store's bytes were damaged."""
 
@@ -57,43 +57,27 @@ class Spans:
         return 0 if self._disk else self._storage.request_bytes
 
     @contextlib.contextmanager
-    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[list[memoryview | None]]:
-        """Read samples that lie one after the other by one request, where that is worth it.
+    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[Read]:
+        """Give what reads samples that lie one after the other, in their order: by one request where that is worth it.
 
-        Gives the bytes of each, good until the context ends; None for those that are to be read by themselves: all
-        where it is not worth it, and what is damaged or gone.
-
-        Raises:
-            StorageUnavailableError: The store does not answer.
+        Each comes straight to where it is wanted, while those after it are still on their way. It does and raises what
+        `read` does, and reads once more what comes damaged.
         """
         if len(entries) < 2 or not self.request_bytes:
-            yield [None] * len(entries)
+            yield partial(self.read, shard)
             return
-        first, total = entries[0].offset, sum(entry.size for entry in entries)
-        try:
-            buffer = self._buffers.pop()
-        except IndexError:
-            buffer = np.empty(0, np.uint8)
-        if len(buffer) < total:
-            buffer = np.empty(max(total, self.request_bytes), np.uint8)
-        parts: list[memoryview | None] = [None] * len(entries)
-        try:
-            span = memoryview(buffer)[:total]  # type: ignore[arg-type]
-            # What is wrong with them is for the reads of each to say.
-            with contextlib.suppress(CorruptedError, NotFoundError):
-                span = span[: self._storage.read_into(shard.name, first, span)]
-                parts = [self._intact(shard, entry, span[entry.offset - first :][: entry.size]) for entry in entries]
-            yield parts
-        finally:
-            self._buffers.append(buffer)
+        with self._storage.reading(shard.name, entries[0].offset, sum(entry.size for entry in entries)) as more:
 
-    def _intact(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> memoryview | None:
-        try:
-            check_span(entry, span)
-        except DamagedError as error:
-            self._note(f"{self._storage.uri}/{shard.name}: {error}")
-            return None
-        return span
+            def read(entry: SampleEntry, span: memoryview) -> None:
+                try:
+                    check_span(entry, span[: more(span)])
+                except BucketNotFoundError:
+                    raise
+                except (DamagedError, CorruptedError, NotFoundError) as error:
+                    self._note(f"{self._storage.uri}/{shard.name}: {error}")
+                    self.read(shard, entry, span)
+
+            yield read
 
     def _cached(self, disk: DiskCache, name: str, entry: SampleEntry, span: memoryview) -> bool:
         if not disk.get(name, span):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from sharding.retries import Attempts
-from sharding.s3_errors import explained
-from sharding.s3_read import Body, read_range, read_whole
+from sharding.s3_errors import BeginAnewError, explained
+from sharding.s3_read import Body, Filling, read_range, read_whole
 from sharding.s3_requests import Bucket
 from sharding.s3_write import Upload, opened
 from sharding.storage import BucketNotFoundError, NotFoundError, StoredObject
@@ -48,6 +49,21 @@ class S3Storage:
             return 0
         with self._explained(key):
             return read_range(self._bucket, self._key(key), self._where(key), offset, buffer)
+
+    @contextlib.contextmanager
+    def reading(self, key: str, offset: int, length: int) -> Iterator[Callable[[memoryview], int]]:
+        """GET with a Range header, piece by piece into one buffer after the other."""
+        body = Body(self._bucket, self._key(key), self._where(key), offset, offset + length)
+        with contextlib.closing(Filling(body)) as filling:
+
+            def read(buffer: memoryview) -> int:
+                with self._explained(key):
+                    try:
+                        return filling(buffer)
+                    except BeginAnewError:
+                        return 0
+
+            yield read
 
     def stream(self, key: str) -> Iterator[bytes]:
         """GET the object, and go on with ranges where its body breaks off."""

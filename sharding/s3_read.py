@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar, cast
 
 from zlib_ng.zlib_ng import crc32
@@ -48,11 +48,36 @@ def read_range(bucket: Bucket, key: str, where: str, start: int, buffer: memoryv
 
     def read() -> int:
         body = Body(bucket, key, where, start, start + len(buffer))
-        count = sum(map(len, body.pieces(buffer)))
+        count = Filling(body)(buffer)
         body.check(buffer[:count])
         return count
 
     return _until_whole(where, read)
+
+
+class Filling:
+    """Fills one buffer after the other with a body, of which no more arrives than has room."""
+
+    def __init__(self, body: Body) -> None:
+        """Begin before the body's first byte; nothing is sent yet."""
+        self._body = body
+        self._room = memoryview(b"")
+        self._pieces = body.pieces(lambda: self._room)
+
+    def __call__(self, buffer: memoryview) -> int:
+        """Fill ``buffer``; return how many bytes came, fewer where the body ends before.
+
+        Raises:
+            CorruptedError, BeginAnewError: as `Body.pieces`; nothing more comes then.
+        """
+        self._room = buffer
+        while (self._room or self._body.arrived) and (piece := next(self._pieces, None)) is not None:
+            self._room = self._room[len(piece) :]
+        return len(buffer) - len(self._room)
+
+    def close(self) -> None:
+        """Give up what did not arrive yet."""
+        self._pieces.close()
 
 
 def _until_whole(where: str, read: Callable[[], T]) -> T:
@@ -81,8 +106,13 @@ class Body:
         self._crc32: str | None = None
         self._continued = False
 
-    def pieces(self, into: memoryview | None = None) -> Iterator[bytes | memoryview]:
-        """Yield the bytes in pieces of up to ``PIECE``, views of ``into`` if that is given; it has room for all.
+    @property
+    def arrived(self) -> bool:
+        """Whether its last byte has."""
+        return self._position == self._end
+
+    def pieces(self, room: Callable[[], memoryview] | None = None) -> Generator[bytes | memoryview]:
+        """Yield the bytes in pieces of up to ``PIECE``, views of where ``room`` says that the next ones go.
 
         Raises:
             CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is
@@ -96,7 +126,7 @@ class Body:
             body = None
             try:
                 body = self._open()
-                while body is not None and (data := self._take(body, into)):
+                while body is not None and (data := self._take(body, room)):
                     self._position += len(data)
                     attempts.progressed()
                     yield data
@@ -110,13 +140,13 @@ class Body:
                     body.close()
             self._continued = self._position > self._start
 
-    def _take(self, body: Any, into: memoryview | None) -> bytes | memoryview:
+    def _take(self, body: Any, room: Callable[[], memoryview] | None) -> bytes | memoryview:
         """Return the next piece; an empty one at the end."""
-        if into is None:
+        if room is None:
             return cast(bytes, body.read(PIECE))
-        room = into[self._position - self._start :][:PIECE]
+        into = room()[:PIECE]
         # At the end botocore compares length and checksum, which it does only with who asks for more.
-        return room[: body.readinto(room)] if room else cast(bytes, body.read(1))[:0]
+        return into[: body.readinto(into)] if into else cast(bytes, body.read(1))[:0]
 
     def check(self, data: bytes | memoryview) -> None:
         """Compare a continued body with the store's checksum: botocore does so only with one that came in one answer.

@@ -10,7 +10,8 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -83,6 +84,14 @@ class Storage(Protocol):
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset``; return how many bytes came, fewer where the object ends before."""
+        ...
+
+    def reading(self, key: str, offset: int, length: int) -> AbstractContextManager[Callable[[memoryview], int]]:
+        """Give what fills one buffer after the other with the next of ``length`` bytes from ``offset``, by one request.
+
+        It returns how many came, fewer where the object ends before, or was replaced meanwhile. Nothing is asked for
+        before the first buffer is there, and what breaks off is continued; after an error nothing more comes.
+        """
         ...
 
     def stream(self, key: str) -> Iterator[bytes]:
@@ -202,6 +211,19 @@ class LocalStorage:
             while count < len(buffer) and (more := file.readinto(buffer[count:])):
                 count += more
             return count
+
+    @contextlib.contextmanager
+    def reading(self, key: str, offset: int, length: int) -> Iterator[Callable[[memoryview], int]]:
+        """Read straight into each buffer."""
+        stop = offset + length
+
+        def read(buffer: memoryview) -> int:
+            nonlocal offset
+            count = self.read_into(key, offset, buffer[: stop - offset])
+            offset += count
+            return count
+
+        yield read
 
     def stream(self, key: str) -> Iterator[bytes]:
         """Read the file piece by piece; one that is replaced meanwhile stays readable."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,17 @@ def test_neighbours_come_by_one_request_where_requests_cost_something(
             counted += 1
             return read_into(self, key, offset, buffer)
 
+        @contextlib.contextmanager
+        def reading(_: LocalStorage, key: str, offset: int, length: int) -> Iterator[Callable[[memoryview], int]]:
+            nonlocal counted
+            counted += 1
+            with Path(many_scenes, key).open("rb", buffering=0) as file:
+                file.seek(offset)
+                yield file.readinto
+
         with monkeypatch.context() as patch:
             patch.setattr(LocalStorage, "read_into", counting)
+            patch.setattr(LocalStorage, "reading", reading)
             dataset = ChipDataset(many_scenes, "train", DataConfig(prefetch_batches=1))
             loader = TrainLoader(dataset, BatchPlan.create(2, 0, 1), 0, seed=1)
             return [tensor for batch in loader for tensor in batch.tensors], counted

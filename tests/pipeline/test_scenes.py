@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.held import Scene, Whole, WholeScene, clearest
 from pipeline.scenes import Scenes
-from pipeline.spans import Spans
+from pipeline.spans import Read, Spans
 from sharding.schema import DamagedError, Index, SampleEntry, ShardEntry, read_sample
 from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StorageUnavailableError, open_storage
 from tests.pipeline.test_data import copy_to
@@ -44,14 +44,20 @@ class Watched(Spans):
         super().read(shard, entry, span)
 
     @contextlib.contextmanager
-    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[list[memoryview | None]]:
-        if len(entries) > 1:
+    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[Read]:
+        with super().together(shard, entries) as more:
+            if len(entries) < 2:
+                yield more
+                return
             self.reads.append("+".join(entry.key for entry in entries))
-            self.gate.wait()
-            if self.errors:
-                raise self.errors.pop()
-        with super().together(shard, entries) as parts:
-            yield parts
+
+            def read(entry: SampleEntry, span: memoryview) -> None:
+                self.gate.wait()
+                if self.errors:
+                    raise self.errors.pop()
+                more(entry, span)
+
+            yield read
 
 
 @pytest.fixture

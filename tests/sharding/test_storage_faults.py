@@ -98,6 +98,7 @@ def test_a_body_that_breaks_off_is_continued(
         (None, 0, 1_000_000, lambda: storage.read("x")),
         (None, 0, 1_000_000, lambda: b"".join(storage.stream("x"))),
         ("bytes=100000-599999", 100_000, 600_000, lambda: storage.read_range("x", 100_000, 500_000)),
+        ("bytes=100000-599999", 100_000, 600_000, lambda: read_in_turn(storage, 100_000, [7, 299_993, 200_000])),
     ):
         proxy.requests.clear()
         assert read() == DATA[start:stop]
@@ -108,6 +109,14 @@ def test_a_body_that_breaks_off_is_continued(
         begins = [start if item == first else begin(item, stop) for item in asked]
         assert begins == sorted(begins)
         assert begins[-1] > start
+
+
+def read_in_turn(storage: Storage, offset: int, lengths: list[int]) -> bytes:
+    """Return stretches of ``x``, one after the other, that one request asked for; each in a buffer of its own."""
+    buffers = [memoryview(bytearray(length)) for length in lengths]
+    with storage.reading("x", offset, sum(lengths)) as read:
+        counts = list(map(read, buffers))
+    return b"".join(buffer[:count] for buffer, count in zip(buffers, counts, strict=True))
 
 
 def begin(asked: str | None, stop: int) -> int:
@@ -157,6 +166,9 @@ def test_pieces_of_two_versions_are_not_put_together(direct: Storage, proxy: Fau
         else:
             with pytest.raises(StorageUnavailableError, match="/x was replaced while it was read: try again"):
                 read("x")
+    direct.write("x", DATA)
+    proxy.requests.clear()
+    assert read_in_turn(storage, 0, [400_000] * 2) == DATA[:400_000]
 
 
 @pytest.mark.parametrize("read", [lambda s: s.read("x"), lambda s: b"".join(s.stream("x"))], ids=["read", "stream"])
