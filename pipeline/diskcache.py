@@ -68,6 +68,10 @@ class DiskCache:
                 ) from error
             self._warn(error)
 
+    def holds(self, name: str) -> bool:
+        """Say whether there is a file, whatever may be in it."""
+        return self._path(name).exists()
+
     def get(self, name: str, into: memoryview) -> bool:
         """Read a file of exactly the buffer's length into it, and note that it was used.
 

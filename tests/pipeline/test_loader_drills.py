@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +17,14 @@ from cluster.objectstore import ObjectStore
 from pipeline.batches import Batch
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader
-from pipeline.diskcache import SUFFIX, TEMPORARY_SUFFIX
+from pipeline.diskcache import SUFFIX, TEMPORARY_SUFFIX, DiskCache
+from pipeline.held import Whole, WholeScene
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan
+from pipeline.scenes import Scenes
+from pipeline.spans import Spans
 from sharding import retries
 from sharding.retries import RETRIES
-from sharding.schema import SUFFIXES, DamagedError, Index, SampleEntry, ShardEntry
+from sharding.schema import SUFFIXES, DamagedError, Index, SampleEntry, ShardEntry, read_sample
 from sharding.storage import Storage, StorageUnavailableError, open_storage
 from sharding.verify import verify
 from tests.conftest import S3
@@ -125,6 +129,64 @@ def test_a_bad_network_changes_no_batch(
         assert same(list(loader(direct.uri).batches(0)), expected)
     assert proxy.done(kind) >= 5
     assert RETRIES.total - before >= proxy.done(kind)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [Faults(), Faults(busy=1.0, times=3), Faults(cut=1.0, times=4), Faults(stall=1.0, times=2), Faults(flip=1.0, times=1)],
+    ids=["none", "503", "cut", "stall", "flip"],
+)
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "disk"])
+def test_neighbours_in_a_shard_come_by_one_request_and_whole(
+    proxy: FaultProxy,
+    s3: S3,
+    shards: dict[int, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    faults: Faults,
+    cached: bool,
+) -> None:
+    """Of five, the disk cache holds the third already."""
+    monkeypatch.setattr("sharding.s3_requests.READ_TIMEOUT_S", 0.5)
+    storage = open_storage(s3.prefix())
+    copy_to(shards[1], storage.uri)
+    samples = list(Index.load(storage).samples("train"))
+    (shard,) = {shard.name: shard for shard, _ in samples}.values()
+    entries = [entry for _, entry in samples]
+    largest = max(entry.size for entry in entries)
+    spans = Spans(storage, DiskCache(tmp_path, 1 << 30) if cached else None)
+    third = memoryview(bytearray(entries[2].size))
+    spans.read(shard, entries[2], third)
+
+    def load() -> list[str]:
+        """Read all into memory that holds nothing, compare them, and return what was asked for."""
+        proxy.requests.clear()
+        scenes = Scenes(spans, Whole(largest), 5 * largest, 1, quarantine=False)
+        scenes.load(shard, entries)
+        proxy.faults = Faults()
+        for entry in entries:
+            stored = read_sample(storage, shard, entry)
+            with scenes.use(shard, entry) as scene:
+                assert isinstance(scene, WholeScene)
+                for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
+                    assert np.array_equal(image, getattr(stored, name))
+        return [str(request.headers["range"]) for request in proxy.seen("GET", ".tar")]
+
+    def span(first: int, last: int) -> str:
+        return f"bytes={entries[first].offset}-{entries[last].offset + entries[last].size - 1}"
+
+    proxy.faults = faults
+    compared = [span(number, number) for number in range(5)]
+    asked = load()
+    stretches = [span(0, 1), span(3, 4)] if cached else [span(0, 4)]
+    if faults == Faults():
+        assert asked == stretches + compared
+    else:
+        assert len(asked) > len(stretches) + 5
+        assert asked[0] == stretches[0]
+    assert spans.refetched == (faults.flip > 0)
+    if cached:
+        assert load() == compared
 
 
 def test_a_slow_link_changes_no_batch_and_the_wait_is_measured(

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.held import Scene, Whole, WholeScene, clearest
 from pipeline.scenes import Scenes
-from pipeline.spans import Read, Spans
+from pipeline.spans import Fetch, Read, Spans
 from sharding.schema import DamagedError, Index, SampleEntry, ShardEntry, read_sample
 from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StorageUnavailableError, open_storage
 from tests.pipeline.test_data import copy_to
@@ -36,27 +36,19 @@ class Watched(Spans):
         self.gate = threading.Event()
         self.gate.set()
 
-    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
-        self.reads.append(entry.key)
+    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview, first: Fetch | None = None) -> None:
+        if first is None:
+            self.reads.append(entry.key)
         self.gate.wait()
         if self.errors:
             raise self.errors.pop()
-        super().read(shard, entry, span)
+        super().read(shard, entry, span, first)
 
     @contextlib.contextmanager
     def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[Read]:
-        with super().together(shard, entries) as more:
-            if len(entries) < 2:
-                yield more
-                return
+        if len(entries) > 1:
             self.reads.append("+".join(entry.key for entry in entries))
-
-            def read(entry: SampleEntry, span: memoryview) -> None:
-                self.gate.wait()
-                if self.errors:
-                    raise self.errors.pop()
-                more(entry, span)
-
+        with super().together(shard, entries) as read:
             yield read
 
 
@@ -306,7 +298,8 @@ def test_damage_among_neighbours_is_read_again_and_costs_none_of_the_others(
     scenes = scenes_of(spans, neighbours, 5, quarantine=True)
     load(scenes, *neighbours)
     lost = {"flipped": neighbours[2:3], "cut": neighbours[2:], "gone": neighbours}[harm]
-    assert spans.reads == [keys(*neighbours), *(entry.key for _, entry in lost)]
+    assert spans.reads == [keys(*neighbours)]
+    assert spans.refetched == (0 if harm == "gone" else 2 * len(lost))  # and each of them by itself
     assert scenes.quarantined.keys() == {entry.key for _, entry in lost}
     for place in neighbours:
         assert nothing(scenes, place) == (place in lost)
