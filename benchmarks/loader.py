@@ -77,7 +77,8 @@ FORMS = {
     "published": Form(forms.published),
     "S3: ranged GETs": Form(forms.ranged_gets, first=True),
     "S3: ours": Form(partial(forms.ours_s3, anew=True)),
-    "S3: ours, first epoch": Form(partial(forms.ours_s3, anew=False), first=True),
+    "S3: ours, first epoch": Form(forms.ours_s3, first=True),
+    "S3: ours, filling a disk cache": Form(partial(forms.ours_s3, cached=True), first=True),
 }
 
 CLAIMS = [

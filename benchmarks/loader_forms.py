@@ -315,6 +315,13 @@ def ranged_gets(place: Place) -> Epoch:
     return epoch
 
 
-def ours_s3(place: Place, anew: bool) -> Epoch:
-    """Stream from S3 through memory that holds nothing at first; ``anew`` uses that of the epoch before again."""
-    return ours(place, os.environ["LOADER_S3_URI"], anew=anew, loader_threads=THREADS)
+def ours_s3(place: Place, *, anew: bool = False, cached: bool = False) -> Epoch:
+    """Stream from S3 through memory that holds nothing at first.
+
+    Args:
+        place: Where the disk cache is.
+        anew: Use the memory of the epoch before again.
+        cached: Fill a disk cache too.
+    """
+    cache_dir = str(place.cache) if cached else ""
+    return ours(place, os.environ["LOADER_S3_URI"], anew=anew, loader_threads=THREADS, cache_dir=cache_dir)
