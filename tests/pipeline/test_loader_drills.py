@@ -133,7 +133,13 @@ def test_a_bad_network_changes_no_batch(
 
 @pytest.mark.parametrize(
     "faults",
-    [Faults(), Faults(busy=1.0, times=3), Faults(cut=1.0, times=4), Faults(stall=1.0, times=2), Faults(flip=1.0, times=1)],
+    [
+        Faults(),
+        Faults(busy=1.0, times=3),
+        Faults(cut=1.0, times=4),
+        Faults(stall=1.0, times=2),
+        Faults(flip=1.0, times=1),
+    ],
     ids=["none", "503", "cut", "stall", "flip"],
 )
 @pytest.mark.parametrize("cached", [False, True], ids=["memory", "disk"])
