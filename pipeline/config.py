@@ -38,7 +38,7 @@ class DataConfig:
     """Most stretches of an epoch that each global batch is taken from, >= 1; a divisor of the global batch is used."""
     cache_mib: int = 4096
     """Bound of the scenes kept in memory by each rank, MiB. What the threads work on has room in any case; what they
-    read at the moment, up to a sample each, or from S3 up to 16 MiB of samples and one more, comes on top."""
+    read at the moment, up to a sample each, comes on top."""
     cache_dir: str = ""
     """Absolute path of a folder on each node where its ranks keep what they read; "" keeps nothing on disk."""
     cache_dir_gib: float = 100.0

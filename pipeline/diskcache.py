@@ -68,10 +68,6 @@ class DiskCache:
                 ) from error
             self._warn(error)
 
-    def holds(self, name: str) -> bool:
-        """Say whether there is a file, whatever may be in it."""
-        return self._path(name).exists()
-
     def get(self, name: str, into: memoryview) -> bool:
         """Read a file of exactly the buffer's length into it, and note that it was used.
 
@@ -151,9 +147,8 @@ class DiskCache:
                     ledger.total = total + size
                     file = stack.enter_context(open(temporary, "xb", buffering=0))
                     _try_lock(file.fileno(), fcntl.LOCK_EX)
-                    if size:
-                        # A look into the folder counts what is to come; and writing is a quarter faster.
-                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)  # a look into the folder counts what is to come
+                _reserve(file.fileno(), size)
                 while view:
                     view = view[file.write(view) :]
                 _touch(file.fileno())
@@ -275,6 +270,15 @@ def _fill(descriptor: int, into: memoryview) -> bool:
             return False
         done += count
     return True
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take room on the disk, which makes writing a quarter faster; where a file system cannot, do nothing."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
 
 
 def _touch(descriptor: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.chips import Memory
 from pipeline.held import Form, Scene
-from pipeline.spans import Read, Spans
+from pipeline.spans import ReadSample, Spans
 from sharding.schema import DamagedError, SampleEntry, ShardEntry
 from sharding.storage import StorageUnavailableError
 
@@ -78,7 +78,7 @@ class Scenes:
         while not self._away and (claimed := self._claim(rest)):
             away: StorageUnavailableError | None = None
             with self.spans.together(shard, [entry for entry, _ in claimed]) as read:
-                # Memory is taken for one at a time, so that nobody waits for memory and keeps some.
+                # Memory is taken for one at a time, so that nobody waits for memory and keeps some; the store may wait.
                 for entry, slot in claimed:
                     if away:
                         self._fail(slot, entry, away)
@@ -159,7 +159,7 @@ class Scenes:
                     return slot.memory
             self._changed.wait()
 
-    def _read(self, slot: _Slot, entry: SampleEntry, read: Read) -> None:
+    def _read(self, slot: _Slot, entry: SampleEntry, read: ReadSample) -> None:
         try:
             with self._changed:
                 memory = slot.memory = self._memory()

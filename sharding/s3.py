@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sharding.s3_errors import BeginAnewError, explained
 from sharding.s3_read import Body, Filling, read_range, read_whole
 from sharding.s3_requests import Bucket
 from sharding.s3_write import Upload, opened
-from sharding.storage import BucketNotFoundError, NotFoundError, StoredObject
+from sharding.storage import BucketNotFoundError, Fill, NotFoundError, StoredObject
 
 
 class S3Storage:
@@ -51,7 +51,7 @@ class S3Storage:
             return read_range(self._bucket, self._key(key), self._where(key), offset, buffer)
 
     @contextlib.contextmanager
-    def reading(self, key: str, offset: int, length: int) -> Iterator[Callable[[memoryview], int]]:
+    def reading(self, key: str, offset: int, length: int) -> Iterator[Fill]:
         """GET with a Range header, piece by piece into one buffer after the other."""
         body = Body(self._bucket, self._key(key), self._where(key), offset, offset + length)
         with contextlib.closing(Filling(body)) as filling:

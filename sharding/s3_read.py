@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -48,7 +49,8 @@ def read_range(bucket: Bucket, key: str, where: str, start: int, buffer: memoryv
 
     def read() -> int:
         body = Body(bucket, key, where, start, start + len(buffer))
-        count = Filling(body)(buffer)
+        with contextlib.closing(Filling(body)) as fill:
+            count = fill(buffer)
         body.check(buffer[:count])
         return count
 
@@ -114,6 +116,8 @@ class Body:
     def pieces(self, room: Callable[[], memoryview] | None = None) -> Generator[bytes | memoryview]:
         """Yield the bytes in pieces of up to ``PIECE``, views of where ``room`` says that the next ones go.
 
+        No room means that nothing more is wanted, and that nothing more should come.
+
         Raises:
             CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is
                 not compared: see ``check``.
@@ -128,8 +132,8 @@ class Body:
                 body = self._open()
                 while body is not None and (data := self._take(body, room)):
                     self._position += len(data)
-                    attempts.progressed()
                     yield data
+                    attempts.progressed()  # whoever took it may have been long about it
                 return
             except FlexibleChecksumError:
                 raise CorruptedError(_CORRUPTED.format(self._where)) from None

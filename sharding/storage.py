@@ -28,6 +28,10 @@ TEMPORARY_PREFIX = ".tmp-"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
+Fill = Callable[[memoryview], int]
+"""Fills a buffer with the bytes that come next, and returns how many there were."""
+
+
 class NotFoundError(UserError):
     """The object does not exist."""
 
@@ -86,11 +90,12 @@ class Storage(Protocol):
         """Fill ``buffer`` from ``offset``; return how many bytes came, fewer where the object ends before."""
         ...
 
-    def reading(self, key: str, offset: int, length: int) -> AbstractContextManager[Callable[[memoryview], int]]:
-        """Give what fills one buffer after the other with the next of ``length`` bytes from ``offset``, by one request.
+    def reading(self, key: str, offset: int, length: int) -> AbstractContextManager[Fill]:
+        """Give what fills one buffer after the other with the next of ``length`` > 0 bytes, by one request.
 
-        It returns how many came, fewer where the object ends before, or was replaced meanwhile. Nothing is asked for
-        before the first buffer is there, and what breaks off is continued; after an error nothing more comes.
+        It returns how many came, fewer where the object ends before. Nothing is asked for before the first buffer is
+        there, and what breaks off is continued. From S3 nothing more comes once the object was replaced, or after an
+        error.
         """
         ...
 
@@ -213,15 +218,15 @@ class LocalStorage:
             return count
 
     @contextlib.contextmanager
-    def reading(self, key: str, offset: int, length: int) -> Iterator[Callable[[memoryview], int]]:
+    def reading(self, key: str, offset: int, length: int) -> Iterator[Fill]:
         """Read straight into each buffer."""
         stop = offset + length
 
         def read(buffer: memoryview) -> int:
             nonlocal offset
-            count = self.read_into(key, offset, buffer[: stop - offset])
-            offset += count
-            return count
+            buffer = buffer[: stop - offset]
+            start, offset = offset, offset + len(buffer)
+            return self.read_into(key, start, buffer)
 
         yield read
 

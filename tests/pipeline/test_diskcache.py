@@ -227,6 +227,16 @@ def fill_small(folder: Path) -> None:
         assert read(cache, "small-0") is None
 
 
+def test_a_file_system_that_cannot_reserve_room_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    cache = DiskCache(tmp_path, 10 * SIZE)
+    cache.put("a", bytes(SIZE))
+    assert cache.get("a", memoryview(bytearray(SIZE)))
+
+
 def test_a_full_disk_costs_only_what_does_not_fit(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     process = SPAWN.Process(target=fill_small, args=(folder,))
@@ -241,7 +251,7 @@ def test_a_full_disk_costs_only_what_does_not_fit(tmp_path: Path) -> None:
     assert counted(folder) == held(folder) == 5 * SIZE
 
 
-@pytest.mark.parametrize("call", ["write", "rename"])
+@pytest.mark.parametrize("call", ["reserve", "write", "rename"])
 def test_no_space_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
@@ -251,7 +261,8 @@ def test_no_space_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*{"write": (os, "utime"), "rename": (Path, "replace")}[call], full)
+        calls = {"reserve": (os, "posix_fallocate"), "write": (os, "utime"), "rename": (Path, "replace")}
+        patch.setattr(*calls[call], full)
         for name in "ab":
             cache.put(name, content(name))
     assert [record.getMessage() for record in caplog.records] == [

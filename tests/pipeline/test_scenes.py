@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.held import Scene, Whole, WholeScene, clearest
 from pipeline.scenes import Scenes
-from pipeline.spans import Fetch, Read, Spans
+from pipeline.spans import ReadSample, Spans
 from sharding.schema import DamagedError, Index, SampleEntry, ShardEntry, read_sample
 from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StorageUnavailableError, open_storage
 from tests.pipeline.test_data import copy_to
@@ -36,20 +36,29 @@ class Watched(Spans):
         self.gate = threading.Event()
         self.gate.set()
 
-    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview, first: Fetch | None = None) -> None:
-        if first is None:
-            self.reads.append(entry.key)
+    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
+        self.reads.append(entry.key)
+        self._wait_or_fail()
+        super().read(shard, entry, span)
+
+    @contextlib.contextmanager
+    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[ReadSample]:
+        with super().together(shard, entries) as more:
+            if len(entries) < 2:
+                yield more
+                return
+            self.reads.append("+".join(entry.key for entry in entries))
+
+            def read(entry: SampleEntry, span: memoryview) -> None:
+                self._wait_or_fail()
+                more(entry, span)
+
+            yield read
+
+    def _wait_or_fail(self) -> None:
         self.gate.wait()
         if self.errors:
             raise self.errors.pop()
-        super().read(shard, entry, span, first)
-
-    @contextlib.contextmanager
-    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[Read]:
-        if len(entries) > 1:
-            self.reads.append("+".join(entry.key for entry in entries))
-        with super().together(shard, entries) as read:
-            yield read
 
 
 @pytest.fixture
