@@ -26,7 +26,7 @@ from sharding.schema import INDEX_NAME, SPLITS, Index, ShardEntry, Skipped
 from sharding.source import open_source
 from sharding.splits import describe_split, natural_key
 from sharding.statistics import Histogram
-from sharding.storage import NotFoundError, Storage
+from sharding.storage import NotFoundError, Storage, StorageUnavailableError
 from sharding.workers import processes
 from sharding.worldstrat import AoiFiles, check_files, find_aois, read_split_file
 
@@ -196,7 +196,7 @@ class _Sharding:
         """Take an index away that is not of this plan, before the first of its shards is replaced."""
         try:
             index = Index.load(self.output)
-        except NotFoundError:
+        except (NotFoundError, StorageUnavailableError):  # no bucket, or a store that does not answer
             raise
         except UserError:  # none, or a damaged one
             index = None

@@ -150,6 +150,8 @@ def test_neighbours_in_a_shard_come_by_one_request_that_is_continued(
     faults: Faults,
     requests: int,
 ) -> None:
+    if faults.stall:
+        monkeypatch.setattr("sharding.s3_requests.READ_TIMEOUT_S", 0.5)
     storage = open_storage(s3.prefix())
     copy_to(shards[1], storage.uri)
     samples = list(Index.load(storage).samples("train"))
@@ -157,8 +159,6 @@ def test_neighbours_in_a_shard_come_by_one_request_that_is_continued(
     entries = [entry for _, entry in samples]
     largest = max(entry.size for entry in entries)
     scenes = Scenes(Spans(storage, None), Whole(largest), 5 * largest, 1, quarantine=False)
-    if faults.stall:
-        monkeypatch.setattr("sharding.s3_requests.READ_TIMEOUT_S", 0.5)
     proxy.requests.clear()
     proxy.faults = faults
     scenes.load(shard, entries)

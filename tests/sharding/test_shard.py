@@ -19,7 +19,7 @@ from sharding.schema import INDEX_NAME, SPLITS, Index, Sample, decode_sample, re
 from sharding.shard import Report, ShardOptions
 from sharding.shard import shard_folder as run_sharding
 from sharding.splits import SPLIT_SEED, seeded_split
-from sharding.storage import LocalStorage, Storage, open_storage
+from sharding.storage import LocalStorage, Storage, StorageUnavailableError, open_storage
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import SPLIT_FILE
 from tests.conftest import TWO_A_SHARD
@@ -220,6 +220,26 @@ def test_strict_refuses_an_unusable_aoi(spoilt: World, tmp_path: Path, damage: s
     with pytest.raises(UserError, match=f"AOI '{aoi.name}' is unusable .*_pan.tiff"):
         shard_folder(spoilt.folder, storage, replace(TINY, strict=True))
     assert not storage.exists(INDEX_NAME)
+
+
+def test_a_store_that_does_not_answer_keeps_its_index(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds is not known then; and it is waited for once."""
+    storage = open_storage(tmp_path / "out")
+    shard_folder(world.folder, storage, TINY)
+    asked = []
+
+    def away(_: LocalStorage, key: str) -> bytes:
+        asked.append(key)
+        raise StorageUnavailableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "read", away)
+        with pytest.raises(StorageUnavailableError, match="away"):
+            shard_folder(world.folder, storage, replace(TINY, sample=replace(TINY.sample, lr_size=151)))
+    assert asked == [INDEX_NAME]
+    assert storage.exists(INDEX_NAME)
 
 
 def test_a_split_that_loses_all_its_aois_is_filled_again(spoilt: World, tmp_path: Path) -> None:
