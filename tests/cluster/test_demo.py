@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.util
 import os
 import secrets
 import signal
@@ -150,6 +151,7 @@ def test_data_that_cannot_be_used_leaves_no_key(
 def failed_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run a demo that fails before its nodes start; its S3 and state folders must be gone, and signals as they were."""
     (folder / "tmp").mkdir()
+    multiprocessing.util.get_temp_dir()  # made once in a process, and kept to its end
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
