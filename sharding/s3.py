@@ -60,7 +60,7 @@ class S3Storage:
                 with self._explained(key):
                     try:
                         return filling(buffer)
-                    except BeginAnewError:
+                    except BeginAnewError:  # it was replaced: what follows would be another object's
                         return 0
 
             yield read
