@@ -396,12 +396,12 @@ class TrainLoader:
         with ThreadPoolExecutor(self._config.loader_threads, thread_name_prefix="loader") as pool:
             ahead: deque[Future[T]] = deque()
             scenes = ReadAhead(self._dataset, slots, pool)
-            steps = iter(slots.tolist())
+            steps = iter(enumerate(slots.tolist()))
             try:
-                for step in range(len(slots)):
-                    while len(ahead) < self._config.prefetch_batches and (chips := next(steps, None)) is not None:
-                        ahead.append(pool.submit(prepare, chips))
-                    scenes.go_on(step)
+                for _ in range(len(slots)):
+                    while len(ahead) < self._config.prefetch_batches and (coming := next(steps, None)) is not None:
+                        scenes.go_on(coming[0])
+                        ahead.append(pool.submit(prepare, coming[1]))
                     began = time.perf_counter()
                     batch = ahead.popleft().result()
                     self.wait_seconds = time.perf_counter() - began

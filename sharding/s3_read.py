@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 # An object that is replaced or damaged each time it is read is not waited for as a silent store is.
 READS = 3
+# A body that is read to where it stays comes in few pieces: what each costs of Python is more than what memory of that
+# size costs. What came of one that stalls is lost, so those after a failure are of PIECE.
+LONG_PIECE = 1 << 20
 _CORRUPTED = "{} does not match the checksum that the store has of it: write it again"
 
 
@@ -114,7 +117,7 @@ class Body:
         return self._position == self._end
 
     def pieces(self, room: Callable[[], memoryview] | None = None) -> Generator[bytes | memoryview]:
-        """Yield the bytes in pieces of up to ``PIECE``, views of where ``room`` says that the next ones go.
+        """Yield the bytes in pieces, views of where ``room`` says that the next ones go.
 
         No room means that nothing more is wanted, and that nothing more should come.
 
@@ -130,7 +133,7 @@ class Body:
             body = None
             try:
                 body = self._open()
-                while body is not None and (data := self._take(body, room)):
+                while body is not None and (data := self._take(body, room, PIECE if attempts.failures else LONG_PIECE)):
                     self._position += len(data)
                     yield data
                     attempts.progressed()  # whoever took it may have been long about it
@@ -144,11 +147,11 @@ class Body:
                     body.close()
             self._continued = self._position > self._start
 
-    def _take(self, body: Any, room: Callable[[], memoryview] | None) -> bytes | memoryview:
+    def _take(self, body: Any, room: Callable[[], memoryview] | None, longest: int) -> bytes | memoryview:
         """Return the next piece; an empty one at the end."""
         if room is None:
             return cast(bytes, body.read(PIECE))
-        into = room()[:PIECE]
+        into = room()[:longest]
         # At the end botocore compares length and checksum, which it does only with who asks for more.
         return into[: body.readinto(into)] if into else cast(bytes, body.read(1))[:0]
 

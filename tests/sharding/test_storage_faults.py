@@ -128,6 +128,26 @@ def begin(asked: str | None, stop: int) -> int:
     return int(match[1])
 
 
+def test_a_body_that_always_stalls_early_goes_on_in_short_pieces(
+    proxy: FaultProxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a long piece is complete, of which nothing is then kept."""
+
+    def stall(request: Request) -> Faults:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["range"])
+        assert asked
+        return Faults(stall=float(int(asked[2]) - int(asked[1]) >= 300_000), at=300_000)
+
+    storage.write("x", DATA)
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(retries, "KNOWN_S", 3.0)
+    proxy.faults = stall
+    buffer = memoryview(bytearray(len(DATA)))
+    assert storage.read_into("x", 0, buffer) == len(buffer)
+    assert buffer == DATA
+    assert proxy.done("stall") >= 3
+
+
 def test_a_continuation_begins_at_the_byte_that_was_reached(proxy: FaultProxy, storage: Storage) -> None:
     storage.write("x", DATA)
     proxy.requests.clear()
