@@ -12,6 +12,7 @@ import pytest
 from cluster.objectstore import ObjectStore
 from pipeline.config import RunConfig, load_config
 from pipeline.world import World, join_world, leave_world
+from sharding.options import SampleOptions
 from sharding.plan import PlanOptions
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
@@ -19,6 +20,7 @@ from sharding.synthetic import write_worldstrat
 
 TINY = (
     "model.hidden=8",
+    "model.revisits=2",
     "data.random_windows=true",
     "train.global_batch=4",
     "train.schedule=warmup_cosine",
@@ -29,6 +31,8 @@ TINY = (
 )
 """A network of minimal width, the same in every test of the loop."""
 
+SMALL = SampleOptions(revisits=2, lr_size=150, hr_size=200)
+"""The smallest revisits that hold nine chips."""
 
 TWO_A_SHARD = ShardOptions(plan=PlanOptions(shard_bytes=7_000_000))
 """Of scenes of 3.4 MB."""
@@ -86,11 +90,20 @@ def dataset_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_config(dataset_uri: str) -> Callable[..., RunConfig]:
-    """Return a function from (run folder, overrides) to the tiny run's configuration."""
+def small_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Six other AOIs, split as those of `dataset_uri` and two a shard too, in a fifth of the pixels."""
+    source, output = tmp_path_factory.mktemp("small-worldstrat"), tmp_path_factory.mktemp("small-dataset")
+    write_worldstrat(source, 6, seed=3, revisits=2, hr_side=80)
+    shard_folder(source, open_storage(output), ShardOptions(SMALL, PlanOptions(shard_bytes=1_300_000)), workers=1)
+    return str(output)
+
+
+@pytest.fixture(scope="session")
+def make_config(small_uri: str) -> Callable[..., RunConfig]:
+    """Return a function from (run folder, overrides) to the tiny run's configuration, on the small AOIs."""
 
     def make(output: Path | str, *overrides: str) -> RunConfig:
-        return load_config("srcnn_pnn", [f"data.uri={dataset_uri}", f"output.uri={output}", *TINY, *overrides])
+        return load_config("srcnn_pnn", [f"data.uri={small_uri}", f"output.uri={output}", *TINY, *overrides])
 
     return make
 

@@ -33,6 +33,7 @@ from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
 from tests.command import column, last_checkpoint, run_command
+from tests.conftest import SMALL, TINY
 from tests.listening import is_loopback, listening
 
 pytestmark = pytest.mark.distributed
@@ -136,11 +137,11 @@ def test_training_takes_a_rank_on_each_node(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_worldstrat(tmp_path / "worldstrat", aois=3, seed=1, hr_side=264)
-    shard_folder(tmp_path / "worldstrat", open_storage(str(tmp_path / "shards")), ShardOptions())
+    write_worldstrat(tmp_path / "worldstrat", aois=3, seed=1, revisits=2, hr_side=80)
+    shard_folder(tmp_path / "worldstrat", open_storage(str(tmp_path / "shards")), ShardOptions(SMALL))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # What is given on the command line wins over it.
-    overrides = ["data.uri=shards", "output.uri=run", "train.max_steps=2", "train.global_batch=4", "model.hidden=8"]
+    overrides = ["data.uri=shards", "output.uri=run", *TINY, "train.max_steps=2"]
     arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "2", *overrides]
     assert main(arguments) == 0
     output = capsys.readouterr().out

@@ -11,6 +11,7 @@ from ray.train import TrainingFailedError
 from cluster import worker
 from cluster.worker import Job, Placement, run_job
 from pipeline.config import load_config
+from sharding import retries
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError
 
@@ -84,6 +85,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_refused_before_a_rank_is_s
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 0.5)
     with pytest.raises(StorageUnavailableError, match="s3://bucket/shards"):
         run_job(Job(config.to_dict(), Placement(2)))
 

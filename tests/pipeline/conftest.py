@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from sharding.options import SampleOptions
 from sharding.plan import PlanOptions
 from sharding.schema import Index
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
-
-SMALL = SampleOptions(revisits=2, lr_size=150, hr_size=200)
-"""The smallest revisits that hold nine chips."""
+from tests.conftest import SMALL
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def random_batch(step: int, size: int = 4) -> Batch:
     def image(*shape: int) -> Tensor:
         return torch.rand(size, *shape, generator=generator)
 
-    lr, pan, hr = image(8, 3, 16, 16), image(1, 50, 50), image(3, 50, 50)
+    lr, pan, hr = image(8, 3, 8, 8), image(1, 25, 25), image(3, 25, 25)
     return Batch(lr, pan, hr, torch.zeros(size, dtype=torch.long), torch.ones(size), tuple(range(size)))
 
 

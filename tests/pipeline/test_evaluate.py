@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from pipeline.metrics import image_metrics
 from pipeline.train import run_training
 from pipeline.world import World
 from sharding.errors import UserError
-from sharding.options import SampleOptions
 from sharding.shard import ShardOptions, shard_folder
 from sharding.storage import open_storage
 from sharding.synthetic import write_worldstrat
 from tests.command import column
+from tests.conftest import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_baselines_are_bicubic_of_the_clearest_and_of_the_median(dataset_uri: st
         assert torch.allclose(images[name], expected, atol=1e-6), name
 
 
-def test_the_table_is_the_mean_over_chips(run: Path, dataset_uri: str) -> None:
+def test_the_table_is_the_mean_over_chips(run: Path, small_uri: str) -> None:
     result = evaluate_run(str(run), "test", "best", panels=2)
     assert len(result.chips) == 9 * len(METHODS)
     folder = Path(result.folder)
@@ -61,7 +62,7 @@ def test_the_table_is_the_mean_over_chips(run: Path, dataset_uri: str) -> None:
     with (folder / "aois.csv").open(newline="") as file:
         (aoi,) = [row for row in csv.DictReader(file) if row["method"] == "bicubic_median"]
     own = [float(row["psnr"]) for row in chips if row["method"] == "bicubic_median"]
-    batch = ChipDataset(dataset_uri, "test", DataConfig()).evaluation_batch(7)
+    batch = ChipDataset(small_uri, "test", DataConfig()).evaluation_batch(7)
     expected = image_metrics(baselines(batch)["bicubic_median"], batch.hr)["psnr"].item()
     assert own[7] == pytest.approx(expected, rel=1e-6)
     assert float(aoi["psnr"]) == pytest.approx(np.mean(own))
@@ -90,15 +91,15 @@ def test_what_is_not_as_usual_has_a_folder_of_its_own(
     usual = evaluate_run(str(run), "test", "best", panels=0)
     published = evaluate_run(str(run), "test", "best", registration="published", panels=0)
     assert published.means("fused")["mse"] != usual.means("fused")["mse"]
-    write_worldstrat(tmp_path / "source", 3, seed=9, hr_side=264)
-    shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions())
+    write_worldstrat(tmp_path / "source", 3, seed=9, revisits=2, hr_side=80)
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions(SMALL))
     other = evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "other"), panels=0)
     assert len({usual.folder, published.folder, other.folder}) == 3
     assert "is not the dataset that" in caplog.text
 
 
 def test_a_dataset_of_other_revisits_is_refused(run: Path, tmp_path: Path) -> None:
-    write_worldstrat(tmp_path / "source", 3, seed=9, hr_side=264)
-    shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(SampleOptions(revisits=4)))
-    with pytest.raises(UserError, match=r"model\.revisits = 8, but .+ holds 4 revisits"):
+    write_worldstrat(tmp_path / "source", 3, seed=9, revisits=4, hr_side=80)
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(replace(SMALL, revisits=4)))
+    with pytest.raises(UserError, match=r"model\.revisits = 2, but .+ holds 4 revisits"):
         evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "four"))

@@ -21,7 +21,7 @@ STEPS = EPOCHS * (45 // 4)
 
 
 def write_config(make_config: Callable[..., RunConfig], uri: str, run: Path) -> list[str]:
-    options = (f"train.epochs={EPOCHS}", "train.checkpoint_every=3", "model.revisits=2", "data.loader_threads=2")
+    options = (f"train.epochs={EPOCHS}", "train.checkpoint_every=3", "data.loader_threads=2")
     config = make_config(run, f"data.uri={uri}", *options)
     path = run.parent / f"{run.name}.toml"
     path.write_text(config.to_toml())

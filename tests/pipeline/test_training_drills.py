@@ -41,7 +41,7 @@ def make_small(make_config: MakeConfig, shards: dict[int, str]) -> MakeConfig:
     """The tiny run on the five small scenes."""
 
     def make(output: Path, *overrides: str) -> RunConfig:
-        small = (f"data.uri={shards[3]}", "model.revisits=2", f"train.global_batch={BATCH}")
+        small = (f"data.uri={shards[3]}", f"train.global_batch={BATCH}")
         return make_config(output, *small, *overrides)
 
     return make

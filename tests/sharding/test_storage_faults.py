@@ -138,9 +138,9 @@ def test_a_body_that_always_stalls_early_goes_on_in_short_pieces(
         assert asked
         return Faults(stall=float(int(asked[2]) - int(asked[1]) >= 300_000), at=300_000)
 
-    storage.write("x", DATA)
     monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(retries, "KNOWN_S", 3.0)
+    storage.write("x", DATA)
     proxy.faults = stall
     buffer = memoryview(bytearray(len(DATA)))
     assert storage.read_into("x", 0, buffer) == len(buffer)
