@@ -396,12 +396,14 @@ class TrainLoader:
         with ThreadPoolExecutor(self._config.loader_threads, thread_name_prefix="loader") as pool:
             ahead: deque[Future[T]] = deque()
             scenes = ReadAhead(self._dataset, slots, pool)
-            steps = iter(enumerate(slots.tolist()))
+            batches = iter(enumerate(slots.tolist()))
             try:
                 for _ in range(len(slots)):
-                    while len(ahead) < self._config.prefetch_batches and (coming := next(steps, None)) is not None:
-                        scenes.go_on(coming[0])
-                        ahead.append(pool.submit(prepare, coming[1]))
+                    while len(ahead) < self._config.prefetch_batches and (coming := next(batches, None)) is not None:
+                        number, chips = coming
+                        scenes.need(number)
+                        ahead.append(pool.submit(prepare, chips))
+                        scenes.go_on()
                     began = time.perf_counter()
                     batch = ahead.popleft().result()
                     self.wait_seconds = time.perf_counter() - began

@@ -31,28 +31,38 @@ class ReadAhead:
         self._dataset, self._pool = dataset, pool
         # What is read ahead must not push out what is in use.
         self._reach = dataset.scenes.capacity // 2
-        self._busy: int = 2 * max(dataset.config.loader_threads, slots.shape[1])
+        self._busy = 2 * max(dataset.config.loader_threads, slots.shape[1])
         self._reading: deque[tuple[Future[None], int]] = deque()
         self._used = self._next = 0
 
-    def go_on(self, batch: int) -> None:
-        """Begin to read what ``batch`` needs, and more beyond it; called before each is prepared."""
-        while self._used < len(self._coming) and self._needed_at[self._used] < batch:
+    def need(self, batch: int) -> None:
+        """Begin to read what ``batch`` is the first to need; called before it is prepared, of each in turn."""
+        last = self._last()
+        while self._next < last and self._needed_at[self._next] <= batch:
+            self._begin(last)
+        while self._used < len(self._coming) and self._needed_at[self._used] <= batch:
             self._used += 1
+
+    def go_on(self) -> None:
+        """Begin to read what is needed after the batches that are being prepared."""
         self._next = max(self._next, self._used)
         while self._reading and self._reading[0][0].done():
             self._reading.popleft()
-        last = min(len(self._coming), self._used + self._reach)
-        while self._next < last and (self._needed_at[self._next] <= batch or self._has_time()):
-            if self._coming[self._next] not in self._begun:
-                together = self._together(self._coming[self._next], last)
-                self._begun.update(together)
-                self._reading.append((self._pool.submit(self._dataset.load, together), len(together)))
-            self._next += 1
+        last = self._last()
+        # Not too many, for the batches to come wait behind them.
+        while self._next < last and sum(scenes for _, scenes in self._reading) < self._busy:
+            self._begin(last)
 
-    def _has_time(self) -> bool:
-        """Return whether little is being read: the batches to come wait behind it."""
-        return sum(scenes for _, scenes in self._reading) < self._busy
+    def _last(self) -> int:
+        return min(len(self._coming), self._used + self._reach)
+
+    def _begin(self, last: int) -> None:
+        """Read the next scene, unless that has begun, with those beside it that are needed before place ``last``."""
+        if self._coming[self._next] not in self._begun:
+            together = self._together(self._coming[self._next], last)
+            self._begun.update(together)
+            self._reading.append((self._pool.submit(self._dataset.load, together), len(together)))
+        self._next += 1
 
     def _together(self, scene: int, last: int) -> list[int]:
         """Return a scene and those beside it that are needed before place ``last`` too, in their order in the shard."""

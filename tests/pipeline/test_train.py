@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
         deadline = time.monotonic() + 200
         while not ((killed / "metrics.csv").exists() and len(column(killed, "step")) >= 7):
             assert time.monotonic() < deadline, ranks.output()
-            time.sleep(0.02)
+            time.sleep(0.002)
     finally:
         ranks.kill()
     assert 7 <= int(column(killed, "step")[-1]) < 10
@@ -139,7 +139,7 @@ def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfi
         deadline = time.monotonic() + 200
         while complete_checkpoints(storage, "step") != [5]:
             assert time.monotonic() < deadline, rank.output()
-            time.sleep(0.01)
+            time.sleep(0.002)
     finally:
         rank.kill()
     run_command(1, config)
