@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 # An object that is replaced or damaged each time it is read is not waited for as a silent store is.
 READS = 3
-# A body that is read to where it stays comes in few pieces: what each costs of Python is more than what memory of that
-# size costs. What came of one that stalls is lost, so those after a failure are of PIECE.
+# Where a body is read to where it stays, fewer pieces cost less Python. A stall loses what came of its piece, so those
+# after a failure are of PIECE.
 LONG_PIECE = 1 << 20
 _CORRUPTED = "{} does not match the checksum that the store has of it: write it again"
 
@@ -129,11 +129,12 @@ class Body:
         from botocore.exceptions import FlexibleChecksumError
 
         attempts = Attempts(self._where)
+        longest = PIECE if room is None else LONG_PIECE
         while not self._continued or self._position != self._end:
             body = None
             try:
                 body = self._open()
-                while body is not None and (data := self._take(body, room, PIECE if attempts.failures else LONG_PIECE)):
+                while body is not None and (data := self._take(body, room, longest)):
                     self._position += len(data)
                     yield data
                     attempts.progressed()  # whoever took it may have been long about it
@@ -142,6 +143,7 @@ class Body:
                 raise CorruptedError(_CORRUPTED.format(self._where)) from None
             except Exception as error:
                 self._bucket.pause(attempts, error)
+                longest = PIECE
             finally:
                 if body is not None:
                     body.close()
@@ -150,7 +152,7 @@ class Body:
     def _take(self, body: Any, room: Callable[[], memoryview] | None, longest: int) -> bytes | memoryview:
         """Return the next piece; an empty one at the end."""
         if room is None:
-            return cast(bytes, body.read(PIECE))
+            return cast(bytes, body.read(longest))
         into = room()[:longest]
         # At the end botocore compares length and checksum, which it does only with who asks for more.
         return into[: body.readinto(into)] if into else cast(bytes, body.read(1))[:0]

@@ -20,8 +20,8 @@ from sharding.errors import UserError
 from sharding.storage_options import StorageOptions
 
 PIECE = 120 << 10
-"""Bytes of a piece of `Storage.stream`. What came of a piece that stalls is lost; from 128 KiB up the C library asks
-the kernel for each piece's memory anew, which makes larger ones slower."""
+"""Bytes of a piece of `Storage.stream`, and of any body that failed before. What came of a piece that stalls is lost;
+from 128 KiB up the C library asks the kernel for the memory of each piece anew."""
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
 # What a file system says that has no hard links: FAT, some network shares and FUSE mounts.
