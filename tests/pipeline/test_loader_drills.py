@@ -285,11 +285,13 @@ def test_damage_at_a_shard_s_end_is_for_verify(direct: Storage, expected: list[B
     assert {problem.shard for problem in verify(direct).problems} == {shard.name}
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 def test_damage_on_the_way_is_read_again(
-    proxy: FaultProxy, direct: Storage, expected: list[Batch], places: list[Place]
+    proxy: FaultProxy, direct: Storage, expected: list[Batch], places: list[Place], first: bool
 ) -> None:
-    """In the first sample of each shard, whether it comes alone or before its neighbour."""
-    of_each_shard = list({shard.name: (shard, entry) for shard, entry in reversed(places)}.values())
+    """In the first or last sample of each shard, whether it comes alone or with its neighbour."""
+    in_turn = reversed(places) if first else places
+    of_each_shard = list({shard.name: (shard, entry) for shard, entry in in_turn}.values())
     for damages in rounds(of_each_shard):
         coming = {shard.name: entry.offset + offset for (shard, entry), offset in damages}
 
@@ -297,8 +299,8 @@ def test_damage_on_the_way_is_read_again(
             name, _, asked = asked_for(request).partition(" bytes=")
             if name not in coming:
                 return Faults()
-            first, last = map(int, asked.split("-"))
-            return Faults(flip=1.0, at=coming.pop(name) - first) if first <= coming[name] <= last else Faults()
+            start, end = map(int, asked.split("-"))
+            return Faults(flip=1.0, at=coming.pop(name) - start) if start <= coming[name] <= end else Faults()
 
         proxy.requests.clear()
         proxy.faults = flip
@@ -342,12 +344,19 @@ def test_a_full_disk_costs_the_cache_alone(
     assert not [path for path in tmp_path.iterdir() if path.suffix in (SUFFIX, TEMPORARY_SUFFIX)]
 
 
+@pytest.mark.parametrize(
+    ("options", "after"),
+    [
+        ({"loader_threads": 2}, 0),
+        # So that not all is read ahead of the first batch.
+        ({"lanes": 1, "shuffle_window": 1, "loader_threads": 1, "prefetch_batches": 1, "cache_mib": 0}, 1),
+    ],
+    ids=["while others are on their way", "after a batch was taken"],
+)
 def test_a_store_killed_and_restarted_in_mid_epoch_changes_no_batch(
-    s3: S3, local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3, local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], after: int
 ) -> None:
-    # So that not all is read ahead of the first batch.
-    little = {"lanes": 1, "shuffle_window": 1, "loader_threads": 1, "prefetch_batches": 1, "cache_mib": 0}
-    expected = list(loader(local, **little).batches(0))
+    expected = list(loader(local, **options).batches(0))
     alive, killed = threading.Semaphore(), threading.Event()
     with ObjectStore(tmp_path, bucket="own") as store, FaultProxy(store.environment["AWS_ENDPOINT_URL"]) as proxy:
         for name, value in (store.environment | {"AWS_ENDPOINT_URL": proxy.url}).items():
@@ -355,13 +364,14 @@ def test_a_store_killed_and_restarted_in_mid_epoch_changes_no_batch(
         copy_to(local, "s3://own/data")
 
         def kill(_: Request) -> Faults:
-            """Kill it when a scene is asked for after a batch was taken."""
-            if batches.step and alive.acquire(blocking=False):
+            """Kill it when more is asked for after two requests and so many batches."""
+            if shard_reads(proxy) >= 2 and batches.step >= after and alive.acquire(blocking=False):
                 store.stop()
                 killed.set()
             return Faults(bytes_per_s=2e6)
 
-        batches = loader("s3://own/data", **little)
+        batches = loader("s3://own/data", **options)
+        proxy.requests.clear()
         proxy.faults = kill
         before = RETRIES.total
         with ThreadPoolExecutor(1) as pool:
