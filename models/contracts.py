@@ -37,6 +37,14 @@ class Stage(nn.Module, ABC):
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
         """Raise ValueError where this stage cannot take revisits of size ``lr`` beside a PAN of size ``pan``."""
 
+    may_leave_idle: ClassVar[bool] = False
+    """Whether a training step may leave parameters without gradient."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what the stage computes depends no longer on what was computed before; a graph of it can be kept."""
+        return True
+
     def at_step(self, step: int) -> None:
         """Hear, before an optimizer step in training, how many were taken; most stages need not know."""
 

@@ -115,6 +115,18 @@ class SatFusion(nn.Module):
             if stage is not None:
                 stage.at_step(step)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether both stages are (`Stage.is_settled`)."""
+        return all(stage.is_settled for stage in (self.encoder, self.head) if stage is not None)
+
+    @property
+    def may_leave_idle(self) -> bool:
+        """Whether a training step may leave parameters without gradient."""
+        if self.config.published:  # it holds parameters that nothing uses
+            return True
+        return any(stage.may_leave_idle for stage in (self.encoder, self.head) if stage is not None)
+
     def _sharpen_alone(self, ms: Tensor, pan: Tensor) -> Fusion:
         assert self.head is not None  # build_model makes no model without a stage
         msif = self.head(ms, pan)

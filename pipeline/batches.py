@@ -78,7 +78,7 @@ class StoredBatch:
         """[B, chip_bytes] each chip as bytes."""
         self.lr, self.hr, self.pan = layout.tensors(self.memory)
         """[B, R, C, h, w], [B, C, H, W] and [B, 1, H, W], views of it."""
-        self.weight = torch.ones(size)
+        self.weight = torch.ones(size, pin_memory=pin)
         """[B] 1, or 0 for a chip that is quarantined."""
         self.chips: tuple[int, ...] = ()
         self.variants: tuple[Variant, ...] = ()
@@ -99,6 +99,11 @@ class StoredBatch:
         self.weight[slot] = 0
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on ``device``; the host does not wait for a copy to a GPU."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tuple[int, int]) -> Batch:
     """Return a batch as the network is given it, in memory of its own on ``device``.
 
@@ -117,8 +122,9 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
         groups.setdefault((variant.quarter_turns, variant.flip), []).append(slot)
     for (turns, flip), slots in groups.items():
         if turns or flip:
+            chosen = send(torch.tensor(slots), device)
             for image in (lr, hr, pan):
-                image[slots] = turn_and_flip(image[slots], turns, flip)
+                image[chosen] = turn_and_flip(image[chosen], turns, flip)
     if simulator := SIMULATORS.get(simulate):
         revisits, *_, rows, columns = stored.layout.lr
         made = [
@@ -130,7 +136,7 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
         lr=lr,
         pan=pan,
         hr=hr,
-        revisit=torch.tensor([variant.revisit for variant in stored.variants]).to(device),
-        weight=stored.weight.to(device, copy=True),
+        revisit=send(torch.tensor([variant.revisit for variant in stored.variants]), device),
+        weight=stored.weight.to(device, copy=True, non_blocking=True),
         chips=stored.chips,
     )

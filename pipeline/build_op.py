@@ -5,7 +5,7 @@ Run as ``python -m pipeline.build_op`` when the environment is made; it does not
 
 from __future__ import annotations
 
-from pipeline.engine import import_deepspeed
+from pipeline.deepspeed_engine import import_deepspeed
 
 if __name__ == "__main__":
     import_deepspeed()

@@ -351,7 +351,7 @@ class TrainLoader:
                 batch = to_batch(stored, self._device, self._dataset.simulation, (self._seed, epoch))
             if self._stream:
                 # Here, in a thread of its own, so that the memory of the stored chips may be used again.
-                self._stream.synchronize()
+                self._stream.record_event().synchronize()
             return batch
 
         for batch in self._ahead(epoch, first_step, finish):

@@ -1,24 +1,22 @@
-"""DeepSpeed behind the few calls the loop needs, and its state in a form without ranks or ZeRO stages."""
+"""What trains a network: the calls the loop needs, its state by parameter name, and the choice between two engines.
+
+`DeepSpeedEngine` shards optimizer state, gradients and weights over ranks (ZeRO 0 to 3). `TorchEngine` is plain
+PyTorch: one process, or DistributedDataParallel. Both run the same forward pass and the same fused Adam, and hold the
+same state.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.cpp_extension import _get_build_directory
 
 from models.satfusion import Fusion, SatFusion
 from pipeline.batches import Batch
 from pipeline.config import TrainConfig
-from pipeline.idle import IdleParameters
 from pipeline.order import BatchPlan
 from pipeline.world import World
 
@@ -27,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainState:
-    """What training needs to go on, by parameter name, the same whatever the world size and ZeRO stage."""
+    """What training needs to resume, by parameter name, the same whatever the engine, world size and ZeRO stage."""
 
     weights: dict[str, Tensor]
     """fp32 parameters and buffers by name."""
@@ -37,222 +35,153 @@ class TrainState:
     """Optimizer steps taken."""
 
 
-def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a run; the optimizer is ours and stands beside it.
+class Engine(Protocol):
+    """One network in training. Nothing but `state` and `predict` makes the host wait for the device at ZeRO 0."""
 
-    bf16 does not appear: it is autocast around the forward pass (`Engine.forward`), so that weights, gradients and
-    their reduction stay in fp32 at every ZeRO stage.
+    @property
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        ...
+
+    def forward(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
+        ...
+
+    def step(self, learning_rate: float) -> None:
+        """Count a micro-batch, and after the last of a global batch update the weights."""
+        ...
+
+    def predict(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] in evaluation mode, float32."""
+        ...
+
+    def state(self, step: int, *, moments: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
+        ...
+
+
+def make_engine(
+    network: SatFusion, config: TrainConfig, plan: BatchPlan, world: World, state: TrainState | None = None
+) -> Engine:
+    """Return the engine that ``train.engine`` names.
+
+    Args:
+        network: The SatFusion network; every rank's weights must be equal. It is changed in place.
+        config: Engine, optimizer, precision, clipping and ZeRO stage.
+        plan: Micro-batch and accumulation.
+        world: This process's place.
+        state: Weights and moments to resume from.
     """
-    return {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.grad_accum,
-        "gradient_clipping": config.clip_norm,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Overlap would reorder sums from run to run.
-            "overlap_comm": False,
-            # Heads or encoders alone leave parameters without gradients.
-            "ignore_unused_parameters": True,
-        },
-        # DeepSpeed's own progress lines would repeat ours.
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
+    # Here, not above: a machine without DeepSpeed trains with the other.
+    if config.engine == "torch":
+        from pipeline.torch_engine import TorchEngine
+
+        return TorchEngine(network, config, plan, world, state)
+    from pipeline.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(network, config, plan, world, state)
 
 
-class _AutocastModel(nn.Module):
-    """Runs the network under bfloat16 autocast when asked; DeepSpeed switches off an autocast outside of it."""
+def prepare_network(network: SatFusion, config: TrainConfig, state: TrainState | None) -> None:
+    """Load the weights of ``state``, and lay the network out in memory as ``config`` asks."""
+    if state is not None:
+        network.load_state_dict(state.weights)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def __init__(self, network: SatFusion, device_type: str, bf16: bool) -> None:
+
+def make_adam(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
+    """Return the optimizer: one kernel over all parameters, where a loop would launch several for each."""
+    return torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def make_moments(adam: torch.optim.Adam, parameters: Sequence[Tensor], step: int) -> None:
+    """Give the optimizer the state that it would make at its first step, as if ``step`` steps were taken."""
+    for parameter in parameters:
+        zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        taken = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+        adam.state[parameter] = {"step": taken, **zeros}
+
+
+def clip_gradients(network: nn.Module, bound: float) -> Tensor:
+    """Return the L2 norm of all gradients, a scalar on the device, and scale them down to ``bound`` unless it is 0."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if bound:
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), bound, norm)
+    return norm
+
+
+def plain_state(network: nn.Module, adam: torch.optim.Adam, step: int, *, moments: bool) -> TrainState:
+    """Return the state of a network whose parameters and moments are whole on this rank."""
+    weights = {name: to_cpu(value) for name, value in (*network.named_buffers(), *network.named_parameters())}
+    gathered: dict[str, dict[str, Tensor]] = {}
+    if moments:
+        for name, parameter in network.named_parameters():
+            gathered[name] = {moment: to_cpu(adam.state[parameter][moment]) for moment in MOMENTS}
+    return TrainState(weights, gathered, step)
+
+
+def to_cpu(value: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU, for a checkpoint."""
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+class ForwardPass(nn.Module):
+    """The network's forward pass: under bfloat16 autocast, and compiled in training, where ``config`` asks for it.
+
+    It is a module because DeepSpeed switches off an autocast outside of the module it is given.
+    """
+
+    def __init__(self, network: SatFusion, config: TrainConfig, device_type: str) -> None:
         super().__init__()
         self.network = network
         self._device_type = device_type
-        self._bf16 = bf16
+        self._bf16 = config.precision == "bf16"
+        self._compiled: Any = torch.compile(self._fuse, dynamic=False, fullgraph=True) if config.compile else None
 
     def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
+        """Return the images that the network has: the result, then those of its stages."""
+        # Evaluation takes one chip at a time: another graph to compile, for a fraction of the run.
+        if self._compiled is not None and self.training and self.network.is_settled:
+            images: tuple[Tensor, ...] = self._compiled(lr, pan, revisit)
+            return images
+        return self._fuse(lr, pan, revisit)
+
+    def _fuse(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
             fusion: Fusion = self.network(lr, pan, revisit)
         # A plain tuple of tensors, because ZeRO 3 rebuilds outputs to hang its hooks on them.
         return tuple(image for image in fusion if image is not None)
 
-
-class Engine:
-    """A DeepSpeed engine over one network."""
-
-    def __init__(
-        self,
-        network: SatFusion,
-        config: TrainConfig,
-        plan: BatchPlan,
-        world: World,
-        state: TrainState | None = None,
-    ) -> None:
-        """Wrap ``network`` (moved and partitioned in place).
-
-        Args:
-            network: The SatFusion network; every rank's weights must be equal.
-            config: Optimizer, precision, clipping and ZeRO stage.
-            plan: Micro-batch and accumulation.
-            world: This process's place.
-            state: Weights and moments to go on from.
-        """
-        deepspeed = import_deepspeed()
-        if state is not None:
-            # Before DeepSpeed copies the weights into its flat fp32 partitions.
-            network.load_state_dict(state.weights)
-        self._network = network
-        self._stage = config.zero_stage
-        self._rank, self._world_size, self._device = world.rank, world.size, world.device
-        self._adam = torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        model = _AutocastModel(network, world.device.type, config.precision == "bf16")
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
-        )
-        self._grad_norm = 0.0
-        self._make_moments(state.step if state is not None else 0)
-        if state is not None and state.step > 0:
-            self._load_moments(state)
-        self._idle = IdleParameters(network.parameters(), self._adam, self._local_views)
-
-    def forward(self, batch: Batch) -> Fusion:
-        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
-        self._engine.train()
-        return self._run(batch)
-
-    def _run(self, batch: Batch) -> Fusion:
-        fused, *stages = self._engine(batch.lr, batch.pan, batch.revisit)
+    def images(self, outputs: Sequence[Tensor]) -> Fusion:
+        """Name what `forward` returned."""
+        fused, *stages = outputs
         if len(stages) == 2:
             return Fusion(fused, *stages)
         # A stage alone is the result; ZeRO 3 returns it as a tensor of its own.
-        return Fusion(fused, fused if self._network.encoder else None, fused if self._network.head else None)
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
-        self._engine.backward(loss)
-        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            grads = [p.grad for p in self._network.parameters() if p.grad is not None]
-            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
-
-    def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
-        self._network.at_step(step)
-
-    def step(self, learning_rate: float) -> None:
-        """Count a micro-batch, and after the last of a global batch update the weights."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        boundary = self._engine.is_gradient_accumulation_boundary()
-        self._engine.step()
-        if boundary:
-            self._idle.begin()
-            if self._stage == 3:
-                # Where no new gradient comes, ZeRO 3 would take this step's for the next one's.
-                self._engine.optimizer.grad_partitions_flat_buffer.zero_()
-
-    @property
-    def grad_norm(self) -> float:
-        """L2 norm of the last step's reduced gradient before clipping."""
-        return self._grad_norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
-
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> Fusion:
-        """Return the images [B, C, H, W] in evaluation mode, float32."""
-        self._engine.eval()
-        fused, mfif, msif = self._run(batch)
-        return Fusion(fused.float(), None if mfif is None else mfif.float(), None if msif is None else msif.float())
-
-    def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        weights = {name: buffer.detach().cpu().clone() for name, buffer in self._network.named_buffers()}
-        gathered: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._network.named_parameters():
-            full = parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)
-            weights[name] = full.detach().cpu().clone()
-            if not moments:
-                continue
-            gathered[name] = {}
-            for moment in MOMENTS:
-                if self._stage == 0:
-                    value = self._adam.state[parameter][moment]
-                else:
-                    value = safe_get_full_optimizer_state(parameter, moment)
-                gathered[name][moment] = value.detach().cpu().clone().reshape(weights[name].shape)
-        return TrainState(weights, gathered, step)
-
-    def _make_moments(self, step: int) -> None:
-        # The inner Adam makes its state at its first step; ours must stand there before that.
-        for flat in self._flat_parameters():
-            zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self._adam.state[flat] = {"step": torch.tensor(float(step)), **zeros}
-        if self._stage in (1, 2):
-            # Tells each parameter where its moments lie; DeepSpeed does it after its first step.
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _load_moments(self, state: TrainState) -> None:
-        for name, parameter in self._network.named_parameters():
-            for moment in MOMENTS:
-                self._set_moment(parameter, moment, state.moments[name][moment].to(self._device))
-
-    def _flat_parameters(self) -> list[Tensor]:
-        """Return the tensors the inner Adam steps on: the parameters, or this rank's flat fp32 partitions."""
-        if self._stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [flat for group in self._adam.param_groups for flat in group["params"]]
-
-    def _local_views(self, parameter: nn.Parameter) -> list[Tensor]:
-        """Return this rank's parts of a parameter's fp32 weight and moments, in place; none where it has no part."""
-        if self._stage == 0:
-            return [parameter.detach(), *(self._adam.state[parameter][moment] for moment in MOMENTS)]
-        if self._stage == 3:
-            return [self._engine.optimizer.get_local_fp32_param(parameter, key) for key in (None, *MOMENTS)]
-        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
-        return [] if fragment is None else [fragment.get_hp_fragment(key) for key in (None, *MOMENTS)]
-
-    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        from deepspeed import utils
-
-        if self._stage == 0:
-            self._adam.state[parameter][moment].copy_(value)
-        elif self._stage < 3:
-            utils.safe_set_full_optimizer_state(parameter, value, moment)
-        else:
-            # safe_set_full_* cuts past the end where a parameter does not divide by the ranks; partitions are padded.
-            part = utils.safe_get_local_optimizer_state(parameter, moment).numel()
-            padded = functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
-            own = padded.narrow(0, part * self._rank, part)
-            utils.safe_set_local_optimizer_state(parameter, own, moment)
+        return Fusion(fused, fused if self.network.encoder else None, fused if self.network.head else None)
 
 
-def import_deepspeed() -> Any:
-    """Import DeepSpeed with its device settled and its CPU op loaded, and without its chatter."""
-    # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It insists on this name; torchrun and Ray set it, a process alone or a test's group does not.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; nothing a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        _load_cpu_op()
-    return deepspeed
+def widened(images: Fusion) -> Fusion:
+    """Return images in float32."""
+    fused, mfif, msif = images
+    return Fusion(fused.float(), None if mfif is None else mfif.float(), None if msif is None else msif.float())
 
 
-def _load_cpu_op() -> None:
-    """Load the op that DeepSpeed would load itself, but not for ever wait for a process that was killed at it.
+def use_tf32(enabled: bool) -> None:
+    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, or forbid it.
 
-    Torch's lock is a file, which stays when its process dies; ours is the kernel's and ends with the process.
+    PyTorch by itself allows it in convolutions alone.
     """
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / "satfusion.lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load()
+    precision = "tf32" if enabled else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

@@ -95,17 +95,15 @@ class CsvLog:
             last_step: Rows of later steps are removed, atomically.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept: list[list[str]] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))
-            # A row that a kill cut short has fewer fields than the header.
-            kept = [row for row in rows[1:] if len(row) == len(columns) and int(row[0]) <= last_step]
+        before, kept = _read_rows(path, last_step)
+        # Values are matched by name: a version that knows other columns resumes the file without losing one.
+        self._columns = [*columns, *(column for column in before if column not in columns)]
         rewritten = path.with_suffix(TEMPORARY_SUFFIX)
         with rewritten.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([list(columns), *kept])
+            writer = csv.writer(file)
+            writer.writerow(self._columns)
+            writer.writerows([row.get(column, "") for column in self._columns] for row in kept)
         os.replace(rewritten, path)
-        self._columns = list(columns)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
 
@@ -117,6 +115,17 @@ class CsvLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _read_rows(path: Path, last_step: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header of a CSV and its rows up to a step; a file that is not there has neither."""
+    if not path.exists():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    # A row that a kill cut short has fewer fields than the header.
+    whole = (row for row in rows if len(row) == len(header))
+    return header, [dict(zip(header, row, strict=True)) for row in whole if int(row[0]) <= last_step]
 
 
 def _writer(folder: Path, first_step: int) -> SummaryWriter:

@@ -19,8 +19,8 @@ LOSS_TAGS = ("train/loss", "train/mse", "train/mae", "train/ssim_loss", "train/s
 DATA_TAGS = ("data/retries", "data/read_again", "data/quarantined_chips")
 STEP_TAGS = (
     *LOSS_TAGS,
-    "train/learning_rate",
     "train/grad_norm",
+    "train/learning_rate",
     "time/samples_per_second",
     "time/data_wait_seconds",
     *DATA_TAGS,

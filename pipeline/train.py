@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,14 +29,17 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import RunConfig
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
-from pipeline.engine import Engine
+from pipeline.engine import make_engine, use_tf32
+from pipeline.events import rank_folder
 from pipeline.logs import LOSS_TAGS, STEP_TAGS, VAL_TAGS, RunLogs
-from pipeline.losses import fusion_loss
+from pipeline.losses import LossParts, fusion_loss
 from pipeline.metrics import image_metrics
 from pipeline.order import BatchPlan, random_words
 from pipeline.panels import panel
+from pipeline.profiling import StepProfiler
 from pipeline.runfolder import RunFolder
 from pipeline.schedule import learning_rate
+from pipeline.step_values import StepRow, StepValues
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
@@ -79,6 +82,7 @@ def run_training(config: RunConfig, report: Report | None = None) -> TrainResult
     """
     if config.train.threads_per_rank:
         torch.set_num_threads(config.train.threads_per_rank)
+    use_tf32(config.train.tf32)
     world = join_world()
     plan = BatchPlan.create(config.train.global_batch, config.train.micro_batch, world.size)
     train = ChipDataset(config.data.uri, "train", config.data)
@@ -120,7 +124,15 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         torch.manual_seed(config.train.seed)
         network = build_model(config.model).to(world.device)
-        self.engine = Engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
+        self.engine = make_engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
+        self.loss: Callable[..., LossParts] = fusion_loss
+        if config.train.compile:
+            self.loss = torch.compile(fusion_loss, dynamic=False, fullgraph=True)
+        self.values = StepValues(world, config.train.log_every)
+        self._waited_for_values = 0.0
+        self._all_count = config.data.damaged == "stop"
+        self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)
+        self.profiler = StepProfiler(run.local / rank_folder(world.rank), world.rank, config.train.profile)
         self._seed_generators(checkpoint)
 
     @property
@@ -140,34 +152,41 @@ class Trainer:
                 while self.step < self.total_steps:
                     self.train_epoch(self.step // self.loader.steps_per_epoch, logs, bar, report)
         finally:
+            self.profiler.close()
             logs.close()
         return TrainResult(self.step, self.best_loss)
 
     def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
         """Train the rest of ``epoch``, then validate."""
+        shown = {}
         for batch in self.loader:
-            values = self.train_step(batch, epoch)
-            last_of_epoch = self.step % self.loader.steps_per_epoch == 0
-            metrics: dict[str, float] = {}
-            if last_of_epoch or self.step == self.total_steps:
-                metrics = self.validate(logs)
-            logs.step(self.step, epoch, values, metrics)
+            self.train_step(batch, epoch)
+            self.profiler.step()
+            ends = self.step == self.total_steps
+            validates = ends or self.step % self.loader.steps_per_epoch == 0
+            saves = ends or self.step % self.config.train.checkpoint_every == 0
+            # Nothing is kept or validated before it is known that all losses up to here are numbers.
+            rows = list(self._arrived(everything=validates or saves))
+            metrics = self.validate(logs) if validates else {}
+            for row in rows:
+                logs.step(row.step, row.epoch, row.by_rank, metrics if row.step == self.step else {})
             if logs.wants_batches:
                 in_epoch = (self.step - 1) % self.loader.steps_per_epoch
                 logs.batch(self.step, epoch, self.loader.global_batch(epoch, in_epoch))
-            if self.step % self.config.train.checkpoint_every == 0 or self.step == self.total_steps:
+            if saves:
                 self._save("step", self.config.train.keep_checkpoints)
             if metrics:
                 report({"step": self.step, "epoch": epoch, **metrics})
-            bar.update(loss=f"{values[:, 0].mean():.4g}")
-            if self.step == self.total_steps:
+            if rows:
+                shown = {"loss": f"{rows[-1].by_rank[:, 0].mean():.4g}"}
+            bar.update(1, **shown)
+            if ends:
                 return
 
-    def train_step(self, batch: Batch, epoch: int) -> Tensor:
-        """Take one optimizer step on this rank's part of the global batch; return [ranks, STEP_TAGS] values.
+    def train_step(self, batch: Batch, epoch: int) -> None:
+        """Take one optimizer step on this rank's part of the global batch; its values arrive later (`_arrived`).
 
-        Raises:
-            NonFiniteLossError: On every rank, if any rank's loss or the gradient is no number.
+        At ZeRO 0 the host waits for the device nowhere in here.
         """
         began = time.perf_counter()
         rate = learning_rate(self.step, self.loader.steps_per_epoch, self.total_steps, self.config.train)
@@ -175,54 +194,66 @@ class Trainer:
         counted = self._counted(batch)
         sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
         for micro in batch.split(self.plan.micro_batch):
-            parts = fusion_loss(self.engine.forward(micro), micro.hr, self.config.loss)
+            parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss)
             sums += torch.stack([(part.detach() * micro.weight).double().sum() for part in parts[: len(LOSS_TAGS)]])
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
             self.engine.step(rate)
         # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
-        values = (sums * self.world.size / counted).tolist()
-        seconds = time.perf_counter() - began + self.loader.wait_seconds
-        speed = self.plan.global_batch / seconds
+        values = sums * self.world.size / counted.clamp(min=1)
+        seconds = time.perf_counter() - began + self.loader.wait_seconds + self._waited_for_values
         data = self.loader.wait_seconds, RETRIES.total, self.train_set.refetched, self.train_set.quarantined_chips
-        by_rank = self.world.gather([*values, rate, self.engine.grad_norm, speed, *data])
-        # Looked at after the update, so that a step takes one collective and not two.
-        if not by_rank.isfinite().all():
-            raise self._not_finite(by_rank, epoch)
-        return by_rank
+        known = [rate, self.plan.global_batch / seconds, *data]
+        measured = torch.cat([counted.reshape(1), values, self.engine.grad_norm.double().reshape(1)])
+        self.values.put(self.step, epoch, measured, known)
 
-    def _counted(self, batch: Batch) -> float:
-        """Return how many chips of the global batch count: all, unless samples may be quarantined."""
-        if self.config.data.damaged == "stop":
-            return self.plan.global_batch
-        counted = self.world.gather([batch.weight.sum().item()]).sum().item()
-        if counted == 0:
-            raise UserError(
-                f"every chip of global batch {self.step} is quarantined: mend the dataset with `satfusion shard`, which"
-                " makes again what is damaged"
-            )
-        return counted
+    def _arrived(self, *, everything: bool) -> Iterator[StepRow]:
+        """Yield the steps whose values are there (`StepValues.arrived`), as [ranks, STEP_TAGS].
 
-    def _mean(self, losses: Tensor, weight: Tensor, counted: float) -> Tensor:
+        Raises:
+            NonFiniteLossError: On every rank, if any rank's loss or the gradient of a step is no number.
+            UserError: On every rank, if all chips of a step are quarantined.
+        """
+        began = time.perf_counter()
+        for row in self.values.arrived(everything=everything):
+            counted, by_rank = row.by_rank[0, 0].item(), row.by_rank[:, 1:]
+            if counted == 0:
+                raise UserError(
+                    f"every chip of global batch {row.step} is quarantined: repair the dataset with `satfusion shard`,"
+                    " which builds damaged shards again"
+                )
+            if not by_rank.isfinite().all():
+                raise self._not_finite(row.step, row.epoch, by_rank)
+            yield StepRow(row.step, row.epoch, by_rank)
+        self._waited_for_values = time.perf_counter() - began
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """Return how many chips of the global batch count, a float64 scalar on the device."""
+        if self._all_count:
+            return self._global_batch
+        return self.world.sum_over_ranks(batch.weight.double().sum())
+
+    def _mean(self, losses: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
         """Return what the engine, which averages over micro-batches and ranks, turns into the mean over what counts."""
-        if counted == self.plan.global_batch:
+        if self._all_count:
             return losses.mean()
-        return (losses * weight).sum() * (self.plan.grad_accum * self.world.size / counted)
+        share = self.plan.grad_accum * self.world.size / counted.clamp(min=1)
+        return ((losses * weight).sum() * share).to(losses.dtype)
 
-    def _not_finite(self, by_rank: Tensor, epoch: int) -> NonFiniteLossError:
+    def _not_finite(self, step: int, epoch: int, by_rank: Tensor) -> NonFiniteLossError:
         loss = by_rank[:, STEP_TAGS.index("train/loss")]
         what = "gradient" if loss.isfinite().all() else "loss"
         ranks = ", ".join(str(rank) for rank in (~by_rank.isfinite().all(1)).nonzero().flatten().tolist())
-        chips = self.loader.global_batch(epoch, (self.step - 1) % self.loader.steps_per_epoch)
-        self._discard_diverged()
+        chips = self.loader.global_batch(epoch, (step - 1) % self.loader.steps_per_epoch)
+        self._discard_diverged(step)
         return NonFiniteLossError(
-            f"{what} is not finite at step {self.step} on rank {ranks}; the global batch was {'; '.join(chips)}:"
+            f"{what} is not finite at step {step} on rank {ranks}; the global batch was {'; '.join(chips)}:"
             " look at these chips or lower train.learning_rate"
         )
 
-    def _discard_diverged(self) -> None:
+    def _discard_diverged(self, step: int) -> None:
         """Remove the checkpoint of the step before: its update may be what diverged, and a restart would repeat it."""
         if self.world.is_main:
-            discard_checkpoint(self.run.storage, f"step-{self.step - 1}")
+            discard_checkpoint(self.run.storage, f"step-{step - 1}")
 
     def validate(self, logs: RunLogs) -> dict[str, float]:
         """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""

@@ -34,9 +34,19 @@ class World:
     def gather(self, values: Sequence[float]) -> Tensor:
         """Return every rank's ``values`` as float64 [ranks, values], on the CPU, the same on all ranks."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.gather_tensor(mine).cpu()
+
+    def gather_tensor(self, mine: Tensor) -> Tensor:
+        """Return every rank's tensor, all of one shape, as [ranks, ...] on the device; over NCCL no host waits."""
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine)
-        return torch.stack(everyone).cpu()
+        return torch.stack(everyone)
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum of every rank's tensor on the device; over NCCL no host waits."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's ``value``, anything that pickles, in rank order."""

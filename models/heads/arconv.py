@@ -30,6 +30,9 @@ class ARConv(Head):
     column, which the published form cannot.
     """
 
+    may_leave_idle = True
+    """Of each convolution's nine kernels a step uses one."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.freeze_step = config.kernel_freeze_step
@@ -73,6 +76,11 @@ class ARConv(Head):
         x5 = self.rb5(self.up2(x4, x1))
         detail: Tensor = self.tail_conv(x5)
         return detail[..., :height, :width]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the kernel sizes are frozen."""
+        return self.rb1.conv1.frozen
 
     def at_step(self, step: int) -> None:
         """Freeze the kernels from the configured step on."""

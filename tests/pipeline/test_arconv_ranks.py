@@ -18,10 +18,11 @@ from models.registry import ModelConfig, build_model
 from models.satfusion import SatFusion
 from pipeline.batches import Batch
 from pipeline.config import TrainConfig
-from pipeline.engine import Engine, TrainState
+from pipeline.engine import TrainState, make_engine
 from pipeline.order import BatchPlan
 from pipeline.world import World
 from tests.distributed import Rank, run_ranks
+from tests.pipeline.test_engine import KINDS, Kind, options
 
 MOVED = "head.rb1.conv1"
 """The convolution whose heights are set by hand."""
@@ -65,9 +66,9 @@ class Run:
     """A training in steps of two samples, each rank's part in micro-batches."""
 
     def __init__(
-        self, world: World, stage: int, width: int, state: TrainState | None = None, micro: int | None = None
+        self, world: World, kind: Kind, width: int, state: TrainState | None = None, micro: int | None = None
     ) -> None:
-        config = TrainConfig(zero_stage=stage, global_batch=2)
+        config = TrainConfig(**options(kind), global_batch=2)
         self.world, self.micro = world, micro or 2 // world.size
         self.step = state.step if state is not None else 0
         torch.manual_seed(0 if state is None else 1)
@@ -75,7 +76,7 @@ class Run:
             network = build_model(ModelConfig("none", "arconv", kernel_freeze_step=FREEZE))
         self.moved = moved(network)
         self.moved.height.register_forward_hook(lambda module, inputs, output: 0.1 * output + self.target)
-        self.engine = Engine(network, config, BatchPlan.create(2, self.micro, world.size), world, state)
+        self.engine = make_engine(network, config, BatchPlan.create(2, self.micro, world.size), world, state)
 
     def take_step(self) -> float:
         targets = torch.tensor(TARGETS[self.step]).view(2, 1, 1, 1).split(self.micro)
@@ -98,21 +99,21 @@ def moved(network: SatFusion) -> AdaptiveConv:
     return module
 
 
-def train(world: World, stage: int, width: int) -> Ended:
-    run = Run(world, stage, width)
+def train(world: World, kind: Kind, width: int) -> Ended:
+    run = Run(world, kind, width)
     losses, norms, kernels = [], [], []
     for step in range(len(TARGETS)):
         losses.append(run.take_step())
-        norms.append(run.engine.grad_norm)
+        norms.append(run.engine.grad_norm.item())
         kernels.append(run.moved.reserved_NXY.tolist())
         if step == 2:
             middle = run.engine.state(3, moments=False)
     return Ended(losses, norms, kernels, middle, run.engine.state(len(TARGETS)))
 
 
-def train_at_stages(place: Rank, stages: tuple[int, ...], width: int) -> list[Ended]:
+def train_at_stages(place: Rank, kinds: tuple[Kind, ...], width: int) -> list[Ended]:
     world = World(place.rank, place.world_size, torch.device("cpu"))
-    return [train(world, stage, width) for stage in stages]
+    return [train(world, kind, width) for kind in kinds]
 
 
 def check(ranks: list[list[Ended]], alone: Ended) -> None:
@@ -142,21 +143,21 @@ def check_idle(ended: Ended, alone: Ended) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("width", "stages"), [(4, (0, 3)), pytest.param(arconv.WIDTH, (0, 1, 2, 3), marks=pytest.mark.slow)]
+    ("width", "kinds"), [(4, (0, 3, "torch")), pytest.param(arconv.WIDTH, tuple(KINDS), marks=pytest.mark.slow)]
 )
 def test_two_ranks_train_as_one_at_every_stage(
-    width: int, stages: tuple[int, ...], tmp_path: Path, world: World
+    width: int, kinds: tuple[Kind, ...], tmp_path: Path, world: World
 ) -> None:
-    ranks = run_ranks(train_at_stages, 2, tmp_path, stages, width, seconds=400)
+    ranks = run_ranks(train_at_stages, 2, tmp_path, kinds, width, seconds=400)
     check(ranks, train(world, 0, width))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_training_goes_on_bit_for_bit(stage: int, world: World) -> None:
-    undisturbed = Run(world, stage, width=4)
+@pytest.mark.parametrize("kind", [0, 2, "torch"])
+def test_training_resumes_bit_for_bit(kind: Kind, world: World) -> None:
+    undisturbed = Run(world, kind, width=4)
     for _ in range(3):
         undisturbed.take_step()
-    going_on = Run(world, stage, 4, undisturbed.engine.state(3))
+    going_on = Run(world, kind, 4, undisturbed.engine.state(3))
     for _ in range(2):
         assert undisturbed.take_step() == going_on.take_step()
     end, again = undisturbed.engine.state(5), going_on.engine.state(5)
@@ -167,9 +168,9 @@ def test_training_goes_on_bit_for_bit(stage: int, world: World) -> None:
 
 def test_kernels_may_change_within_a_step(world: World) -> None:
     ends = []
-    for stage in (0, 3):
-        run = Run(world, stage, width=4, micro=1)
-        norms = [(run.take_step(), run.engine.grad_norm)[1] for _ in range(3)]
+    for kind in (0, 3):
+        run = Run(world, kind, width=4, micro=1)
+        norms = [(run.take_step(), run.engine.grad_norm.item())[1] for _ in range(3)]
         assert run.moved.reserved_NXY[0] == 7
         ends.append((norms, run.engine.state(3, moments=False).weights))
     (norms, weights), (norms_3, weights_3) = ends

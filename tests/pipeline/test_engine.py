@@ -6,6 +6,7 @@ import fcntl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,21 @@ from torch.utils.cpp_extension import _get_build_directory
 from models.registry import ModelConfig, build_model
 from pipeline.batches import Batch
 from pipeline.config import TrainConfig
-from pipeline.engine import Engine, TrainState, import_deepspeed
+from pipeline.deepspeed_engine import import_deepspeed
+from pipeline.engine import Engine, TrainState, make_engine
 from pipeline.losses import LossConfig, fusion_loss
 from pipeline.order import BatchPlan
 from pipeline.world import World
 from tests.golden import cases
+
+Kind = int | str
+"""A ZeRO stage of DeepSpeed's engine, or "torch"."""
+KINDS: list[Kind] = [0, 1, 2, 3, "torch"]
+
+
+def options(kind: Kind) -> dict[str, Any]:
+    """Return the engine's keys of a `TrainConfig`."""
+    return {"engine": "torch"} if kind == "torch" else {"zero_stage": kind}
 
 
 def take_step(engine: Engine, batch: Batch, micro: int, rate: float, loss: LossConfig) -> float:
@@ -42,29 +53,31 @@ def random_batch(step: int, size: int = 4) -> Batch:
     return Batch(lr, pan, hr, torch.zeros(size, dtype=torch.long), torch.ones(size), tuple(range(size)))
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
 @pytest.mark.parametrize("pair", ["SRCNN+PNN", pytest.param("HighResNet+PANNet", marks=pytest.mark.slow)])
-def test_ten_published_steps_through_deepspeed(pair: str, world: World) -> None:
+def test_ten_published_steps_through_an_engine(pair: str, engine: str, world: World) -> None:
     golden = cases.load("training")[f"{pair}/32/loss"]
-    config = TrainConfig(learning_rate=cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY, global_batch=2)
-    engine = Engine(cases.golden_model(pair), config, BatchPlan.create(2, 1, 1), world)
+    rates = {"learning_rate": cases.LEARNING_RATE, "weight_decay": cases.WEIGHT_DECAY}
+    config = TrainConfig(global_batch=2, engine=engine, **rates)
+    trained = make_engine(cases.golden_model(pair), config, BatchPlan.create(2, 1, 1), world)
     losses = []
     for step in range(cases.TRAINING_STEPS):
         lr, pan, hr = cases.training_batch(step)
         batch = Batch(lr, pan, hr, torch.zeros(2, dtype=torch.long), torch.ones(2), (0, 1))
-        losses.append(take_step(engine, batch, 1, cases.LEARNING_RATE, cases.TRAINING_LOSS))
+        losses.append(take_step(trained, batch, 1, cases.LEARNING_RATE, cases.TRAINING_LOSS))
     assert losses == pytest.approx(golden.tolist(), abs=1e-4, rel=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_state_gathered_and_put_back_goes_on_bit_for_bit(stage: int, precision: str, world: World) -> None:
-    config = TrainConfig(zero_stage=stage, precision=precision, global_batch=4, clip_norm=0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_gathered_and_put_back_resumes_bit_for_bit(kind: Kind, precision: str, world: World) -> None:
+    config = TrainConfig(**options(kind), precision=precision, global_batch=4, clip_norm=0.5)
     plan = BatchPlan.create(4, 2, 1)
     model = ModelConfig("highresnet", "pannet", hidden=8)
 
     def engine(seed: int, state: TrainState | None = None) -> Engine:
         torch.manual_seed(seed)
-        return Engine(build_model(model), config, plan, world, state)
+        return make_engine(build_model(model), config, plan, world, state)
 
     undisturbed = engine(0)
     for step in range(3):
@@ -81,36 +94,37 @@ def test_state_gathered_and_put_back_goes_on_bit_for_bit(stage: int, precision: 
     assert any(not torch.equal(end.weights[name], middle.weights[name]) for name in end.weights)
 
 
-def test_a_state_moves_between_stages(world: World) -> None:
+def test_a_state_moves_between_engines_and_stages(world: World) -> None:
     plan = BatchPlan.create(4, 4, 1)
     states = {}
     state = None
-    for stage in (3, 0, 2, 1):
+    for kind in (3, 0, "torch", 2, 1):
         torch.manual_seed(0)
-        config = TrainConfig(zero_stage=stage, global_batch=4)
-        engine = Engine(build_model(ModelConfig("srcnn", "pnn", hidden=8)), config, plan, world, state)
+        config = TrainConfig(**options(kind), global_batch=4)
+        engine = make_engine(build_model(ModelConfig("srcnn", "pnn", hidden=8)), config, plan, world, state)
         take_step(engine, random_batch(len(states)), 4, 1e-3, LossConfig())
-        states[stage] = state = engine.state(len(states) + 1)
+        states[kind] = state = engine.state(len(states) + 1)
     torch.manual_seed(0)
-    alone = Engine(
+    alone = make_engine(
         build_model(ModelConfig("srcnn", "pnn", hidden=8)), TrainConfig(zero_stage=0, global_batch=4), plan, world
     )
-    for step in range(4):
+    for step in range(5):
         take_step(alone, random_batch(step), 4, 1e-3, LossConfig())
-    end = alone.state(4)
+    end = alone.state(5)
     for name, value in end.weights.items():
         assert torch.allclose(state.weights[name], value, rtol=1e-5, atol=1e-7), name
 
 
-def test_clipping_bounds_the_step(world: World) -> None:
+@pytest.mark.parametrize("kind", [0, 2, "torch"])
+def test_clipping_bounds_the_step(kind: Kind, world: World) -> None:
     plan = BatchPlan.create(4, 4, 1)
     moved = []
     for clip in (0.0, 1e-12):
         torch.manual_seed(0)
         network = build_model(ModelConfig("srcnn", "pnn", hidden=8))
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        config = TrainConfig(global_batch=4, clip_norm=clip, weight_decay=0.0)
-        engine = Engine(network, config, plan, world)
+        config = TrainConfig(**options(kind), global_batch=4, clip_norm=clip, weight_decay=0.0)
+        engine = make_engine(network, config, plan, world)
         take_step(engine, random_batch(0), 4, 1e-3, LossConfig())
         after = engine.state(1).weights
         moved.append(max((after[name] - before[name]).abs().max().item() for name in before))
@@ -126,6 +140,6 @@ def test_the_lock_of_a_killed_process_is_not_waited_for() -> None:
     with (folder / "satfusion.lock").open("w") as ours:  # nobody else is at it, as when the killed one was
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").touch()
-    program = "from pipeline.engine import import_deepspeed; import_deepspeed()"
+    program = "from pipeline.deepspeed_engine import import_deepspeed; import_deepspeed()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     assert not (folder / "lock").exists()

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from models.registry import ModelConfig, build_model
 from pipeline.config import TrainConfig
-from pipeline.engine import Engine, TrainState
+from pipeline.engine import Engine, TrainState, make_engine
 from pipeline.losses import LossConfig
 from pipeline.order import BatchPlan
 from pipeline.world import World
 from tests.distributed import Rank, run_ranks
-from tests.pipeline.test_engine import random_batch, take_step
+from tests.pipeline.test_engine import KINDS, Kind, options, random_batch, take_step
 
 
-def go_on_from(place: Rank, stage: int) -> list[dict[str, Tensor]]:
-    """Take three steps; go on from step two's state on a fresh engine; return both ends and the moments' ends."""
+def resume_from(place: Rank, kind: Kind) -> list[dict[str, Tensor]]:
+    """Take three steps; resume from step two's state on a fresh engine; return both ends and the moments' ends."""
     world = World(place.rank, place.world_size, torch.device("cpu"))
-    config, plan = TrainConfig(zero_stage=stage, global_batch=2), BatchPlan.create(2, 1, 2)
+    config, plan = TrainConfig(**options(kind), global_batch=2), BatchPlan.create(2, 1, 2)
 
     def engine(seed: int, state: TrainState | None = None) -> Engine:
         torch.manual_seed(seed)
         # Widths of 8 and 3 give parameters of odd sizes, which do not divide by two.
-        return Engine(build_model(ModelConfig("highresnet", "pnn", hidden=8)), config, plan, world, state)
+        return make_engine(build_model(ModelConfig("highresnet", "pnn", hidden=8)), config, plan, world, state)
 
     def step(engine: Engine, number: int) -> None:
         take_step(engine, random_batch(10 * number + place.rank, size=1), 1, 1e-3, LossConfig())
@@ -43,9 +43,9 @@ def go_on_from(place: Rank, stage: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_go_on_bit_for_bit(stage: int, tmp_path: Path) -> None:
-    (undisturbed, going_on), (undisturbed_1, _) = run_ranks(go_on_from, 2, tmp_path, stage, seconds=120)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_resume_bit_for_bit(kind: Kind, tmp_path: Path) -> None:
+    (undisturbed, going_on), (undisturbed_1, _) = run_ranks(resume_from, 2, tmp_path, kind, seconds=120)
     assert undisturbed.keys() == going_on.keys()
     for name, value in undisturbed.items():
         assert torch.equal(value, going_on[name]), name

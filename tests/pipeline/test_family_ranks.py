@@ -9,7 +9,7 @@ import torch
 
 from models.registry import ABSENT, ENCODERS, HEADS, ModelConfig, build_model
 from pipeline.config import TrainConfig
-from pipeline.engine import Engine
+from pipeline.engine import make_engine
 from pipeline.losses import LossConfig
 from pipeline.order import BatchPlan
 from pipeline.world import World
@@ -26,7 +26,7 @@ def three_steps(place: Rank, stage: int, encoder: str, head: str) -> dict[str, t
     world = World(place.rank, place.world_size, torch.device("cpu"))
     network = build_model(ModelConfig(encoder, head, hidden=8))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    engine = Engine(network, TrainConfig(zero_stage=stage, global_batch=2), BatchPlan.create(2, 1, 2), world)
+    engine = make_engine(network, TrainConfig(zero_stage=stage, global_batch=2), BatchPlan.create(2, 1, 2), world)
     losses = []
     for step in range(3):
         engine.begin_step(step)
