@@ -22,10 +22,10 @@ from pipeline.engine import (
     ForwardPass,
     TrainState,
     clip_gradients,
+    lay_out,
     make_adam,
     make_moments,
     plain_state,
-    prepare_network,
     to_cpu,
     widened,
 )
@@ -82,8 +82,9 @@ class DeepSpeedEngine:
             state: Weights and moments to resume from.
         """
         deepspeed = import_deepspeed()
-        # Before DeepSpeed copies the weights into its flat fp32 partitions.
-        prepare_network(network, config, state)
+        if state is not None:
+            # Before DeepSpeed copies the weights into its flat fp32 partitions.
+            network.load_state_dict(state.weights)
         self._network = network
         self._stage, self._clip_norm = config.zero_stage, config.clip_norm
         self._rank, self._world_size, self._device = world.rank, world.size, world.device
@@ -92,6 +93,8 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
         )
+        # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
+        lay_out(network, config)
         self._grad_norm = torch.zeros((), device=world.device)
         self._make_moments(state.step if state is not None else 0)
         if state is not None and state.step > 0:

@@ -90,10 +90,8 @@ def make_engine(
     return DeepSpeedEngine(network, config, plan, world, state)
 
 
-def prepare_network(network: SatFusion, config: TrainConfig, state: TrainState | None) -> None:
-    """Load the weights of ``state``, and lay the network out in memory as ``config`` asks."""
-    if state is not None:
-        network.load_state_dict(state.weights)
+def lay_out(network: nn.Module, config: TrainConfig) -> None:
+    """Lay the weights out in memory as ``config`` asks; images follow at the first convolution."""
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -8,6 +8,7 @@ stop together where a row says so.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,13 @@ class _Window:
     arrived: torch.cuda.Event | None
     """When the copy is done; None where there is nothing to wait for."""
 
-    def rows(self) -> Iterator[StepRow]:
-        """Yield the rows, after waiting for them."""
+    def wait(self) -> None:
+        """Wait until the rows are on the host."""
         if self.arrived is not None:
             self.arrived.synchronize()
+
+    def rows(self) -> Iterator[StepRow]:
+        """Yield the rows, for which `wait` has waited."""
         for number, (step, epoch) in enumerate(self.steps):
             yield StepRow(step, epoch, self.values[:, number])
 
@@ -72,6 +76,8 @@ class StepValues:
         self._measured: list[Tensor] = []
         self._known: list[list[float]] = []
         self._sent: deque[_Window] = deque()
+        self.wait_seconds = 0.0
+        """How long the last call of `arrived` waited for the device."""
 
     def put(self, step: int, epoch: int, measured: Tensor, known: Sequence[float]) -> None:
         """Add a step's values.
@@ -92,8 +98,13 @@ class StepValues:
         """Yield the rows of all windows but the last one sent, in order; with ``everything``, all that were put."""
         if everything and self._steps:
             self._send()
+        self.wait_seconds = 0.0
         while len(self._sent) > (0 if everything else self._lag):
-            yield from self._sent.popleft().rows()
+            window = self._sent.popleft()
+            began = time.perf_counter()
+            window.wait()
+            self.wait_seconds += time.perf_counter() - began
+            yield from window.rows()
 
     def _send(self) -> None:
         known = send(torch.tensor(self._known, dtype=torch.float64), self._world.device)

@@ -14,10 +14,10 @@ from pipeline.engine import (
     ForwardPass,
     TrainState,
     clip_gradients,
+    lay_out,
     make_adam,
     make_moments,
     plain_state,
-    prepare_network,
     widened,
 )
 from pipeline.order import BatchPlan
@@ -36,7 +36,9 @@ class TorchEngine:
         state: TrainState | None = None,
     ) -> None:
         """Wrap ``network``; the arguments are those of `pipeline.engine.make_engine`."""
-        prepare_network(network, config, state)
+        if state is not None:
+            network.load_state_dict(state.weights)
+        lay_out(network, config)
         self._network = network
         self._clip_norm, self._accum = config.clip_norm, plan.grad_accum
         self._micro_steps = 0

@@ -129,7 +129,6 @@ class Trainer:
         if config.train.compile:
             self.loss = torch.compile(fusion_loss, dynamic=False, fullgraph=True)
         self.values = StepValues(world, config.train.log_every)
-        self._waited_for_values = 0.0
         self._all_count = config.data.damaged == "stop"
         self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)
         self.profiler = StepProfiler(run.local / rank_folder(world.rank), world.rank, config.train.profile)
@@ -158,7 +157,7 @@ class Trainer:
 
     def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
         """Train the rest of ``epoch``, then validate."""
-        shown = {}
+        shown: dict[str, str] = {}
         for batch in self.loader:
             self.train_step(batch, epoch)
             self.profiler.step()
@@ -166,10 +165,14 @@ class Trainer:
             validates = ends or self.step % self.loader.steps_per_epoch == 0
             saves = ends or self.step % self.config.train.checkpoint_every == 0
             # Nothing is kept or validated before it is known that all losses up to here are numbers.
-            rows = list(self._arrived(everything=validates or saves))
+            row = None
+            for row in self._arrived(everything=validates or saves):
+                shown = {"loss": f"{row.by_rank[:, 0].mean():.4g}"}
+                if row.step < self.step:
+                    logs.step(row.step, row.epoch, row.by_rank, {})
             metrics = self.validate(logs) if validates else {}
-            for row in rows:
-                logs.step(row.step, row.epoch, row.by_rank, metrics if row.step == self.step else {})
+            if row is not None and row.step == self.step:
+                logs.step(row.step, row.epoch, row.by_rank, metrics)
             if logs.wants_batches:
                 in_epoch = (self.step - 1) % self.loader.steps_per_epoch
                 logs.batch(self.step, epoch, self.loader.global_batch(epoch, in_epoch))
@@ -177,8 +180,6 @@ class Trainer:
                 self._save("step", self.config.train.keep_checkpoints)
             if metrics:
                 report({"step": self.step, "epoch": epoch, **metrics})
-            if rows:
-                shown = {"loss": f"{rows[-1].by_rank[:, 0].mean():.4g}"}
             bar.update(1, **shown)
             if ends:
                 return
@@ -200,7 +201,7 @@ class Trainer:
             self.engine.step(rate)
         # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
         values = sums * self.world.size / counted.clamp(min=1)
-        seconds = time.perf_counter() - began + self.loader.wait_seconds + self._waited_for_values
+        seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
         data = self.loader.wait_seconds, RETRIES.total, self.train_set.refetched, self.train_set.quarantined_chips
         known = [rate, self.plan.global_batch / seconds, *data]
         measured = torch.cat([counted.reshape(1), values, self.engine.grad_norm.double().reshape(1)])
@@ -213,7 +214,6 @@ class Trainer:
             NonFiniteLossError: On every rank, if any rank's loss or the gradient of a step is no number.
             UserError: On every rank, if all chips of a step are quarantined.
         """
-        began = time.perf_counter()
         for row in self.values.arrived(everything=everything):
             counted, by_rank = row.by_rank[0, 0].item(), row.by_rank[:, 1:]
             if counted == 0:
@@ -224,7 +224,6 @@ class Trainer:
             if not by_rank.isfinite().all():
                 raise self._not_finite(row.step, row.epoch, by_rank)
             yield StepRow(row.step, row.epoch, by_rank)
-        self._waited_for_values = time.perf_counter() - began
 
     def _counted(self, batch: Batch) -> Tensor:
         """Return how many chips of the global batch count, a float64 scalar on the device."""
