@@ -14,6 +14,9 @@ import sharding.cli
 from cluster import __version__
 from cluster.logs import configure_logging
 from sharding.errors import UserError
+from sharding.names import refuse_secrets
+from sharding.storage import open_storage
+from sharding.storage_options import storage_options
 
 if TYPE_CHECKING:
     from cluster import local
@@ -24,11 +27,11 @@ _BROKEN_PIPE = 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for a mistake in it, 130 for Ctrl-C."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    _take_overrides(parser, args, rest)
-    configure_logging(rank=int(os.environ.get("RANK", "0")))
+    arguments = sys.argv[1:] if argv is None else argv
     try:
+        refuse_secrets(arguments)  # before argparse, which repeats what it does not understand
+        args = _parse(arguments)
+        configure_logging(rank=int(os.environ.get("RANK", "0")))
         status: int = args.run(args)
     except UserError as error:
         print(f"satfusion: error: {error}", file=sys.stderr)
@@ -40,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return status
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    _take_overrides(parser, args, rest)
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -159,7 +169,9 @@ def _shard(args: argparse.Namespace) -> int:
     from cluster.shard import ShardJob
     from cluster.submit import build_shard_request, run
 
-    sharding.cli.shard_options(args)  # refused here, before anything is sent
+    # Refused here, before anything is sent.
+    sharding.cli.shard_options(args)
+    open_storage(args.output, storage_options(args))
     return run(build_shard_request(ShardJob.of(args, Path.cwd()), os.environ), args.address, sys.stdout)
 
 

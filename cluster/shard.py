@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.logs import configure_logging
 from sharding.build import ShardResult, ShardTask, build_shard
 from sharding.errors import UserError
-from sharding.storage import StorageUnavailableError
+from sharding.storage import StorageUnavailableError, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ShardJob:
             if values[name] is not None:
                 values[name] = str(folder / values[name])
         if "://" not in args.output:
-            values["output"] = str(folder / args.output)
+            values["output"] = str(folder / expanded(args.output))
         return cls(values)
 
     @classmethod

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from cluster.logs import PACKAGES
 from cluster.worker import Job, Placement
 from sharding.errors import UserError
+from sharding.names import refuse_secret
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -241,6 +242,7 @@ class _Log:
 
 def _connect(address: str) -> JobSubmissionClient:
     """Return a client of the job server, having seen within seconds that it answers."""
+    refuse_secret("--address", address)
     if not _is_http(address):
         raise UserError(f"--address {address!r} is no URL of a Ray job server: give http://HOST:8265")
     unanswered = f"no Ray job server answers at {address}: check the address and that the cluster is up"

@@ -17,6 +17,8 @@ from models.registry import ModelConfig
 from pipeline.losses import LossConfig
 from pipeline.simulate import MODES as SIMULATIONS
 from sharding.errors import UserError, nearest
+from sharding.names import refuse_secret, refuse_secrets
+from sharding.storage import check_uri, expanded
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        check_uri("data.uri", self.uri)
         for name in ("shuffle_window", "lanes", "prefetch_batches", "loader_threads"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number from 1 up")
         require_one_of("data.simulate", self.simulate, SIMULATIONS)
@@ -166,6 +169,7 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        check_uri("output.uri", self.uri)
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
         require(self.sync_seconds > 0, "output.sync_seconds", self.sync_seconds, "a number above 0")
         require(self.panels >= 0, "output.panels", self.panels, "0 or more")
@@ -203,7 +207,7 @@ class RunConfig:
         """Return the configuration with local paths made absolute: ``~`` is the home, others start at ``folder``."""
 
         def absolute(uri: str) -> str:
-            return uri if "://" in uri or not uri else str(folder / Path(uri).expanduser())
+            return uri if "://" in uri or not uri else str(folder / expanded(uri))
 
         return dataclasses.replace(
             self,
@@ -220,8 +224,9 @@ class RunConfig:
             source: File or place named in errors.
 
         Raises:
-            UserError: An unknown section or key, or a value of the wrong type or out of range.
+            UserError: An unknown section or key, a value of the wrong type or out of range, or a secret in a URI.
         """
+        _refuse_secrets(values, "", source)
         return typing.cast(RunConfig, _build(cls, values, "", source))
 
 
@@ -245,8 +250,11 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``section.key=value`` with the value in TOML; a bare word is taken as a string.
 
     Raises:
-        UserError: No such file or recipe, broken TOML, an unknown key (the nearest is named) or a bad value.
+        UserError: No such file or recipe, broken TOML, an unknown key (the nearest is named), a bad value, or a secret
+            in a URI.
     """
+    refuse_secret("the configuration", recipe)
+    refuse_secrets(overrides)
     text = _read_recipe(recipe)
     try:
         values = tomllib.loads(text)
@@ -288,6 +296,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not isinstance(inner, dict):
         raise UserError(f"override {override!r} sets a key of {section!r}, which is not a section")
     inner[key] = value
+
+
+def _refuse_secrets(values: Mapping[str, Any], prefix: str, source: str) -> None:
+    """Refuse a secret in any value, before an error repeats it."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_secrets(value, f"{prefix}{key}.", source)
+        else:
+            refuse_secret(f"{source}: {prefix}{key}", str(value))
 
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str, source: str) -> object:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.errors import UserError
+from sharding.names import path_below
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +125,7 @@ class DiskCache:
             yield
 
     def _path(self, name: str) -> Path:
-        if "/" in name or "\0" in name:
-            raise ValueError(f"{name!r} is no name of a file in a folder")
-        return self._folder / f"{name}{SUFFIX}"
+        return path_below(self._folder, f"{name}{SUFFIX}", str(self._folder))
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[_Ledger]:

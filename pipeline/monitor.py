@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import subprocess
@@ -14,11 +15,14 @@ from pathlib import Path
 
 from pipeline.signals import sigterm_as_interrupt
 from sharding.errors import UserError
+from sharding.names import path_below
 from sharding.storage import LocalStorage, Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
 EVENTS = "events"
+# What a file system says of a name that is too long, or that is a folder's and a file's in the store.
+_NO_FILE_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class EventMirror:
@@ -29,9 +33,10 @@ class EventMirror:
         self._events = run.child(EVENTS)
         self._folder = folder
         self._sizes: dict[str, int] = {}
+        self._skipped: set[str] = set()
 
     def update(self) -> int:
-        """Fetch new and grown event files; return how many.
+        """Fetch new and grown event files; return how many. A key that cannot be a file here is skipped.
 
         Raises:
             UserError: The store does not answer.
@@ -39,16 +44,34 @@ class EventMirror:
         fetched = 0
         for stored in self._events.list():
             here = self._sizes.get(stored.key, 0)
-            if here == stored.size:
+            if here == stored.size or stored.key in self._skipped:
                 continue
-            path = self._folder / stored.key
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = self._place(stored.key)
+            if path is None:
+                self._skipped.add(stored.key)
+                continue
             # Event files only grow, and TensorBoard reads on from where it stopped in the file it holds open.
             with path.open("ab") as file:
                 file.write(self._events.read_range(stored.key, here, stored.size - here))
             self._sizes[stored.key] = stored.size
             fetched += 1
         return fetched
+
+    def _place(self, key: str) -> Path | None:
+        """Return the path of a key's copy, whose folder exists; None, with a warning, where it cannot be a file."""
+        try:
+            path = path_below(self._folder, key, self._events.uri)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except UserError as error:
+            logger.warning("not copied: %s", error)
+            return None
+        except OSError as error:
+            if error.errno not in _NO_FILE_NAME:
+                raise
+            logger.warning("not copied: %r of %s cannot be a file (%s)", key, self._events.uri, error.strerror)
+            return None
+        return path
 
 
 @contextmanager
@@ -60,20 +83,24 @@ def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
         refresh_seconds: Pause between looks at stored runs.
 
     Raises:
-        UserError: A URI holds no events.
+        UserError: A URI holds no events, or a key that cannot be a file below the folder.
     """
     with tempfile.TemporaryDirectory(prefix="satfusion-monitor-") as scratch:
         root = Path(scratch)
         mirrors: list[EventMirror] = []
-        for name, uri in zip(_names(uris), uris, strict=True):
-            run = open_storage(uri)
-            if not run.child(EVENTS).list():
-                raise UserError(f"{uri} holds no {EVENTS}/: name a run folder, as output.uri of a training has it")
+        runs = [open_storage(uri) for uri in uris]
+        for name, run in zip(_names(runs), runs, strict=True):
+            folder = path_below(root, name, "the runs")
+            stored = run.child(EVENTS).list()
+            if not stored:
+                raise UserError(f"{run.uri} holds no {EVENTS}/: name a run folder, as output.uri of a training has it")
             if isinstance(run, LocalStorage):
-                (root / name).symlink_to((Path(uri) / EVENTS).resolve(), target_is_directory=True)
-            else:
-                mirrors.append(EventMirror(run, root / name))
-                mirrors[-1].update()
+                folder.symlink_to((Path(run.uri) / EVENTS).resolve(), target_is_directory=True)
+                continue
+            for item in stored:
+                path_below(folder, item.key, f"{run.uri}/{EVENTS}")
+            mirrors.append(EventMirror(run, folder))
+            mirrors[-1].update()
         stop = threading.Event()
         follower = threading.Thread(target=_follow, args=(mirrors, refresh_seconds, stop), daemon=True)
         follower.start()
@@ -102,11 +129,11 @@ def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -
             server.wait()
 
 
-def _names(uris: Sequence[str]) -> list[str]:
+def _names(runs: Sequence[Storage]) -> list[str]:
     """Return a folder name for each run: its last part, numbered where two are the same."""
     names: list[str] = []
-    for uri in uris:
-        place = uri if "://" in uri else str(Path(uri).resolve())
+    for run in runs:
+        place = str(Path(run.uri).resolve()) if isinstance(run, LocalStorage) else run.uri
         base = place.rstrip("/").rsplit("/", 1)[-1] or "run"
         name, number = base, 2
         while name in names:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from sharding.errors import UserError
+from sharding.names import path_below
 from sharding.storage import LocalStorage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class RunFolder:
         self._sync_seconds = sync_seconds
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         if isinstance(self.storage, LocalStorage):
-            self.local = Path(uri)
+            self.local = Path(self.storage.uri)
         else:
             self._scratch = tempfile.TemporaryDirectory(prefix="satfusion-run-")
             self.local = Path(self._scratch.name)
@@ -71,7 +72,7 @@ class RunFolder:
 
     def fetch(self, key: str) -> Path:
         """Return the local path of ``key``, brought from the store first if it is there and not here."""
-        path = self.local / key
+        path = path_below(self.local, key, self.storage.uri)
         if self._scratch is not None and not path.exists() and self.storage.exists(key):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.storage.read(key))

@@ -18,9 +18,9 @@ from sharding.errors import UnusableError, UserError
 from sharding.options import SampleOptions
 from sharding.prepare import quantise
 from sharding.sample import make_sample
-from sharding.schema import FORMAT_VERSION, ShardEntry, Skipped, damage_of, shard_from_json, shard_to_json
+from sharding.schema import FORMAT_VERSION, GONE, ShardEntry, Skipped, damage_of, shard_from_json, shard_to_json
 from sharding.statistics import Histogram
-from sharding.storage import BucketNotFoundError, NotFoundError, Storage
+from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 from sharding.worldstrat import AoiFiles
 from sharding.writer import NewSample, ShardWriter
 
@@ -54,6 +54,9 @@ class ShardTask:
 
     output: Storage
     """Where the shard goes."""
+
+    replaces: bool = False
+    """Whether a shard that stands there under its name is this program's, and may be replaced by another."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,11 +102,12 @@ def build_shard(task: ShardTask) -> ShardResult:
     """Make one shard and its sidecar, or keep the one that is there if plan and digest are right.
 
     Raises:
-        UserError: When an AOI cannot be read and the task is strict, the disk is full, or the storage refuses.
+        UserError: When an AOI cannot be read and the task is strict, the disk is full, the storage refuses, or
+            another file has the shard's name.
     """
-    earlier = _read_sidecar(task)
+    fingerprint, earlier = read_sidecar(task.output, task.name) or ("", None)
     damage = None
-    if earlier is not None:
+    if earlier is not None and fingerprint == task.fingerprint:
         damage = damage_of(task.output, earlier.entry) if earlier.entry else None
         if damage is None:
             for item in earlier.skipped:
@@ -112,9 +116,8 @@ def build_shard(task: ShardTask) -> ShardResult:
     with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
         path = Path(folder, task.name)
         result = _pack(task, path)
-        result = _publish(task, result, path, damage) if result.entry else result
-    task.output.write(task.name + SIDECAR_SUFFIX, _to_sidecar(task, result))
-    return result
+        # A run that was killed between sidecar and shard has damaged nothing.
+        return _publish(task, result, path, damage if damage != GONE else None)
 
 
 def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
@@ -179,18 +182,37 @@ def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:
 
 
 def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | None) -> ShardResult:
-    """Give the packed shard its name."""
+    """Describe the packed shard in its sidecar, then give it its name.
+
+    In this order a shard never stands beside a sidecar that does not account for it, whenever the run is killed.
+    """
     entry = result.entry
-    assert entry is not None  # the caller has no shard to publish otherwise
-    if damage is not None:
+    sidecar, description = task.name + SIDECAR_SUFFIX, _to_sidecar(task, result)
+    if damage is not None and entry is not None and task.replaces:
+        task.output.write(sidecar, description)
         task.output.upload(task.name, path)
         return replace(result, outcome="mended", why=f"{damage}: it was made again")
-    if task.output.create(task.name, path):
+    same = replace(result, outcome="shared", why="was made by another run meanwhile, the same bytes", bytes_out=0)
+    if task.output.exists(task.name):
+        if entry is not None and damage_of(task.output, entry) is None:
+            task.output.write(sidecar, description)
+            return same
+        if not task.replaces:
+            raise _foreign(task)
+        task.output.delete(task.name)
+    task.output.write(sidecar, description)
+    if entry is None or task.output.create(task.name, path):
         return result
     if damage_of(task.output, entry) is None:
-        return replace(result, outcome="shared", why="was made by another run meanwhile, the same bytes", bytes_out=0)
-    task.output.upload(task.name, path)  # in place of an older plan's
-    return result
+        return same
+    raise _foreign(task)
+
+
+def _foreign(task: ShardTask) -> UserError:
+    return UserError(
+        f"--output {task.output.uri} holds {task.name!r}, which is not what this command makes and was not known as "
+        "this program's when it began: it was left as it is; move it away, or give another --output"
+    )
 
 
 def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
@@ -203,20 +225,24 @@ def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
     return json.dumps(described, sort_keys=True).encode()
 
 
-def _read_sidecar(task: ShardTask) -> ShardResult | None:
-    """Return what the sidecar says of an earlier result of this very task; None where there is none."""
+def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
+    """Return the fingerprint of the task that made a shard, and its result, as the sidecar says.
+
+    Returns:
+        None where there is no sidecar, or a damaged or foreign one.
+    """
     try:
-        described = json.loads(task.output.read(task.name + SIDECAR_SUFFIX))
-        if described["fingerprint"] != task.fingerprint:
-            return None
-        return ShardResult(
-            name=task.name,
-            entry=shard_from_json(described["shard"]) if described["shard"] else None,
-            histograms={name: Histogram.from_text(text) for name, text in described["histograms"].items()},
+        described = json.loads(output.read(name + SIDECAR_SUFFIX))
+        entry = shard_from_json(described["shard"]) if described["shard"] else None
+        result = ShardResult(
+            name=name,
+            entry=entry,
+            histograms={image: Histogram.from_text(text) for image, text in described["histograms"].items()},
             skipped=tuple(Skipped(**item) for item in described["skipped"]),
             outcome="kept",
         )
+        return (str(described["fingerprint"]), result) if entry is None or entry.name == name else None
     except BucketNotFoundError:
         raise
-    except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
+    except (NotFoundError, CorruptedError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

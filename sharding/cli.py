@@ -50,6 +50,9 @@ def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     verb.add_argument("--aois", type=Path, metavar="FILE", help="take only the AOIs that FILE names, one a line")
     verb.add_argument("--strict", action="store_true", help="refuse an input with an unusable AOI")
+    verb.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset of another source or other options in --output"
+    )
     verb.add_argument("--report", type=Path, metavar="FILE", help="write what was done as JSON")
     sample = verb.add_argument_group("samples")
     sample.add_argument("--level", default="l2a", metavar="{l2a,l1c}", help="Sentinel-2 product (default: %(default)s)")
@@ -154,7 +157,7 @@ def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
     from sharding.shard import shard_folder
 
     storage = open_storage(args.output, storage_options(args))
-    report = shard_folder(args.input, storage, shard_options(args), say=print, runner=runner)
+    report = shard_folder(args.input, storage, shard_options(args), say=print, runner=runner, overwrite=args.overwrite)
     for line in (*describe(report.index, storage), *report.lines()):
         print(line)
     if args.report:

@@ -192,7 +192,7 @@ class Index:
                 },
                 skipped=tuple(Skipped(**item) for item in data["skipped"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{INDEX_NAME} is damaged ({type(error).__name__}: {error}): shard the dataset again"
             ) from error

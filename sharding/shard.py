@@ -1,16 +1,17 @@
 """A WorldStrat source to a published dataset: plan, work, index.
 
 The plan is pure: which AOI goes into which split and shard. The work is one shard at a time, by any process that sees
-source and output: written to a temporary file and digested on the way, published under its name, then described by a
-sidecar. The index comes last, so nothing that was interrupted looks like a dataset, and whoever comes again keeps each
-shard whose sidecar says the same plan and whose bytes have its digest.
+source and output: written to a temporary file and digested on the way, described by a sidecar, then published under its
+name. The index comes last, so nothing that was interrupted looks like a dataset, and whoever comes again keeps each
+shard whose sidecar says the same plan and whose bytes have its digest. What this program did not write is never
+replaced or removed, see `sharding.output`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,17 +21,20 @@ from pathlib import Path
 from sharding.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
 from sharding.errors import UnusableError, UserError
 from sharding.options import SampleOptions
+from sharding.output import look
 from sharding.plan import Plan, PlanOptions, make_plan
 from sharding.progress import progress
+from sharding.sample import make_sample
 from sharding.schema import INDEX_NAME, SPLITS, Index, ShardEntry, Skipped
 from sharding.source import open_source
 from sharding.splits import describe_split, natural_key
 from sharding.statistics import Histogram
-from sharding.storage import NotFoundError, Storage, StorageUnavailableError
+from sharding.storage import Storage
 from sharding.workers import processes
 from sharding.worldstrat import AoiFiles, check_files, find_aois, read_split_file
 
-_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.tar({re.escape(SIDECAR_SUFFIX)})?")
+_NOT_LISTED = "not-in-split-file"
+"""The reason of an AOI that is complete and in no split."""
 
 Runner = Callable[[Sequence[ShardTask]], Iterator[ShardResult]]
 """Does all tasks, anywhere and in any order, and yields each result when it is there."""
@@ -109,23 +113,25 @@ def shard_folder(
     workers: int = 1,
     say: Callable[[str], None] = log.info,
     runner: Runner | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Make a dataset of a WorldStrat folder, or go on where an earlier run was interrupted.
 
     Args:
         folder: holds ``hr_dataset`` and ``lr_dataset``, or the published zips.
-        output: where shards and index go; a dataset of another source or other options there is replaced.
+        output: where shards and index go. What is there and was not written by this program is refused and stays.
         options: how.
         workers: processes that prepare shards side by side; their number does not change a byte.
         say: is given each line that the user should read, such as AOIs moved between splits.
         runner: does the tasks instead of ``workers``.
+        overwrite: replace a published dataset of another source or other options, which is refused otherwise.
 
     Raises:
-        UserError: for a source, an option or a storage that the user can mend. An older dataset stays as it was if
-            nothing was written yet; after that no index is left.
+        UserError: for a source, an option or a storage that the user can mend. A published dataset stays as it was,
+            unless it is being overwritten: once enough AOIs could be read, its index is gone.
     """
     runner = runner or processes(workers)
-    return _Sharding(folder, output, options, say).run(runner)
+    return _Sharding(folder, output, options, say).run(runner, overwrite)
 
 
 class _Sharding:
@@ -139,14 +145,14 @@ class _Sharding:
         self.rows = None if options.plan.splits == "seeded" else read_split_file(self.source)
         self.usable, self.skipped = _sift(self.found, options)
         self.notes: list[str] = []
+        self.ours: set[str] = set()
+        self.lone: frozenset[str] = frozenset()
         self._say = say
         for path in self.source.strays:
             self._note(f"{path!r} leaves the folder it lies in, and was not read")
 
-    def run(self, runner: Runner) -> Report:
-        plan = self._plan()
-        tasks = self._tasks(plan)
-        self._withdraw_index(tasks)
+    def run(self, runner: Runner, overwrite: bool) -> Report:
+        plan, tasks = self._prepare(overwrite)
         results: list[ShardResult] = []
         while True:
             now, counted = self._do(tasks, runner)
@@ -158,8 +164,9 @@ class _Sharding:
             if {task.split for task, result in zip(tasks, now, strict=True) if result.entry} == set(SPLITS):
                 break
             # A split lost all its AOIs while they were read: share out those that can be.
-            plan = self._plan()
-            tasks = self._tasks(plan)
+            self.ours |= {task.name for task in tasks} | {task.name + SIDECAR_SUFFIX for task in tasks}
+            plan, tasks = self._plan(self.usable)
+            self._tell(plan)
         index = self._index(plan, tasks, now, counted)
         self._publish(index, now)
         return Report(
@@ -171,37 +178,87 @@ class _Sharding:
             bytes_out=sum(result.bytes_out for result in results),
         )
 
-    def _plan(self) -> Plan:
-        names = [aoi.name for aoi in self.found]
-        sample_bytes = self.options.sample.sample_bytes
-        plan = make_plan(list(self.usable), names, self.rows, sample_bytes, self.options.plan)
-        for line in describe_split(plan.split):
-            self._note(line)
-        return plan
+    def _prepare(self, overwrite: bool) -> tuple[Plan, list[ShardTask]]:
+        """Plan, and see that the output may be written; only an index that is to be replaced is removed."""
+        there = look(self.output)
+        self.ours |= there.ours
+        self.lone = there.lone
+        plan, tasks = self._plan(self.usable)
+        there.refuse_foreign([task.name for task in tasks])
+        if there.index and there.index.plan != _digest(tasks):
+            plan, tasks = self._plan_as_before(there.index) or (plan, tasks)
+        another = there.holds_another(_digest(tasks), [task.fingerprint for task in tasks])
+        if another and not overwrite:
+            there.refuse_another(self.options.sample, plan.rule, self.options.plan.seed)
+        if another:
+            self._check_readable(tasks)
+        if another or there.damaged_index:
+            self.output.delete(INDEX_NAME)
+        self._tell(plan)
+        return plan, tasks
 
-    def _tasks(self, plan: Plan) -> list[ShardTask]:
-        return [
+    def _plan(self, usable: Mapping[str, AoiFiles]) -> tuple[Plan, list[ShardTask]]:
+        names = [aoi.name for aoi in self.found]
+        sample = self.options.sample
+        plan = make_plan(list(usable), names, self.rows, sample.sample_bytes, self.options.plan)
+        tasks = [
             ShardTask(
                 shard.split,
                 shard.name,
-                tuple(self.usable[aoi] for aoi in shard.aois),
-                self.options.sample,
+                tuple(usable[aoi] for aoi in shard.aois),
+                sample,
                 self.options.strict,
                 self.output,
+                replaces=shard.name in self.ours,
             )
             for shard in plan.shards
         ]
+        return plan, tasks
 
-    def _withdraw_index(self, tasks: Sequence[ShardTask]) -> None:
-        """Take an index away that is not of this plan, before the first of its shards is replaced."""
+    def _plan_as_before(self, index: Index) -> tuple[Plan, list[ShardTask]] | None:
+        """Return the plan of a dataset that was made with these options; None where it was not.
+
+        Such a dataset has another plan at first where a split lost all its AOIs while they were read: it was planned
+        again without those that could not be.
+        """
+        left_out = {item.aoi for item in index.skipped if item.reason != _NOT_LISTED} & self.usable.keys()
+        usable = {name: aoi for name, aoi in self.usable.items() if name not in left_out}
         try:
-            index = Index.load(self.output)
-        except (NotFoundError, StorageUnavailableError):  # no bucket, or a store that does not answer
-            raise
-        except UserError:  # none, or a damaged one
-            index = None
-        if index is None or index.plan != _digest(tasks):
-            self.output.delete(INDEX_NAME)
+            plan, tasks = self._plan(usable)
+        except UserError:  # too few
+            return None
+        if index.plan != _digest(tasks):
+            return None
+        if not all(self._unread(self.usable[name]) for name in left_out):
+            return None  # what was damaged then can be read now
+        self.usable = usable
+        self.skipped += [item for item in index.skipped if item.aoi in left_out]
+        return plan, tasks
+
+    def _check_readable(self, tasks: Sequence[ShardTask]) -> None:
+        """See that enough AOIs can be prepared to fill all splits, before a published dataset is given up for them.
+
+        Raises:
+            UserError: too few can be.
+        """
+        usable = dict(self.usable)
+        readable = 0
+        for aoi in itertools.chain.from_iterable(task.aois for task in tasks):
+            if self._unread(aoi):
+                del usable[aoi.name]
+            else:
+                readable += 1
+            if readable == len(SPLITS):
+                return
+        self._plan(usable)
+
+    def _unread(self, aoi: AoiFiles) -> Skipped | None:
+        """Return why an AOI cannot be prepared, or None where it can be."""
+        try:
+            make_sample(aoi, self.options.sample)
+        except UnusableError as error:
+            return skip(aoi.name, error, self.options.strict)
+        return None
 
     def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> tuple[list[ShardResult], dict[str, Histogram]]:
         """Do all tasks; return their results in the order of the tasks, and what these counted, added up."""
@@ -210,7 +267,9 @@ class _Sharding:
         counted: dict[str, Histogram] = {}
         start, skipped, read, written = time.monotonic(), 0, 0, 0
         with progress(sum(len(task.aois) for task in tasks), "sharding", "AOI") as shown:
-            for result in runner(tasks):
+            # What may be refused comes first, before anything else is written.
+            parts = [[task for task in tasks if (task.name in self.lone) == lone] for lone in (True, False)]
+            for result in itertools.chain.from_iterable(runner(part) for part in parts if part):
                 # Megabytes of counts a shard: kept for each, they would outgrow the work itself.
                 by_name[result.name] = replace(result, histograms={})
                 for name, histogram in result.histograms.items():
@@ -237,9 +296,7 @@ class _Sharding:
             split: tuple(result.entry for task, result in done if task.split == split and result.entry)
             for split in SPLITS
         }
-        not_listed = [
-            Skipped(aoi, "not-in-split-file", "the split file does not list it") for aoi in plan.split.left_out
-        ]
+        not_listed = [Skipped(aoi, _NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
         return Index(
             preparation=self.options.sample,
             split_rule=plan.rule,
@@ -251,14 +308,15 @@ class _Sharding:
         )
 
     def _publish(self, index: Index, results: Sequence[ShardResult]) -> None:
-        """Write the index, and remove what earlier plans left that is in this one no more."""
+        """Write the index, and delete what earlier plans left of this program's that this one does not contain."""
         self.output.write(INDEX_NAME, index.to_json().encode())
         names = {result.name for result in results}
-        ours = names | {name + SIDECAR_SUFFIX for name in names}
-        empty = {result.name for result in results if not result.entry}
-        for item in self.output.list():
-            if _OURS.fullmatch(item.key) and (item.key not in ours or item.key in empty):
-                self.output.delete(item.key)
+        for key in sorted(self.ours - names - {name + SIDECAR_SUFFIX for name in names} - {INDEX_NAME}):
+            self.output.delete(key)
+
+    def _tell(self, plan: Plan) -> None:
+        for line in describe_split(plan.split):
+            self._note(line)
 
     def _note(self, line: str) -> None:
         if line not in self.notes:

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from zlib_ng.zlib_ng import crc32
 
 from sharding.errors import Reason, UnusableError, UserError
+from sharding.names import climbs
 
 HR_FOLDER, LR_FOLDER = "hr_dataset", "lr_dataset"
 MAX_BYTES = 256 << 20
@@ -240,7 +241,7 @@ def _list_zip(path: Path, top: str, below: str) -> _Listing:
     for info in _directory(path):
         name = info.orig_filename  # the other one ends at a NUL
         parts = name.split("/")
-        if _climbs(name):
+        if climbs(name.removesuffix("/")):
             aoi = _aoi_of(name, top)
             if aoi is None:
                 listing.strays.append(f"{path.name}: {name}")
@@ -269,11 +270,6 @@ def _directory(path: Path) -> list[zipfile.ZipInfo]:
         raise UserError(
             f"{path} is no whole zip ({error}): download it again, as with `satfusion download --to {path.parent}`"
         ) from error
-
-
-def _climbs(name: str) -> bool:
-    """Tell whether a member's path could lead anywhere but down, on any system."""
-    return "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.removesuffix("/").split("/"))
 
 
 def _aoi_of(name: str, top: str) -> str | None:

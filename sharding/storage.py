@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from sharding.errors import UserError
+from sharding.names import path_below, refuse_secret
 from sharding.storage_options import StorageOptions
 
 PIECE = 120 << 10
@@ -143,7 +144,7 @@ class Storage(Protocol):
 
 
 def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
-    """Open a local folder (made at the first write) or ``s3://bucket[/prefix]``.
+    """Open a local folder (made at the first write; ``~`` is the home) or ``s3://bucket[/prefix]``.
 
     The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from boto3's standard chain. Nothing
     is sent until the first call.
@@ -153,7 +154,8 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
         options: how objects are stored in S3; a folder knows neither parts nor concurrency.
 
     Raises:
-        UserError: for an empty URI, another scheme, no bucket, or encryption or a storage class on a local folder.
+        UserError: for an empty URI, one with a secret, another scheme, no bucket, or encryption or a storage class on
+            a local folder.
     """
     # Here, not above: they need this module's errors.
     from sharding.s3 import S3Storage
@@ -161,13 +163,10 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
 
     options = options or StorageOptions()
     text = os.fspath(uri)
+    check_uri("the URI", text)
     scheme, separator, rest = text.partition("://")
     if separator and scheme == "s3":
         bucket, _, prefix = rest.partition("/")
-        if "@" in bucket or ":" in bucket:
-            raise UserError(
-                "an s3:// URI names only bucket and prefix: credentials and endpoint go into the environment"
-            )
         if not bucket:
             raise UserError(f"{text!r} names no bucket: write s3://BUCKET/PREFIX")
         return S3Storage(Bucket(bucket, options), prefix.strip("/"))
@@ -178,7 +177,34 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
     for option, value in (("--sse", options.sse), ("--storage-class", options.storage_class)):
         if value is not None:
             raise UserError(f"{option} {value} is for s3:// only, and {text} is a folder: leave it out")
-    return LocalStorage(Path(text).absolute())
+    return LocalStorage(expanded(text).absolute())
+
+
+def check_uri(where: str, uri: str) -> None:
+    """Refuse a URI with a secret, and one that looks like S3's and would be taken for a folder.
+
+    Args:
+        where: names the option in the error.
+        uri: as the user gave it.
+
+    Raises:
+        UserError: naming ``where``.
+    """
+    refuse_secret(where, uri)
+    if uri.lower().startswith("s3:") and not uri.lower().startswith("s3://"):
+        raise UserError(f"{where} {uri!r} is no S3 URI: write s3://BUCKET/PREFIX, or ./{uri} for a folder of that name")
+
+
+def expanded(path: str) -> Path:
+    """Return a local path whose leading ``~`` is the home folder, as a shell leaves it in ``--output=~/x``.
+
+    Raises:
+        UserError: where there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path!r} names a home folder that is not known: write the whole path") from None
 
 
 class LocalStorage:
@@ -262,7 +288,7 @@ class LocalStorage:
         """Walk the folder that ``prefix`` lies in."""
         start = self._root / prefix.rpartition("/")[0]
         found = []
-        with self._explained(prefix):
+        with self._explained(prefix.rstrip("/")):
             for folder, _, names in os.walk(start, onerror=_unless_gone):
                 for name in names:
                     path = Path(folder, name)
@@ -294,10 +320,7 @@ class LocalStorage:
         return LocalStorage(self._path(name))
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts:
-            raise UserError(f"{key!r} is no key of {self.uri}: keys are relative and never climb with '..'")
-        return self._root.joinpath(*parts)
+        return path_below(self._root, key, self.uri)
 
     @contextlib.contextmanager
     def _replacing(self, key: str) -> Iterator[Path]:

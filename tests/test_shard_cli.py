@@ -145,6 +145,22 @@ def test_inspect_of_a_place_without_an_index_is_refused(tmp_path: Path, s3: S3) 
         assert f"{uri} holds no index.json, so it is not a dataset: run `satfusion shard" in refused("inspect", uri)
 
 
+def test_what_is_not_ours_stays_and_what_is_needs_overwrite(source: Path, tmp_path: Path, s3: S3) -> None:
+    for uri in (str(tmp_path / "out"), s3.prefix()):
+        storage = open_storage(uri)
+        storage.write("train-00009.tar", b"mine")
+        assert f"--output {uri} holds 'train-00009.tar', which this program did not" in refused(*shard(source, uri))
+        assert [(item.key, item.size) for item in storage.list()] == [("train-00009.tar", 4)]
+        storage.delete("train-00009.tar")
+        assert satfusion(*map(str, shard(source, uri))).returncode == 0
+        before = digests(storage)
+        other = shard(source, uri, "--revisits", "1")
+        assert "(--revisits is 2 there and 1 here): give --overwrite" in refused(*other)
+        assert digests(storage) == before
+        assert satfusion(*map(str, other), "--overwrite").returncode == 0
+        assert Index.load(storage).preparation.revisits == 1
+
+
 def test_one_process_and_two_give_the_same_bytes(tmp_path: Path) -> None:
     """With the threads that each has by default: many for one process, one each for two."""
     # Big enough for torch to share out one image among threads.

@@ -119,14 +119,14 @@ def test_drop_removes_one(tmp_path: Path) -> None:
     assert counted(tmp_path) == SIZE
 
 
-@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a/b", "a\0"])
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a\0"])
 def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     cache = DiskCache(tmp_path / "cache", 10 * SIZE)
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(UserError, match="is no key"):
         cache.put(name, b"1")
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(UserError, match="is no key"):
         cache.get(name, memoryview(bytearray(1)))
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(UserError, match="is no key"):
         cache.drop(name)
 
 

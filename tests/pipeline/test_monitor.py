@@ -8,16 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 from pipeline.config import RunConfig
+from pipeline.monitor import EventMirror
 from pipeline.train import run_training
 from pipeline.world import World
+from sharding.storage import LocalStorage, StoredObject
 from tests.conftest import S3
 from tests.listening import is_loopback, listening
 
@@ -78,3 +84,63 @@ def test_runs_are_shown_live(world: World, make_config: MakeConfig, tmp_path: Pa
         ask(series, lambda rows: isinstance(rows, list) and [step for _, step, _ in rows] == [1, 2, 3])
     for server in servers:
         assert not os.path.exists(f"/proc/{server}")
+
+
+class Store(LocalStorage):
+    """Lists keys that it was given, whatever they are."""
+
+    keys: tuple[str, ...] = ()
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        return [StoredObject(key, 4) for key in self.keys]
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        return b"harm"[offset : offset + length]
+
+    def child(self, name: str) -> Store:
+        return self
+
+
+def test_a_key_that_climbs_later_is_skipped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path / "store")
+    mirror = EventMirror(store, tmp_path / "mirror" / "run")
+    climbing = ("../out", str(tmp_path / "out"), "a/../../../out", "a\x1b[2J", "x" * 300, "rank-0/good/below")
+    store.keys = ("rank-0/good", *climbing, "rank-1/good")
+    assert [mirror.update(), mirror.update()] == [2, 0]
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"mirror/run/rank-0/good", "mirror/run/rank-1/good"}
+    assert [sum(repr(key) in line for line in caplog.messages) for key in climbing] == [1] * len(climbing)
+    assert all(line.isprintable() for line in caplog.messages)
+
+
+@contextmanager
+def listing(*keys: str) -> Iterator[str]:
+    """Serve a bucket whose listing holds these keys, as S3 does; yield the endpoint."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            rows = "".join(f"<Contents><Key>{key}</Key><Size>4</Size></Contents>" for key in keys)
+            body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_store_that_climbs_out_is_refused(tmp_path: Path) -> None:
+    climbing = "../" * 12 + str(tmp_path / "harm").lstrip("/")
+    with listing("run/events/rank-0/events.1", f"run/events/{climbing}") as endpoint:
+        environment = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        command = [sys.executable, "-m", "cluster.cli", "monitor", "s3://bucket/run", "--port", "0"]
+        ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert f"satfusion: error: {climbing!r} is no key of s3://bucket/run/events" in ended.stderr
+    assert list(tmp_path.iterdir()) == []

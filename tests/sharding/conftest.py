@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class World:
     names: list[str]
 
 
+def digests(storage: Storage) -> dict[str, str]:
+    """Return the SHA-256 of each object."""
+    return {item.key: hashlib.sha256(storage.read(item.key)).hexdigest() for item in storage.list()}
+
+
 def aois_of(folder: Path) -> list[AoiFiles]:
     """Return the AOIs of a folder."""
     return find_aois(open_source(folder, "l2a"))
@@ -67,6 +73,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Six AOIs of very few pixels and three revisits, for what does not depend on the pictures."""
     folder = tmp_path_factory.mktemp("tiny")
     return World(folder, write_worldstrat(folder, 6, seed=4, revisits=TINY.sample.revisits, hr_side=80))
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty folder and an empty prefix of a real S3 server."""
+    if request.param == "s3":
+        return open_storage(request.getfixturevalue("s3").prefix())
+    return open_storage(tmp_path / "out")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import random
 import re
@@ -29,7 +28,7 @@ from sharding.verify import verify
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults
 from tests.sharding.archives import pack
-from tests.sharding.conftest import World
+from tests.sharding.conftest import World, digests
 
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
 """A sample takes 2.4 MB, so a shard has one."""
@@ -49,10 +48,6 @@ def undisturbed(many: World, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     storage = open_storage(tmp_path_factory.mktemp("undisturbed"))
     assert shard_folder(many.folder, storage, OPTIONS).shards == {"made": 12}
     return digests(storage)
-
-
-def digests(storage: Storage) -> dict[str, str]:
-    return {item.key: hashlib.sha256(storage.read(item.key)).hexdigest() for item in storage.list()}
 
 
 def start(many: World, output: str, workers: int = 1, **options: object) -> subprocess.Popen[str]:
@@ -306,6 +301,6 @@ def test_an_index_of_another_plan_goes_before_its_shards(
     monkeypatch.setattr(type(copy), "upload", refuse)
     other = ShardOptions(SampleOptions(revisits=1), OPTIONS.plan)
     with pytest.raises(UserError, match="no space left"):
-        shard_folder(many.folder, copy, other)
+        shard_folder(many.folder, copy, other, overwrite=True)
     with pytest.raises(UserError, match="is not a dataset"):
         Index.load(copy)

@@ -23,7 +23,7 @@ from sharding.storage import LocalStorage, Storage, StorageUnavailableError, ope
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import SPLIT_FILE
 from tests.conftest import TWO_A_SHARD
-from tests.sharding.conftest import TINY, Dataset, World, aois_of
+from tests.sharding.conftest import TINY, Dataset, World, aois_of, digests
 
 HALF_STEP = STEP / 2
 
@@ -38,17 +38,6 @@ def samples(storage: Storage, index: Index) -> Iterator[Sample]:
     for split in SPLITS:
         for shard, entry in index.samples(split):
             yield read_sample(storage, shard, entry)
-
-
-def digests(storage: Storage) -> dict[str, str]:
-    return {item.key: hashlib.sha256(storage.read(item.key)).hexdigest() for item in storage.list()}
-
-
-@pytest.fixture(params=["local", "s3"])
-def output(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    if request.param == "s3":
-        return open_storage(request.getfixturevalue("s3").prefix())
-    return open_storage(tmp_path / "out")
 
 
 def test_chips_equal_the_golden_ones_after_a_round_trip(shared: Path, output: Storage) -> None:
@@ -179,7 +168,7 @@ def test_the_split_file_rules_where_it_is(tmp_path: Path) -> None:
     assert [len(index.samples(split)) for split in SPLITS] == [8, 1, 1]
     assert said == []
     seeded = ShardOptions(SampleOptions(revisits=1), PlanOptions(splits="seeded", seed=5))
-    index = shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), seeded)
+    index = shard_folder(tmp_path / "in", open_storage(tmp_path / "out"), seeded, overwrite=True)
     assert (index.split_rule, index.split_seed) == ("seeded", 5)
 
 
@@ -268,7 +257,8 @@ def test_missing_ps_names_the_aoi_and_the_way_out(spoilt: World, tmp_path: Path)
         Path(other.hr["ps"].path).unlink() if "ps" in other.hr else None
     with pytest.raises(UserError, match=r"and all others cannot be used: .*_ps.tiff is missing; `--hr rgbn` takes"):
         shard_folder(spoilt.folder, storage, TINY)
-    index = shard_folder(spoilt.folder, storage, replace(TINY, sample=replace(TINY.sample, hr="rgbn")))
+    six_metres = replace(TINY, sample=replace(TINY.sample, hr="rgbn"))
+    index = shard_folder(spoilt.folder, storage, six_metres, overwrite=True)
     assert index.preparation.hr == "rgbn"
     assert len(list(samples(storage, index))) == 6
 
@@ -295,22 +285,24 @@ class Breaking(LocalStorage):
         return super().create(key, content)
 
 
-def test_an_interruption_leaves_no_dataset_even_where_one_was(tiny: World, tmp_path: Path) -> None:
+def test_an_interrupted_overwriting_leaves_no_dataset(tiny: World, tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     shard_folder(tiny.folder, storage, TINY)
     assert storage.exists(INDEX_NAME)
+    other = replace(TINY, sample=SampleOptions(revisits=2))
     with pytest.raises(UserError, match="no space left"):
-        shard_folder(tiny.folder, Breaking(tmp_path, 1), replace(TINY, sample=SampleOptions(revisits=2)))
+        shard_folder(tiny.folder, Breaking(tmp_path, 1), other, overwrite=True)
     with pytest.raises(UserError, match="is not a dataset"):
         Index.load(storage)
 
 
-def test_sharding_again_replaces_and_removes_what_is_left_over(tiny: World, tmp_path: Path) -> None:
+def test_overwriting_removes_what_the_new_plan_does_not_contain(tiny: World, tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     shard_folder(tiny.folder, storage, replace(TINY, plan=PlanOptions(shard_bytes=1)))
     assert storage.exists("train-00003.tar")
-    index = shard_folder(tiny.folder, storage, replace(TINY, plan=PlanOptions(shard_bytes=11_000_000)))
+    larger = replace(TINY, plan=PlanOptions(shard_bytes=11_000_000))
+    index = shard_folder(tiny.folder, storage, larger, overwrite=True)
     keys = {item.key for item in storage.list()}
     shards = {shard.name for shards in index.splits.values() for shard in shards}
     assert keys == {"notes.txt", INDEX_NAME, *shards, *(f"{name}.json" for name in shards)}
