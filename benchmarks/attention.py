@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.registry import HEADS, ModelConfig
+from models.config import ModelConfig
+from models.registry import HEADS
 
 
 def n_by_n(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

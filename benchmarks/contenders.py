@@ -10,12 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.registry import ModelConfig, build_model
-from pipeline.batches import Batch
+from models.config import ModelConfig
+from models.registry import build_model
 from pipeline.config import TrainConfig
-from pipeline.engine import make_engine, use_tf32
-from pipeline.losses import LossConfig, fusion_loss
+from pipeline.data.batches import Batch
 from pipeline.order import BatchPlan
+from pipeline.quality.losses import LossConfig, fusion_loss
+from pipeline.training.engine import use_tf32
+from pipeline.training.engines import make_engine
 from pipeline.world import World
 
 LR, HR = 50, 156

@@ -1,7 +1,7 @@
 """How long two training ranks wait for data, and whether twenty epochs take more memory than two.
 
 ``python -m benchmarks.datawait [--worldstrat DIR]``: two ranks of one thread each train on the CPU through
-`pipeline.train`, from a local folder and from an S3 server. Scenes find less room in memory than there are, so that
+`pipeline.training.loop`, from a local folder and from an S3 server. Memory holds fewer scenes than there are, so
 every epoch reads from the store again. The wait is the mean over both ranks, its share that of the time of all steps;
 the very first step, before which nothing could be read ahead, is told apart. Memory is what is resident after each
 epoch's validation, as it is and once the C library has given back to the system what it keeps of freed memory; all
@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.trees import plant
+from cluster.local.objectstore import ObjectStore
 from cluster.logs import configure_logging
-from cluster.objectstore import ObjectStore
 from pipeline.config import RunConfig, load_config
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.order import BatchPlan
-from pipeline.train import run_training
-from sharding.shard import ShardOptions, shard_folder
+from pipeline.training.loop import run_training
+from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.storage import open_storage
 
 RANKS = 2

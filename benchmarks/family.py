@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 
+from models.config import ModelConfig
 from models.cost import cost
-from models.registry import ABSENT, ModelConfig, all_pairs, build_model
+from models.registry import ABSENT, all_pairs, build_model
 from models.satfusion import Fusion, SatFusion
 
 LR, HR = 50, 156

@@ -30,9 +30,10 @@ from benchmarks import loader_forms as forms
 from benchmarks import peers
 from benchmarks.loader_forms import Epoch, Images, Place, peer
 from benchmarks.trees import plant
-from cluster.objectstore import ObjectStore
-from sharding.schema import IMAGES, Index, Sample, read_sample
-from sharding.shard import ShardOptions, shard_folder
+from cluster.local.objectstore import ObjectStore
+from sharding.format.index import IMAGES, Index
+from sharding.format.sample import Sample, read_sample
+from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.storage import open_storage
 
 SHARD_BYTES = 64 << 20

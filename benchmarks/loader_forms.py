@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 from zlib_ng.zlib_ng import crc32
 
-from pipeline.chips import chip_window
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader
+from pipeline.data.chips import chip_window
+from pipeline.data.scene_cache import Scenes
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan
-from pipeline.scenes import Scenes
-from sharding.schema import Index, SampleEntry, Span
+from sharding.format.index import Index, SampleEntry, Span
 from sharding.storage import open_storage
 
 BATCH = 32
@@ -198,7 +198,7 @@ def forget(scenes: Scenes) -> None:
 
 def ours_unchecked(place: Place) -> Epoch:
     """Make the loader take all bytes for good."""
-    patch("pipeline.spans.check_span", lambda *_: None).start()
+    patch("pipeline.data.byte_ranges.check_span", lambda *_: None).start()
     return ours(place, anew=True)
 
 
@@ -268,9 +268,9 @@ def published(place: Place) -> Epoch:
     import rasterio
     from torch.nn import functional
 
-    from sharding.options import SampleOptions
-    from sharding.source import open_source
-    from sharding.worldstrat import find_aois
+    from sharding.prepare.options import SampleOptions
+    from sharding.sources.worldstrat.files import open_source
+    from sharding.sources.worldstrat.layout import find_aois
 
     warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
     aois = find_aois(open_source(place.folder / "tree", "l2a"))[:PUBLISHED_SCENES]

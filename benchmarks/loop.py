@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import load_config
-from pipeline.train import run_training
+from pipeline.training.loop import run_training
 
 
 def loop_figures(

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 
 from models.satfusion import Fusion
-from pipeline.losses import LossConfig, fusion_loss
-from pipeline.metrics import image_metrics
-from pipeline.registration import register
+from pipeline.quality.losses import LossConfig, fusion_loss
+from pipeline.quality.metrics import image_metrics
+from pipeline.quality.registration import register
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 9) -> float:

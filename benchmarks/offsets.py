@@ -19,18 +19,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from benchmarks.phase import offset
-from pipeline.checkpoint import read_checkpoint, select_checkpoint
 from pipeline.config import RunConfig, load_config
 from pipeline.data import ChipDataset, evaluation_batches
-from pipeline.evaluate import baselines, load_network
-from pipeline.registration import MODES, Mode
-from pipeline.train import run_training
-from sharding.options import HR_SIZE
+from pipeline.evaluation.evaluate import baselines, load_network
+from pipeline.quality.registration import MODES, Mode
+from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
+from pipeline.training.loop import run_training
 from sharding.picture import robust_high, sheet, to_rgb8
-from sharding.plan import PlanOptions
-from sharding.shard import ShardOptions, shard_folder
+from sharding.prepare.options import HR_SIZE
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.run.plan import PlanOptions
+from sharding.sources.synthetic.rasters import HR_SIDE, write_worldstrat
 from sharding.storage import open_storage
-from sharding.synthetic import HR_SIDE, write_worldstrat
 
 MODELS = {"SRCNN + PNN": ("srcnn", "pnn"), "HighRes-net alone": ("highresnet", "none")}
 GENERATED_OFFSET = (1.5, -1.0)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.registration import HALF_WIDTH, PUBLISHED_CROP, STEPS, Mode, register, shift_kernels
+from pipeline.quality.registration import HALF_WIDTH, PUBLISHED_CROP, STEPS, Mode, register, shift_kernels
 
 COPIES = len(STEPS) ** 2
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.scan import chunked_scan, selective_scan
+from models.heads.pan_mamba.scan import chunked_scan, selective_scan
 
 
 def step_by_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -30,14 +30,14 @@ from torch.nn import functional
 
 from benchmarks import peers
 from benchmarks.trees import plant
-from sharding.options import SampleOptions
-from sharding.rasters import _gdal, _Reader
-from sharding.sample import make_sample
-from sharding.shard import ShardOptions, shard_folder
-from sharding.source import SourceFile, open_source
+from sharding.format.writer import NewSample, ShardWriter
+from sharding.prepare.options import SampleOptions
+from sharding.prepare.sample import make_sample
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.sources.worldstrat.files import SourceFile, open_source
+from sharding.sources.worldstrat.layout import AoiFiles, find_aois
+from sharding.sources.worldstrat.rasters import _gdal, _Reader
 from sharding.storage import open_storage
-from sharding.worldstrat import AoiFiles, find_aois
-from sharding.writer import NewSample, ShardWriter
 
 SHARD_BYTES = 64 << 20
 
@@ -166,7 +166,7 @@ class NoDigest:
 
 def write_without(samples: Sequence[NewSample], folder: Path) -> None:
     """Write shards by our writer, without its digests."""
-    with patch("sharding.writer.hashlib.sha256", NoDigest), patch("sharding.writer.crc32", lambda *_: 0):
+    with patch("sharding.format.writer.hashlib.sha256", NoDigest), patch("sharding.format.writer.crc32", lambda *_: 0):
         write_ours(samples, folder)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.trees import plant
-from sharding.schema import INDEX_NAME
+from sharding.format.index import INDEX_NAME
 
 REVISITS = 16
 """Of each AOI: the most that published ones have."""
@@ -32,7 +32,7 @@ LARGEST = ("--bands", "all", "--select", "clearest", "--native", "--dtype", "flo
 """The options whose samples take most: 28 MB each."""
 OPEN = """
 import sys, time
-from sharding.schema import SPLITS, Index
+from sharding.format.index import SPLITS, Index
 from sharding.storage import open_storage
 storage = open_storage(sys.argv[1])
 start = time.perf_counter()

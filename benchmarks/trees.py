@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sharding.synthetic import HR_SIDE, write_worldstrat
+from sharding.sources.synthetic.rasters import HR_SIDE, write_worldstrat
 
 
 def plant(

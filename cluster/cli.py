@@ -14,12 +14,12 @@ import sharding.cli
 from cluster import __version__
 from cluster.logs import configure_logging
 from sharding.errors import UserError
-from sharding.names import refuse_secrets
 from sharding.storage import open_storage
-from sharding.storage_options import storage_options
+from sharding.storage.names import refuse_secrets
+from sharding.storage.options import storage_options
 
 if TYPE_CHECKING:
-    from cluster import local
+    from cluster.local import nodes as local
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -145,8 +145,8 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from cluster.submit import build_request, how_to_follow, run, send
-    from cluster.worker import Placement
+    from cluster.jobs.submit import build_request, how_to_follow, run, send  # Ray is slow to import
+    from cluster.jobs.train_job import Placement
     from pipeline.config import load_config
 
     placement = Placement(
@@ -166,8 +166,8 @@ def _shard(args: argparse.Namespace) -> int:
     """Shard in processes of this machine, or as a job of a Ray cluster."""
     if args.address is None:
         return sharding.cli.run_shard(args)
-    from cluster.shard import ShardJob
-    from cluster.submit import build_shard_request, run
+    from cluster.jobs.shard_job import ShardJob  # Ray is slow to import
+    from cluster.jobs.submit import build_shard_request, run
 
     # Refused here, before anything is sent.
     sharding.cli.shard_options(args)
@@ -176,13 +176,13 @@ def _shard(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cluster.demo import run_demo
+    from cluster.local.demo import run_demo  # other verbs need no local cluster
 
     return run_demo(args.output, args.worldstrat, args.overrides)
 
 
 def _up(args: argparse.Namespace) -> int:
-    from cluster import local
+    from cluster.local import nodes as local  # other verbs need no local cluster
 
     options = local.NodeOptions(args.nodes, args.cpus_per_node, args.gpus_per_node, args.object_store_mb)
     cluster = local.up(options, args.state or local.default_state())
@@ -192,7 +192,7 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cluster import local
+    from cluster.local import nodes as local  # other verbs need no local cluster
 
     cluster = local.read_state(args.state or local.default_state())
     if cluster is None:
@@ -206,7 +206,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _down(args: argparse.Namespace) -> int:
-    from cluster import local
+    from cluster.local import nodes as local  # other verbs need no local cluster
 
     cluster = local.down(args.state or local.default_state())
     print("no cluster is up" if cluster is None else f"took down the {len(cluster.nodes)} nodes of {cluster.address}")

@@ -1,1 +1,4 @@
-"""The SatFusion family: pure torch modules, tensors in and tensors out."""
+"""The SatFusion family in pure torch: tensors in, tensors out; it knows no rank, file or configuration of others.
+
+`registry` builds a model of a `config`: an encoder (`encoders`), a head (`heads`), or both joined by `satfusion`.
+"""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.contracts import NamePairs, Size, under
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 
 def reflect_conv(inputs: int, outputs: int) -> nn.Conv2d:

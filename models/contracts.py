@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # the registry imports the encoders and heads, so at run time the arrow points the other way
-    from models.registry import ModelConfig
+from models.config import ModelConfig
 
 NamePairs = tuple[tuple[str, str], ...]
 """(published prefix, own prefix) of each group of parameters, in the order of the published state dict.

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from models.config import ModelConfig
 from models.contracts import Size
-from models.registry import ModelConfig, build_model
+from models.registry import build_model
 
 Shape = Sequence[int]
 

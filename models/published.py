@@ -11,8 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.contracts import NamePairs, under
-from models.registry import ModelConfig, all_pairs, build_model
+from models.registry import all_pairs, build_model
 from models.satfusion import SatFusion
 
 PREFIX = "backbone."

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
 
+from models.config import ModelConfig
 from models.contracts import Encoder, Head, Size, Stage
 from models.encoders.highresnet import HighResNet
 from models.encoders.rams import RAMS
 from models.encoders.srcnn import SRCNN
 from models.encoders.trnet import TRNet
 from models.encoders.trnet_pan import TRNetPan
-from models.heads.arconv import ARConv
+from models.heads.arconv.head import ARConv
 from models.heads.innformer import INNformer
-from models.heads.pan_mamba import PanMamba
+from models.heads.pan_mamba.head import PanMamba
 from models.heads.pannet import PanNet
 from models.heads.pnn import PNN
 from models.heads.u2net import U2Net
@@ -41,64 +41,6 @@ ABSENT = "none"
 
 ALIASES = {"psit": "innformer"}
 """Published names that are not ours, in lower case."""
-
-DROPOUTS = ("off", "published")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model to build.
-
-    Raises:
-        ValueError: If a name is unknown, a number is out of range, or both stages are absent.
-    """
-
-    encoder: str = "srcnn"
-    """Name of the multi-frame encoder, or "none"."""
-
-    head: str = "pnn"
-    """Name of the pansharpening head, or "none"."""
-
-    bands: int = 3
-    """Number of bands of the revisits and of the result, at least 1."""
-
-    revisits: int = 8
-    """Number R of revisits a sample, at least 1."""
-
-    hidden: int = 128
-    """Width D of the encoder's features; a multiple of zoom squared."""
-
-    zoom: int = 2
-    """Factor of the pixel shuffle, at least 1; the rest of the way to the output grid is bilinear."""
-
-    dropout: str = "off"
-    """Either "off" or "published": at the rates of the published training."""
-
-    published: bool = False
-    """Whether to compute and hold exactly what the published model does, parameters that nothing uses included, within
-    its limits of size, bands and revisits; docs/published.md says for each model what differs."""
-
-    kernel_freeze_step: int = 1000
-    """Optimizer steps after which ARConv keeps the kernel sizes it last chose; other heads ignore it."""
-
-    def __post_init__(self) -> None:
-        _check_name("encoder", self.encoder, (*ENCODERS, ABSENT))
-        _check_name("head", self.head, (*HEADS, ABSENT))
-        _check_name("dropout", self.dropout, DROPOUTS)
-        if self.encoder == ABSENT and self.head == ABSENT:
-            raise ValueError(f"encoder and head are both {ABSENT!r}: a model needs at least one of them")
-        for field in ("bands", "revisits", "hidden", "zoom"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} is out of range: it must be at least 1")
-        if self.kernel_freeze_step < 0:
-            raise ValueError(f"kernel_freeze_step = {self.kernel_freeze_step} is out of range: it must be 0 or more")
-        if self.hidden % self.zoom**2:
-            raise ValueError(
-                f"hidden = {self.hidden} cannot be shuffled into zoom = {self.zoom}: "
-                f"it must be a multiple of {self.zoom**2}"
-            )
-        for stage in stages(self):
-            stage.check_config(self)
 
 
 def parse_pair(text: str) -> tuple[str, str]:
@@ -131,6 +73,20 @@ def stages(config: ModelConfig) -> list[type[Stage]]:
     return found
 
 
+def check_config(config: ModelConfig) -> None:
+    """Refuse what cannot be built, before any model is.
+
+    Raises:
+        ValueError: If a name is unknown, both stages are absent, or a stage cannot be built as asked; it says why.
+    """
+    _check_name("encoder", config.encoder, (*ENCODERS, ABSENT))
+    _check_name("head", config.head, (*HEADS, ABSENT))
+    if config.encoder == ABSENT and config.head == ABSENT:
+        raise ValueError(f"encoder and head are both {ABSENT!r}: a model needs at least one of them")
+    for stage in stages(config):
+        stage.check_config(config)
+
+
 def check_sizes(config: ModelConfig, lr: Size, pan: Size) -> None:
     """Refuse sizes before any model is built.
 
@@ -147,7 +103,12 @@ def check_sizes(config: ModelConfig, lr: Size, pan: Size) -> None:
 
 
 def build_model(config: ModelConfig) -> SatFusion:
-    """Build the model with PyTorch's global generator for its initial weights."""
+    """Build the model with PyTorch's global generator for its initial weights.
+
+    Raises:
+        ValueError: As `check_config`.
+    """
+    check_config(config)
     encoder = None if config.encoder == ABSENT else ENCODERS[config.encoder](config)
     head = None if config.head == ABSENT else HEADS[config.head](config)
     return SatFusion(config, encoder, head)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import bilinear, resize
+from models.config import ModelConfig
 from models.contracts import Encoder, Head, Size
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 REFINEMENT_WIDTH = 64
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import Evaluation
+    from pipeline.evaluation.evaluate import Evaluation
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -78,11 +78,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pipeline.config import load_config
+    from pipeline.config import load_config  # imports torch, which other verbs need not wait for
 
     # Absolute, because the run folder remembers them, and is read from other folders too.
     config = load_config(args.config, args.overrides).with_absolute_uris(Path.cwd())
-    from pipeline.train import run_training
+    from pipeline.training.loop import run_training  # imports torch, which other verbs need not wait for
     from pipeline.world import leave_world
 
     try:
@@ -102,7 +102,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_run(args: argparse.Namespace) -> Evaluation:
-    from pipeline.evaluate import evaluate_run
+    from pipeline.evaluation.evaluate import evaluate_run  # imports torch, which other verbs need not wait for
 
     if args.run_uri is None:
         raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE")
@@ -120,7 +120,7 @@ def _evaluate_run(args: argparse.Namespace) -> Evaluation:
 
 
 def _evaluate_published(args: argparse.Namespace) -> Evaluation:
-    from pipeline.evaluate import evaluate_published
+    from pipeline.evaluation.evaluate import evaluate_published  # imports torch, which other verbs need not wait for
 
     if args.run_uri is not None or args.checkpoint is not None:
         given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
@@ -143,14 +143,14 @@ def _evaluate_published(args: argparse.Namespace) -> Evaluation:
 def _monitor(args: argparse.Namespace) -> int:
     if args.refresh <= 0:
         raise UserError(f"--refresh = {args.refresh} is out of range: it must be above 0 seconds")
-    from pipeline.monitor import monitor
+    from pipeline.reporting.monitor import monitor  # imports torch, which other verbs need not wait for
 
     return monitor(args.uris, args.host, args.port, args.refresh)
 
 
 def _models(args: argparse.Namespace) -> int:
-    from models.registry import ModelConfig
-    from pipeline import catalogue
+    from models.config import ModelConfig  # imports torch, which other verbs need not wait for
+    from pipeline.evaluation import catalogue
 
     for option in ("lr_size", "hr_size"):
         if getattr(args, option) < 1:

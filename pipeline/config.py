@@ -13,12 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from models.registry import ModelConfig
-from pipeline.losses import LossConfig
-from pipeline.simulate import MODES as SIMULATIONS
+from models.config import ModelConfig
+from models.registry import check_config
+from pipeline.quality.losses import LossConfig
 from sharding.errors import UserError, nearest
-from sharding.names import refuse_secret, refuse_secrets
-from sharding.storage import check_uri, expanded
+from sharding.storage.names import check_uri, expanded, refuse_secret, refuse_secrets
+
+SIMULATIONS = ("off", "sensor", "shifts")
+"""How revisits are made from the target (`pipeline.data.simulate`)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class DataConfig:
     random_windows: bool = False
     """Training replaces each chip's window by a random one of the same scene and size."""
     simulate: str = "off"
-    """``sensor`` or ``shifts`` make the revisits from the target (`pipeline.simulate`) in training, validation and
+    """``sensor`` or ``shifts`` make the revisits from the target (`pipeline.data.simulate`) in training, validation and
     test, as the published training does; ``off`` takes those of the dataset."""
     shuffle_window: int = 4
     """Shards whose chips are shuffled together, >= 1."""
@@ -189,6 +191,10 @@ class RunConfig:
     """Optimisation."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Run folder."""
+
+    def __post_init__(self) -> None:
+        """Refuse a model that cannot be built."""
+        check_config(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by section, as JSON and TOML hold them."""

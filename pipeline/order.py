@@ -80,6 +80,33 @@ class Shuffle:
     """Most stretches of an epoch that a global batch is taken from, >= 1."""
 
 
+@dataclass(frozen=True)
+class OrderState:
+    """All that the order of a run's chips depends on; only a run of the same can resume."""
+
+    index_digest: str
+    """Digest of the dataset's index."""
+    split: str
+    """Split that is trained on."""
+    seed: int
+    """Seed of order and augmentation."""
+    global_batch: int
+    """Chips per optimizer step over all ranks."""
+    shuffle_window: int
+    """As in `Shuffle`."""
+    lanes: int
+    """As in `Shuffle`."""
+
+    def differences(self, now: OrderState) -> list[str]:
+        """Return what differs in words, each with the value of this state and of ``now``."""
+        before, after = vars(self), vars(now)
+        return [
+            f"{name.replace('_', ' ')} ({before[name]}, now {after[name]})"
+            for name in before
+            if before[name] != after[name]
+        ]
+
+
 def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, window: int) -> Chips:
     """Return the order of all chips of one epoch.
 

@@ -8,19 +8,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharding.download import DEFAULT_KEYS, download, parse_only
+from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
-from sharding.inspection import SHEET_ROWS, describe, describe_sample, draw, find
-from sharding.options import HR_SIZE, LR_SIZE, SampleOptions
-from sharding.plan import SHARD_BYTES, PlanOptions
-from sharding.schema import Index, read_sample
-from sharding.splits import FRACTIONS, SPLIT_SEED
+from sharding.format.index import Index
+from sharding.format.sample import read_sample
+from sharding.prepare.options import HR_SIZE, LR_SIZE, SampleOptions
+from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
+from sharding.run.plan import SHARD_BYTES, PlanOptions
+from sharding.run.splits import FRACTIONS, SPLIT_SEED
+from sharding.run.workers import processes
 from sharding.storage import open_storage
-from sharding.storage_options import add_storage_arguments, storage_options
-from sharding.workers import processes
+from sharding.storage.options import add_storage_arguments, storage_options
 
 if TYPE_CHECKING:
-    from sharding.shard import Report, Runner, ShardOptions
+    from sharding.run.dataset import Report, Runner, ShardOptions
 
 MAX_DEFAULT_WORKERS = 8
 MB = 1_000_000
@@ -154,7 +155,7 @@ def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
     # Before the rest, which loads torch here: other processes load it at the same time.
     runner = runner or processes(_or(args.workers, _workers()))
     # Here, not above: every other verb must run without rasterio.
-    from sharding.shard import shard_folder
+    from sharding.run.dataset import shard_folder
 
     storage = open_storage(args.output, storage_options(args))
     report = shard_folder(args.input, storage, shard_options(args), say=print, runner=runner, overwrite=args.overwrite)
@@ -171,7 +172,7 @@ def shard_options(args: argparse.Namespace) -> ShardOptions:
     Raises:
         UserError: naming the one that cannot be.
     """
-    from sharding.shard import ShardOptions
+    from sharding.run.dataset import ShardOptions  # needs rasterio, which other verbs must do without
 
     if args.native and (args.lr_size or args.hr_size):
         raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
@@ -201,7 +202,7 @@ def shard_options(args: argparse.Namespace) -> ShardOptions:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Run `verify`."""
-    from sharding.verify import verify
+    from sharding.run.verify import verify  # needs rasterio, which other verbs must do without
 
     if args.input and not args.deep:
         raise UserError("--input is compared by --deep alone: add it, or leave --input out")

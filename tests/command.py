@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
+from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
 from sharding.storage import open_storage
 
 

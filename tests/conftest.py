@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.objectstore import ObjectStore
+from cluster.local.objectstore import ObjectStore
 from pipeline.config import RunConfig, load_config
 from pipeline.world import World, join_world, leave_world
-from sharding.options import SampleOptions
-from sharding.plan import PlanOptions
-from sharding.shard import ShardOptions, shard_folder
+from sharding.prepare.options import SampleOptions
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.run.plan import PlanOptions
+from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
-from sharding.synthetic import write_worldstrat
 
 TINY = (
     "model.hidden=8",

@@ -54,8 +54,8 @@ def test_training_and_evaluation_run_without_ray_and_rasterio(
 import sys
 sys.modules.update(dict.fromkeys(["ray", "rasterio", "webdataset", "cluster"]))
 from pipeline.config import load_config
-from pipeline.evaluate import evaluate_run
-from pipeline.train import run_training
+from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.training.loop import run_training
 config = load_config(sys.argv[1])
 print("took step", run_training(config).step)
 print("evaluated", evaluate_run(config.output.uri, "test", "last").checkpoint)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.phase import offset
-from sharding.scenes import make_land
+from sharding.sources.synthetic.terrain import make_land
 
 MOVES = [(0.0, 0.0), (0.3, -0.7), (1.5, -1.0), (-3.02, 2.63), (-5.0, 0.11)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.shard import ShardJob
-from cluster.submit import build_request, send
-from cluster.worker import Placement
+from cluster.jobs.shard_job import ShardJob
+from cluster.jobs.submit import build_request, send
+from cluster.jobs.train_job import Placement
 from pipeline.config import OutputConfig, RunConfig, load_config
 from sharding.errors import UserError
 from tests.test_shard_cli import refused

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import rasterio
 
-from sharding.schema import INDEX_NAME, Index
+from sharding.format.index import INDEX_NAME, Index
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.sources.worldstrat.layout import AoiFiles
 from sharding.storage import Storage, open_storage
-from sharding.synthetic import write_worldstrat
-from sharding.worldstrat import AoiFiles
 from tests.conftest import S3
 from tests.pipeline.test_cli import satfusion
 from tests.sharding.conftest import aois_of

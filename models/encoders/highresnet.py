@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import DoubleConv, check_reflectable, double_conv_names, reflect_conv
+from models.config import ModelConfig
 from models.contracts import Encoder, NamePairs, Size
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 DROPOUT = 0.5
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import check_published_bands, check_reflectable
+from models.config import ModelConfig
 from models.contracts import Encoder, NamePairs, Size, under
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 FILTERS = 32
 BLOCKS = 12

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from models.blocks import DoubleConv, check_reflectable, double_conv_names
+from models.config import ModelConfig
 from models.contracts import Encoder, NamePairs, Size
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 DROPOUT = 0.5
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import bilinear, check_published_bands, resize
+from models.config import ModelConfig
 from models.contracts import Encoder, NamePairs, Size
 from models.encoders.trnet import (
     PAN_FEATURES,
@@ -19,9 +20,6 @@ from models.encoders.trnet import (
     dropout_rate,
     published_names,
 )
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 
 class TRNetPan(Encoder):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.config import ModelConfig
 from models.contracts import Head, NamePairs, Size
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 WIDTH = 8
 """Channels of each of the two images, and of either half of what the invertible blocks mix."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.contracts import Head, NamePairs
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 
 class PanNet(Head):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.contracts import Head
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 
 class PNN(Head):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import check_published_bands, check_published_grid
+from models.config import ModelConfig
 from models.contracts import Head, NamePairs, Size, under
-
-if TYPE_CHECKING:
-    from models.registry import ModelConfig
 
 WIDTHS = (32, 64, 128, 64, 32)
 """Channels of both streams, level by level."""

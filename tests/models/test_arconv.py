@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import adaptive
-from models.adaptive import AdaptiveConv, sample_taps
-from models.registry import ModelConfig, build_model, check_sizes
+from models.config import ModelConfig
+from models.heads.arconv import adaptive
+from models.heads.arconv.adaptive import AdaptiveConv, sample_taps
+from models.registry import build_model, check_sizes
 from models.satfusion import SatFusion
 
 

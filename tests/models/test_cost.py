@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from models.config import ModelConfig
 from models.cost import cost
-from models.registry import ModelConfig, build_model
+from models.registry import build_model
 
 PIXELS = 24 * 20
 

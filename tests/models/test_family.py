@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 
-from models.registry import ModelConfig, all_pairs, build_model
+from models.config import ModelConfig
+from models.registry import all_pairs, build_model
 from models.satfusion import SatFusion
 
 # LR and PAN sizes that nothing divides, and one that much does.

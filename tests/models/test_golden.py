@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.config import ModelConfig
 from models.published import count_parameters, to_published
-from models.registry import ModelConfig, all_pairs, build_model
+from models.registry import all_pairs, build_model
 from tests.golden import cases
 
 # Of all 41 published models, read off the instantiated modules: encoders across, heads down.

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.config import ModelConfig
 from models.heads import innformer
 from models.heads.innformer import INNformer, InvertibleBlock, InvertibleConv, PatchTransformer, nearest_patch, transfer
-from models.registry import ModelConfig, check_sizes
+from models.registry import check_sizes
 
 WINDOW = (8, 24, 24)
 PATCHES = 24 * 24

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks import resize
+from models.config import ModelConfig
 from models.encoders.srcnn import lower_median
-from models.registry import ENCODERS, HEADS, ModelConfig, all_pairs, build_model
+from models.registry import ENCODERS, HEADS, all_pairs, build_model
 from models.satfusion import SatFusion
 
 STAGES = all_pairs()

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.heads.pan_mamba import PanMamba
-from models.mamba import CrossMamba, Mamba
-from models.registry import ModelConfig, check_sizes
+from models.config import ModelConfig
+from models.heads.pan_mamba.blocks import CrossMamba, Mamba
+from models.heads.pan_mamba.head import PanMamba
+from models.registry import check_sizes
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.config import ModelConfig
 from models.published import identify, load_published, read_published, to_published
-from models.registry import ModelConfig, build_model
+from models.registry import build_model
 
 SMALL = ModelConfig("highresnet", "pannet", bands=2, revisits=5, hidden=8)
 

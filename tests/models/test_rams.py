@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from models.config import ModelConfig
 from models.encoders.rams import RAMS, AttentionBlock
 from models.published import load_published, to_published
-from models.registry import ModelConfig, build_model
+from models.registry import build_model
 
 
 def rams(revisits: int, bands: int = 3, published: bool = False) -> RAMS:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import scan
-from models.scan import FORWARD_FLOPS, Plan, selective_scan
+from models.heads.pan_mamba import scan
+from models.heads.pan_mamba.scan import FORWARD_FLOPS, Plan, selective_scan
 
 
 def step_by_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

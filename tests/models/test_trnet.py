@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from models.blocks import bilinear, resize
+from models.config import ModelConfig
 from models.encoders import trnet
 from models.encoders.trnet import Attention, PanToken, RevisitFusion, TransformerLayer
 from models.published import load_published, to_published
-from models.registry import ModelConfig, build_model
+from models.registry import build_model
 from models.satfusion import SatFusion
 
 BOTH = pytest.mark.parametrize("encoder", ["trnet", "trnet_pan"])

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.config import ModelConfig
 from models.heads.u2net import U2Net, spatial_attention, spectral_attention
 from models.published import count_parameters
-from models.registry import ModelConfig, build_model, check_sizes
+from models.registry import build_model, check_sizes
 
 
 class Largest(TorchDispatchMode):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sharding.plan import PlanOptions
-from sharding.schema import Index
-from sharding.shard import ShardOptions, shard_folder
+from sharding.format.index import Index
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.run.plan import PlanOptions
+from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
-from sharding.synthetic import write_worldstrat
 from tests.conftest import SMALL
 
 

@@ -14,8 +14,8 @@ import torch
 from models.published import to_published
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data import ChipDataset
-from pipeline.metrics import image_metrics
-from pipeline.train import run_training
+from pipeline.quality.metrics import image_metrics
+from pipeline.training.loop import run_training
 from pipeline.world import World
 from tests.command import column
 from tests.conftest import S3

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sharding.options import SampleOptions
-from sharding.schema import Index
-from sharding.shard import ShardOptions, shard_folder
-from sharding.source import open_source
+from sharding.format.index import Index
+from sharding.prepare.options import SampleOptions
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.sources.worldstrat.files import open_source
+from sharding.sources.worldstrat.layout import AoiFiles, find_aois
 from sharding.storage import Storage, open_storage
-from sharding.synthetic import write_worldstrat
-from sharding.worldstrat import AoiFiles, find_aois
 from tests.conftest import TWO_A_SHARD
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sharding.cli import add_verbs
 from sharding.errors import UserError
-from sharding.schema import INDEX_NAME, SPLITS, Index, read_sample
+from sharding.format.index import INDEX_NAME, SPLITS, Index
+from sharding.format.sample import read_sample
 from sharding.storage import open_storage
 from tests.sharding.conftest import Dataset, World, aois_of
 

@@ -1,0 +1,128 @@
+"""Sharding as tasks of a Ray cluster: job, driver (``python -m cluster.jobs.shard_job FILE``) and tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.logs import configure_logging
+from sharding.errors import UserError
+from sharding.run.build import ShardResult, ShardTask, build_shard
+from sharding.storage import StorageUnavailableError
+from sharding.storage.names import expanded
+
+logger = logging.getLogger(__name__)
+
+RETRIES = 3
+"""How often a task is done again whose node was lost or whose store did not answer."""
+
+_PATHS = ("input", "aois", "report")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """The arguments of `shard`, as they travel in a file beside the code."""
+
+    arguments: Mapping[str, object]
+    """By name; what the job does not need is left out."""
+
+    def to_json(self) -> str:
+        """Return it as JSON that `from_json` reads back unchanged."""
+        return json.dumps(dict(self.arguments), indent=1)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, folder: Path) -> ShardJob:
+        """Take the arguments of the command; relative paths in them are taken from ``folder``."""
+        values = {name: value for name, value in vars(args).items() if name not in ("run", "address")}
+        for name in _PATHS:
+            if values[name] is not None:
+                values[name] = str(folder / values[name])
+        if "://" not in args.output:
+            values["output"] = str(folder / expanded(args.output))
+        return cls(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardJob:
+        """Read what `to_json` wrote."""
+        return cls(json.loads(text))
+
+    def namespace(self) -> argparse.Namespace:
+        """Return the arguments as the command has them."""
+        paths = {name: Path(str(self.arguments[name])) for name in _PATHS if self.arguments[name] is not None}
+        return argparse.Namespace(**{**self.arguments, **paths})
+
+
+def tasks_on_ray(workers: int | None) -> Callable[[Sequence[ShardTask]], Iterator[ShardResult]]:
+    """Return what does tasks on the cluster that this process has joined, so many at a time, by default as many as fit.
+
+    Nothing is lost with a node: Ray does its tasks again elsewhere, and what they had published is kept.
+    """
+
+    def run(tasks: Sequence[ShardTask]) -> Iterator[ShardResult]:
+        import ray  # Ray is slow to import
+
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[StorageUnavailableError])(_build)
+        waiting, running = list(reversed(tasks)), list[object]()
+        while waiting or running:
+            while waiting and (workers is None or len(running) < workers):
+                running.append(remote.remote(waiting.pop()))
+            done, running = ray.wait(running)
+            for reference in done:
+                yield _result(reference)
+
+    return run
+
+
+def _build(task: ShardTask) -> ShardResult:
+    """Do a task in a worker of Ray's, on the one core that it has."""
+    import torch  # imports torch, which other verbs need not wait for
+
+    configure_logging(rank=1)
+    torch.set_num_threads(1)
+    return build_shard(task)
+
+
+def _result(reference: object) -> ShardResult:
+    import ray  # Ray is slow to import
+
+    try:
+        result: ShardResult = ray.get(reference)
+        return result
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):  # what was raised; ray's own text is a traceback
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"a task was lost {RETRIES + 1} times ({type(error).__name__}), most often for want of memory: shard again "
+            "with fewer --workers; what is finished is kept"
+        ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job in a file and return its exit status: 0, 2 for a user's mistake."""
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    configure_logging()
+    import ray  # Ray is slow to import
+
+    from sharding.cli import run_shard  # after logging is set up, which it uses
+
+    args = ShardJob.from_json(Path(path).read_text()).namespace()
+    ray.init(address="auto", logging_level=logging.WARNING)
+    try:
+        return run_shard(args, tasks_on_ray(args.workers))
+    except UserError as error:
+        print(f"satfusion: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    # Under its own name, so that the workers import the function instead of being sent a copy of this module.
+    from cluster.jobs import shard_job as shard
+
+    sys.exit(shard.main())

@@ -1,0 +1,281 @@
+"""From a configuration to a Ray job: build the request (pure), send it, follow its log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from cluster.jobs.train_job import Job, Placement
+from cluster.logs import PACKAGES
+from sharding.errors import UserError
+from sharding.storage.names import refuse_secret
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from cluster.jobs.shard_job import ShardJob
+    from pipeline.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+# What a worker needs to find the storage. Keys are not among them: each node has its own credential chain.
+_TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_RAY_HABITS = {
+    # Lines would be held back to merge equal ones, and coloured.
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    # It only says ahead that a node will be lost; we go on from the newest checkpoint either way.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_JOB_FILE = "job.json"
+_ANSWER_SECONDS = 5.0
+_POLL_SECONDS = 0.5
+_LOST_SECONDS = 60.0
+_INTERRUPTED = 130
+
+
+class Described(Protocol):
+    """What a job's driver needs to know."""
+
+    def to_json(self) -> str:
+        """Return it as the text of the job's file."""
+        ...
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Everything that is sent to the cluster, but for the packages' code."""
+
+    job: Described
+    """What to do; travels in a file beside the code."""
+    environment: Mapping[str, str]
+    """Variables of the driver and of each rank."""
+    metadata: Mapping[str, str]
+    """Shown by Ray's dashboard."""
+    entrypoint: str = f"python -m cluster.jobs.train_job {_JOB_FILE}"
+    """Command of the job's driver, run in the folder that `staged` makes."""
+
+
+def build_request(config: RunConfig, placement: Placement, environment: Mapping[str, str], folder: Path) -> JobRequest:
+    """Decide what is sent.
+
+    Args:
+        config: The run; relative local paths in it are taken from ``folder``.
+        placement: Ranks and their resources.
+        environment: The submitter's variables, of which endpoint and region travel.
+        folder: The submitter's working directory.
+
+    Raises:
+        UserError: The global batch does not divide over the ranks, or an endpoint holds a password.
+    """
+    from pipeline.order import BatchPlan  # imports torch, which other verbs need not wait for
+
+    BatchPlan.create(config.train.global_batch, config.train.micro_batch, placement.workers)
+    # A rank works in a folder of Ray's, where a relative path would be lost.
+    config = config.with_absolute_uris(folder)
+    # Ray leaves a node's GPUs visible to a rank that was given none.
+    no_gpus = {} if placement.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
+    return JobRequest(
+        job=Job(config.to_dict(), placement),
+        environment={**_travelling(environment), **no_gpus, **_RAY_HABITS},
+        metadata={"run": config.output.uri, "workers": str(placement.workers)},
+    )
+
+
+def build_shard_request(job: ShardJob, environment: Mapping[str, str]) -> JobRequest:
+    """Decide what is sent to shard on a cluster.
+
+    Args:
+        job: The command's arguments.
+        environment: The submitter's variables, of which endpoint and region travel.
+
+    Raises:
+        UserError: An endpoint holds a password.
+    """
+    return JobRequest(
+        job=job,
+        environment={**_travelling(environment), "CUDA_VISIBLE_DEVICES": "", **_RAY_HABITS},
+        metadata={"shard": str(job.arguments["output"])},
+        entrypoint=f"python -m cluster.jobs.shard_job {_JOB_FILE}",
+    )
+
+
+def _travelling(environment: Mapping[str, str]) -> dict[str, str]:
+    travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
+    for name, value in travelling.items():
+        if "@" in value.partition("://")[2].partition("/")[0]:
+            raise UserError(f"{name} holds a user name or password, which must not travel with a job: take it out")
+    return travelling
+
+
+@contextlib.contextmanager
+def staged(request: JobRequest) -> Iterator[Path]:
+    """Make a folder of exactly what a job needs: the four packages and the job's file."""
+    with tempfile.TemporaryDirectory(prefix="satfusion-job-") as name:
+        folder = Path(name)
+        for package in PACKAGES:
+            source = importlib.import_module(package).__path__[0]
+            shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        (folder / _JOB_FILE).write_text(request.job.to_json())
+        yield folder
+
+
+def send(request: JobRequest, address: str) -> str:
+    """Send a job to the job server at ``address``, for example ``http://head:8265``, and return the job's id.
+
+    Raises:
+        UserError: Nothing answers there as a Ray job server does, or it refuses the job.
+    """
+    client = _connect(address)
+    with staged(request) as folder:
+        try:
+            job_id: str = client.submit_job(
+                entrypoint=request.entrypoint,
+                runtime_env={"working_dir": str(folder), "env_vars": dict(request.environment)},
+                metadata=dict(request.metadata),
+            )
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"the Ray job server at {address} refused the job: {_first_line(error)}") from error
+    return job_id
+
+
+def follow(address: str, job_id: str, output: TextIO) -> int:
+    """Copy a job's log to ``output``, each line once, until the job ends; return its exit status.
+
+    A broken connection is made anew, and what was copied before is left out then.
+
+    Raises:
+        UserError: The job server has not answered for a minute; the job may still run.
+    """
+    from ray.job_submission import JobStatus  # Ray is slow to import
+
+    client = _connect(address)
+    log = _Log(client, job_id, output)
+    answered = time.monotonic()
+    while True:
+        try:
+            asyncio.run(log.copy())
+            details = client.get_job_info(job_id)
+            answered = time.monotonic()
+        # The client raises RuntimeError for refusals and broken streams; aiohttp's and requests' are OSErrors.
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() - answered > _LOST_SECONDS:
+                raise UserError(
+                    f"the Ray job server at {address} stopped answering ({_first_line(error)}): job {job_id} may still "
+                    f"run, {how_to_follow(address, job_id)}"
+                ) from error
+            details = None
+        if details is not None and details.status.is_terminal():
+            break
+        time.sleep(_POLL_SECONDS)
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        logger.error("job %s was stopped", job_id)
+        return 1
+    # A driver that never came to run has no status of its own, and its reason stands in the message alone.
+    if details.driver_exit_code is None:
+        logger.error("job %s failed: %s", job_id, details.message)
+    else:
+        logger.error("job %s failed with status %d", job_id, details.driver_exit_code)
+    return details.driver_exit_code or 1
+
+
+def run(request: JobRequest, address: str, output: TextIO) -> int:
+    """Send a job, follow it and return its exit status; 130 for Ctrl-C, after which the job runs on.
+
+    Raises:
+        UserError: As `send` and `follow`.
+    """
+    job_id = send(request, address)
+    print(f"job {job_id} sent to {address}", file=output, flush=True)
+    try:
+        return follow(address, job_id, output)
+    except KeyboardInterrupt:
+        print(f"\nsatfusion: job {job_id} runs on: {how_to_follow(address, job_id)}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def how_to_follow(address: str, job_id: str) -> str:
+    """Say how to see and how to stop a job that runs on without us."""
+    return (
+        f"follow it with `ray job logs --address {address} --follow {job_id}`, "
+        f"stop it with `ray job stop --address {address} {job_id}`"
+    )
+
+
+class _Log:
+    """A job's log, copied once however often the stream breaks."""
+
+    def __init__(self, client: JobSubmissionClient, job_id: str, output: TextIO) -> None:
+        self._client = client
+        self._job_id = job_id
+        self._output = output
+        self._copied = 0
+
+    async def copy(self) -> None:
+        """Copy what was not copied before, until the stream ends."""
+        position = 0  # Each stream begins at the log's first character.
+        async for text in self._client.tail_job_logs(self._job_id):
+            new = text[max(0, self._copied - position) :]
+            position += len(text)
+            self._copied = max(self._copied, position)
+            self._output.write(new)
+            self._output.flush()
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    """Return a client of the job server, having seen within seconds that it answers."""
+    refuse_secret("--address", address)
+    if not _is_http(address):
+        raise UserError(f"--address {address!r} is no URL of a Ray job server: give http://HOST:8265")
+    unanswered = f"no Ray job server answers at {address}: check the address and that the cluster is up"
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS) as response:
+            json.load(response)["ray_version"]
+    # What speaks no HTTP, Ray's own control service say, breaks the protocol or sends no text.
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        raise UserError(unanswered) from error
+
+    # Ray takes these before the address it is given.
+    hidden = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
+    try:
+        from ray.job_submission import JobSubmissionClient  # Ray is slow to import
+
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)  # It tells of each upload and each stream's end.
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"{unanswered} ({_first_line(error)})") from error
+    finally:
+        os.environ.update(hidden)
+
+
+def _is_http(address: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(address)
+        # The port is read when it is asked for: a word or too large a number is a ValueError then.
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,281 @@
+"""What runs inside a Ray job: its driver (``python -m cluster.jobs.train_job FILE``) and the function of each rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.logs import configure_logging
+from sharding.errors import UserError
+from sharding.format.index import INDEX_NAME
+from sharding.storage import StorageUnavailableError, open_storage
+
+logger = logging.getLogger(__name__)
+
+ConfigValues = Mapping[str, object]
+# Time for a store to come back, and for Ray to notice that a node is gone.
+_RESTART_PAUSE_SECONDS = 5.0
+_ROOM_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many ranks a job has and what each takes from the cluster."""
+
+    workers: int
+    """Ranks, at least 1; spread over the nodes."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray sets aside for each rank, above 0. Threads are `train.threads_per_rank`'s matter."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each rank, a whole number: 0 trains on CPU over gloo, more on CUDA over NCCL."""
+    max_failures: int = 2
+    """Restarts after a lost or failed rank or a store that went away, 0 or more; each from the newest checkpoint."""
+    wait_for_resources: float = 0.0
+    """Seconds for a cluster that is too small to grow, before the first attempt and before each restart."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"--workers is {self.workers}: give at least 1")
+        if not 0 < self.cpus_per_worker < math.inf:
+            raise UserError(f"--cpus-per-worker is {self.cpus_per_worker:g}: give a number above 0")
+        if self.gpus_per_worker < 0 or not float(self.gpus_per_worker).is_integer():
+            # NCCL refuses two ranks on one GPU.
+            raise UserError(f"--gpus-per-worker is {self.gpus_per_worker:g}: give a whole number, 0 or more")
+        if self.max_failures < 0:
+            raise UserError(f"--max-failures is {self.max_failures}: give 0 or more")
+        if not 0 <= self.wait_for_resources < math.inf:
+            raise UserError(f"--wait-for-resources is {self.wait_for_resources:g}: give 0 seconds or more")
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray sets aside for each rank."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": self.cpus_per_worker, **gpus}
+
+    @property
+    def backend(self) -> str:
+        """Communication of torch's process group."""
+        return "nccl" if self.gpus_per_worker else "gloo"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The whole of a job, as it travels in a file beside the code."""
+
+    config: ConfigValues
+    """The resolved run configuration, `RunConfig.to_dict`."""
+    placement: Placement
+    """Ranks and their resources."""
+
+    def to_json(self) -> str:
+        """Return it as JSON that `from_json` reads back unchanged."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(config=values["config"], placement=Placement(**values["placement"]))
+
+
+def train_rank(config: ConfigValues) -> None:
+    """Train on one rank; Ray Train has joined the process group and calls this in each worker."""
+    import ray.train  # Ray is slow to import
+
+    from pipeline.config import RunConfig  # imports torch, which other verbs need not wait for
+    from pipeline.training.loop import run_training
+
+    run_training(RunConfig.from_dict(config), report=lambda metrics: ray.train.report(dict(metrics)))
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A rank's function, with a line for where it runs and a traceback for what it meets."""
+
+    function: Callable[[ConfigValues], None]
+    """Called with the configuration."""
+
+    def __call__(self, config: ConfigValues) -> None:
+        import ray.train  # Ray is slow to import
+        import ray.util
+
+        context = ray.train.get_context()
+        rank, size = context.get_world_rank(), context.get_world_size()
+        configure_logging(rank)
+        print(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}", flush=True)
+        try:
+            self.function(config)
+        except UserError:
+            raise  # The driver says it, once.
+        except Exception:
+            logger.exception("rank %d failed", rank)
+            raise
+
+
+def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank) -> None:
+    """Run ``rank_function`` on every rank, and again from the newest checkpoint when a rank fails or is lost.
+
+    A user's mistake ends the job at once, since the next try would meet it too. A store that does not answer does so
+    before the first attempt only; a rank that meets it later counts as failed, since stores come back.
+
+    Args:
+        job: Configuration and placement.
+        rank_function: Called with ``job.config`` in each worker; must be importable by name.
+
+    Raises:
+        UserError: The ranks met one, the cluster has no room for them, or a store does not answer.
+        ray.train.TrainingFailedError: More failures than the placement allows.
+    """
+    import ray  # Ray is slow to import
+    from ray.train import TrainingFailedError
+
+    ray.init(address="auto", logging_level=logging.WARNING)
+    _ask_stores(job.config)
+    for failures in range(job.placement.max_failures + 1):
+        _await_room(job.placement)
+        try:
+            _fit(job, rank_function)
+            return
+        except TrainingFailedError as error:
+            mistake = _user_error(error)
+            last = failures == job.placement.max_failures
+            if mistake and (last or not isinstance(mistake, StorageUnavailableError)):
+                raise mistake from None
+            if last:
+                raise
+            logger.warning(
+                "%s; restart %d of %d goes on from the newest checkpoint",
+                mistake or "a rank failed or was lost",
+                failures + 1,
+                job.placement.max_failures,
+            )
+            time.sleep(_RESTART_PAUSE_SECONDS)
+
+
+def _ask_stores(config: ConfigValues) -> None:
+    """Refuse a dataset or run folder whose store does not answer, before a rank is started."""
+    from pipeline.config import RunConfig  # imports torch, which other verbs need not wait for
+
+    run = RunConfig.from_dict(config)
+    for uri in (run.data.uri, run.output.uri):
+        try:
+            open_storage(uri).exists(INDEX_NAME)
+        except StorageUnavailableError:
+            raise
+        except UserError:
+            pass  # Keys and what lies there are the ranks' matter: their nodes may have other keys than this one.
+
+
+def _await_room(placement: Placement) -> None:
+    """Refuse a cluster whose nodes are too few or too small, once it had its time to grow; busy ones are waited for."""
+    import ray  # Ray is slow to import
+    from ray.util import placement_group, remove_placement_group
+
+    if _room(placement, ray.nodes()) >= placement.workers:
+        return
+    # An autoscaler grows a cluster for what is asked of it.
+    demand = placement_group([placement.resources] * placement.workers, strategy="SPREAD")
+    try:
+        deadline = time.monotonic() + placement.wait_for_resources
+        while (room := _room(placement, ray.nodes())) < placement.workers:
+            if time.monotonic() >= deadline:
+                raise UserError(_too_small(placement, room))
+            time.sleep(_ROOM_POLL_SECONDS)
+    finally:
+        remove_placement_group(demand)
+
+
+def _room(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many ranks fit on the cluster's nodes (as `ray.nodes` lists them) when nothing else runs there."""
+
+    def parts(amount: float) -> int:
+        return round(amount * 10_000)  # As Ray counts, free of binary rounding.
+
+    return sum(
+        min(parts(node["Resources"].get(name, 0.0)) // parts(each) for name, each in placement.resources.items())
+        for node in nodes
+        if node["Alive"]
+    )
+
+
+def _too_small(placement: Placement, room: int) -> str:
+    each = " and ".join(f"{amount:g} {name}" for name, amount in placement.resources.items())
+    waited = f" after {placement.wait_for_resources:g} s" if placement.wait_for_resources else ""
+    return (
+        f"--workers is {placement.workers} with {each} each, and the cluster has room for {room}{waited}: ask for less,"
+        " or give a cluster that grows time with --wait-for-resources SECONDS"
+    )
+
+
+def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig  # Ray is slow to import
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    placement = job.placement
+    # Ray wants a folder for its own state. Ours goes to the run folder, so this one may be lost.
+    with tempfile.TemporaryDirectory(prefix="satfusion-ray-train-") as folder:
+        TorchTrainer(
+            _Announced(rank_function),
+            train_loop_config=dict(job.config),
+            torch_config=TorchConfig(backend=placement.backend),
+            scaling_config=ScalingConfig(
+                num_workers=placement.workers,
+                use_gpu=placement.gpus_per_worker > 0,
+                resources_per_worker=placement.resources,
+                placement_strategy="SPREAD",
+            ),
+            run_config=RunConfig(
+                name="train",
+                storage_path=folder,
+                # Restarts are counted by `run_job`, which can tell a user's mistake from a lost node.
+                failure_config=FailureConfig(max_failures=0),
+                # It would repeat every rank's traceback three times; ranks and driver log them once themselves.
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        ).fit()
+
+
+def _user_error(error: Exception) -> UserError | None:
+    """Return the `UserError` that a rank met, if one did; one that lasts before one that may pass."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    # One rank's mistake often ends the others in a broken connection, so look at all.
+    mistakes = [failure for _, failure in sorted(failures.items()) if isinstance(failure, UserError)]
+    return min(mistakes, key=lambda mistake: isinstance(mistake, StorageUnavailableError), default=None)
+
+
+def _log_failure(error: Exception) -> None:
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    if not failures:
+        logger.error("the job failed", exc_info=error)
+    for rank, failure in sorted(failures.items()):  # Their tracebacks stand in the log already.
+        logger.error("the job failed at rank %d: %s: %s", rank, type(failure).__name__, failure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job in a file and return its exit status: 0, 2 for a user's mistake, 1 for any other failure."""
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    configure_logging()
+    try:
+        run_job(Job.from_json(Path(path).read_text()))
+    except UserError as error:
+        print(f"satfusion: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        _log_failure(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # Under its own name, so that the workers import the function instead of being sent a copy of this module.
+    from cluster.jobs import train_job as worker
+
+    sys.exit(worker.main())

@@ -1,0 +1,210 @@
+"""The whole line on one machine: S3 server, shards, two Ray nodes, training, evaluation; then everything is ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from cluster.jobs.submit import build_request, follow, send
+from cluster.jobs.train_job import Placement
+from cluster.local import nodes as local
+from cluster.local.objectstore import ObjectStore
+from cluster.local.processes import ProcessId, identify, is_running
+from pipeline.config import RunConfig, load_config
+from pipeline.evaluation.evaluate import Evaluation, evaluate_run
+from sharding.errors import UserError
+from sharding.progress import progress
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.run.inspection import describe
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.storage import open_storage
+
+logger = logging.getLogger(__name__)
+
+NODES = 2
+GENERATED_AOIS = 10
+GENERATED_SEED = 20251007
+BUCKET = "satfusion"
+_MARK = ".satfusion-demo"
+_OWN_AWS = ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
+_LOOPBACK = "127.0.0.1,localhost"
+_STATE_PREFIX = "sf-demo-"
+
+
+def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = ()) -> int:
+    """Run the demo and return its exit status: 1 when the fused image is not above both baselines, the job's if not 0.
+
+    However it ends, the servers and nodes it started have ended then, and the S3 server's data and keys are gone.
+
+    Args:
+        output: Folder for everything it makes; an earlier demo's is replaced.
+        worldstrat: Real data in WorldStrat's layout; None makes scenes.
+        overrides: Of the recipe ``demo``.
+
+    Raises:
+        UserError: The folder is not a demo's, the data cannot be used, or a part does not come up.
+    """
+    began = time.monotonic()
+    dataset, run = f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/run"
+    taken = [override for override in overrides if override.startswith(("data.uri", "output.uri"))]
+    if taken:
+        raise UserError(f"the demo chooses where its data and run lie: leave out {taken[0]!r}")
+    config = load_config("demo", [f"data.uri={dataset}", f"output.uri={run}", *overrides])
+    with _interruptible() as ignore_signals, contextlib.ExitStack() as started:
+        try:
+            state = _prepare(output, started)
+            _start_store(output / "s3", started)
+            source = worldstrat or _generate(output / "worldstrat")
+            _say(f"sharding {source} to {dataset}")
+            storage = open_storage(dataset)
+            report = shard_folder(source, storage, ShardOptions(), workers=NODES, say=_say)
+            print(*describe(report.index, storage), sep="\n", flush=True)
+            status = _train(config, state)
+            result = evaluate_run(run, "test", "best") if status == 0 else None
+            _fetch(run, output / "run")
+        finally:
+            ignore_signals()
+    if result is None:
+        return status
+    return 0 if _report(result, output, time.monotonic() - began) else 1
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Take Ctrl-C, SIGTERM and SIGHUP in the block as `KeyboardInterrupt`, each time: a library may swallow one.
+
+    Gives a function to call before the clean-up, which has them ignored from then on.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
+    """Make an empty output folder, and return a folder for the cluster's state, which ends with ``started``.
+
+    Ray puts sockets there, whose paths the kernel bounds to 107 characters, so it stands in the temporary folder; the
+    mark in the output folder names it, for the demo after one that was killed, and the process, for one meanwhile.
+    """
+    mark = output / _MARK
+    try:
+        if output.exists() and any(output.iterdir()):
+            if not mark.exists():
+                raise UserError(f"--output {output} holds files that no demo made: name an empty or new folder")
+            pid, since, state_of_last = mark.read_text().split("\n", 2)
+            if is_running(ProcessId(int(pid), int(since))):
+                raise UserError(f"--output {output} is in use by a demo that runs (process {pid}): name another folder")
+            local.down(Path(state_of_last))
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        state = Path(
+            started.enter_context(tempfile.TemporaryDirectory(prefix=_STATE_PREFIX, ignore_cleanup_errors=True))
+        )
+        own = identify(os.getpid())
+        assert own is not None
+        mark.write_text(f"{own.pid}\n{own.started}\n{state}")
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be used ({error.strerror or error}): name an empty or new folder"
+        ) from error
+    started.callback(local.down, state)
+    return state
+
+
+def _start_store(folder: Path, started: contextlib.ExitStack) -> None:
+    """Start the S3 server and set its variables; ``started`` takes back both, and the folder with data and keys."""
+    folder.mkdir()
+    started.callback(shutil.rmtree, folder, ignore_errors=True)
+    store = ObjectStore(folder, BUCKET)
+    started.enter_context(_environment(store.environment))
+    started.enter_context(store)
+    _say("S3 server ready")
+
+
+def _generate(folder: Path) -> Path:
+    _say(f"making {GENERATED_AOIS} scenes in {folder}")
+    write_worldstrat(folder, GENERATED_AOIS, GENERATED_SEED)
+    return folder
+
+
+def _train(config: RunConfig, state: Path) -> int:
+    """Train on a local Ray cluster, end it, and return the job's exit status."""
+    address = local.up(local.NodeOptions(NODES), state).address
+    _say(f"training on {NODES} Ray nodes, job server {address}")
+    job = send(build_request(config, Placement(NODES), os.environ, Path.cwd()), address)
+    status = follow(address, job, sys.stdout)
+    local.down(state)  # What follows wants the nodes' CPUs.
+    return status
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the block, and take away the user's own that would win over them or be sent along.
+
+    The Ray nodes and what runs in them inherit them.
+    """
+    proxies = {name: ",".join(filter(None, [os.environ.get(name), _LOOPBACK])) for name in ("NO_PROXY", "no_proxy")}
+    before = {name: os.environ.get(name) for name in (*values, *proxies, *_OWN_AWS)}
+    for name in _OWN_AWS:
+        os.environ.pop(name, None)
+    os.environ.update({**values, **proxies})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _fetch(run: str, folder: Path) -> None:
+    """Copy the run folder, so that it outlives the server."""
+    source, target = open_storage(run), open_storage(folder)
+    files = source.list()
+    with progress(len(files), "fetching the run", "file") as bar:
+        for stored in files:
+            target.write(stored.key, source.read(stored.key))
+            bar.update()
+
+
+def _report(result: Evaluation, output: Path, seconds: float) -> bool:
+    """Print what it came to, and return whether the fused image is above both baselines, raw and adjusted."""
+    folder = output / "run" / "evaluation" / result.folder.rpartition("/")[2]
+    passed = True
+    print(f"\ncheckpoint rule: best, the least validation loss ({result.checkpoint})")
+    print(result.table())
+    for column, name in (("psnr", "raw"), ("psnr_adjusted", "adjusted")):
+        fused, baseline = result.margin(column)
+        verdict = "above" if fused > baseline else "NOT above"
+        passed &= fused > baseline
+        print(f"fused {name} PSNR {fused:.2f} dB lies {verdict} the better baseline's {baseline:.2f} dB")
+    print(f"pictures: {folder}/panel-*.png, {output / 'run' / 'images'}")
+    print(f"figures:  {folder}/chips.csv, {folder}/aois.csv, {output / 'run' / 'metrics.csv'}")
+    print(f"watch it: satfusion monitor {output / 'run'}")
+    print(f"done in {seconds / 60:.1f} minutes; everything it started has been ended")
+    return passed
+
+
+def _say(line: str) -> None:
+    print(f"demo: {line}", flush=True)

@@ -1,0 +1,302 @@
+"""A real multi-node Ray cluster on this machine: each node on a loopback address of its own, from 127.0.0.2 up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.local.processes import ProcessId, free_ports, is_running, running_with, stop
+from cluster.loopback.library import build_library, confined
+from sharding.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MARK = "SATFUSION_CLUSTER"
+_STATE, _RAY, _LOGS = "state.json", "ray", "logs"
+_START_SECONDS = 120.0
+_DASHBOARD_SECONDS = 60.0
+# A Unix socket's path has at most 107 bytes, and Ray adds this many below its folder.
+_RAY_SOCKET_PATH = 64
+_MAX_NODES = 200
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """What is up, as it stands in the state file."""
+
+    mark: str
+    """Value of ``SATFUSION_CLUSTER`` in the environment of every process of this cluster."""
+    address: str
+    """URL of the dashboard and job server, for ``satfusion submit --address``."""
+    gcs: str
+    """``host:port`` of the head's control service, for ``ray.init``."""
+    nodes: tuple[str, ...]
+    """Address of each node; the first is the head."""
+    cpus_per_node: int
+    """CPUs that Ray may hand out on each node."""
+    gpus_per_node: int
+    """GPUs that Ray may hand out on each node."""
+    processes: tuple[ProcessId, ...] = ()
+    """The processes that ran when ``up`` ended; empty while it is at work."""
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """Size of the local cluster."""
+
+    nodes: int = 2
+    """Number of Ray nodes, 1 to 200."""
+    cpus_per_node: int | None = None
+    """CPUs of each node; None shares this machine's out, at least one each."""
+    gpus_per_node: int = 0
+    """GPUs of each node; node i takes this machine's GPUs ``i*n`` to ``i*n + n - 1``."""
+    object_store_mb: int = 200
+    """Shared memory of each node for Ray's objects, MiB; at least 80. Training moves none of its data by it."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes <= _MAX_NODES:
+            raise UserError(f"--nodes is {self.nodes}: give 1 to {_MAX_NODES}")
+        if self.cpus_per_node is not None and self.cpus_per_node < 1:
+            raise UserError(f"--cpus-per-node is {self.cpus_per_node}: give at least 1")
+        if self.gpus_per_node < 0:
+            raise UserError(f"--gpus-per-node is {self.gpus_per_node}: give 0 or more")
+        if self.object_store_mb < 80:
+            raise UserError(f"--object-store-mb is {self.object_store_mb}: Ray needs at least 80")
+
+
+def default_state() -> Path:
+    """Return the folder of this user's cluster, ``satfusion-cluster-<uid>`` below the temporary folder."""
+    return Path(tempfile.gettempdir()) / f"satfusion-cluster-{os.getuid()}"
+
+
+def up(options: NodeOptions, state: Path) -> LocalCluster:
+    """Start the nodes and the job server, and wait until they answer.
+
+    Args:
+        options: Size of the cluster.
+        state: Folder that holds what ``down`` needs, Ray's files and its logs; made when absent.
+
+    Raises:
+        UserError: A cluster is up in ``state`` already, or one does not come up. Nothing is left behind then.
+    """
+    existing = read_state(state)
+    if existing is not None:
+        if _alive(existing):
+            raise UserError(
+                f"a cluster of {len(existing.nodes)} nodes is already up at {existing.address}: "
+                "take it down with `satfusion cluster down`"
+            )
+        down(state)  # What is left of a cluster that ended without us, by a reboot say.
+    _claim(state)
+    cpus = options.cpus_per_node or max(1, (os.cpu_count() or 1) // options.nodes)
+    gcs_port, dashboard_port = free_ports(2)
+    nodes = tuple(f"127.0.0.{2 + number}" for number in range(options.nodes))
+    cluster = LocalCluster(
+        mark=secrets.token_hex(8),
+        address=f"http://127.0.0.1:{dashboard_port}",
+        gcs=f"{nodes[0]}:{gcs_port}",
+        nodes=nodes,
+        cpus_per_node=cpus,
+        gpus_per_node=options.gpus_per_node,
+    )
+    _write_state(state, cluster)
+    try:
+        _start_nodes(cluster, options, state)
+        _wait_for_nodes(cluster)
+        cluster = LocalCluster(**{**vars(cluster), "processes": tuple(running_with(_MARK, cluster.mark))})
+        _write_state(state, cluster)
+    except BaseException:
+        down(state)
+        raise
+    return cluster
+
+
+def down(state: Path) -> LocalCluster | None:
+    """End exactly the processes that ``up`` started and remove what it wrote; None when nothing was up."""
+    cluster = read_state(state)
+    if cluster is None:
+        return None
+    # A process that was being started while the others ended shows up in the next look.
+    while alive := _alive(cluster):
+        stop(alive)
+    for name in (_RAY, _LOGS):
+        shutil.rmtree(state / name, ignore_errors=True)
+    for name in ("loopback.so", _STATE):
+        (state / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Not empty: the folder is the user's own.
+        state.rmdir()
+    return cluster
+
+
+def read_state(state: Path) -> LocalCluster | None:
+    """Return the cluster that the state folder tells of, None when it tells of none.
+
+    Raises:
+        UserError: The state file cannot be understood.
+    """
+    path = state / _STATE
+    try:
+        content = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not content:  # Another `up` has claimed the folder this moment.
+        raise UserError(f"another `satfusion cluster up` is at work in {state}: wait for it, or remove {path}")
+    try:
+        values = json.loads(content)
+        values["nodes"] = tuple(values["nodes"])
+        values["processes"] = tuple(ProcessId(**process) for process in values["processes"])
+        return LocalCluster(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no state of a cluster ({error}): remove it") from error
+
+
+def alive_nodes(cluster: LocalCluster) -> list[str]:
+    """Return the addresses of the nodes that Ray counts as alive; none when its dashboard does not answer."""
+    # On loopback no proxy is wanted, whatever the environment says.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{cluster.address}/nodes?view=summary", timeout=10) as response:
+            summary = json.load(response)["data"]["summary"]
+    except (OSError, ValueError, KeyError):
+        return []
+    # A node that has just joined stands there before its agent has told its address.
+    return sorted(node["ip"] for node in summary if "ip" in node and node.get("raylet", {}).get("state") == "ALIVE")
+
+
+def _alive(cluster: LocalCluster) -> list[ProcessId]:
+    recorded = {process for process in cluster.processes if is_running(process)}
+    return sorted(recorded | set(running_with(_MARK, cluster.mark)), key=lambda process: process.pid)
+
+
+def _claim(state: Path) -> None:
+    if len(str(state.resolve())) + len(f"/{_RAY}/{_MAX_NODES}") + _RAY_SOCKET_PATH > 107:
+        raise UserError(
+            f"the path {state} is too long for the sockets Ray makes below it: choose a shorter --state or TMPDIR"
+        )
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state / _STATE).touch(mode=0o600, exist_ok=False)
+    except FileExistsError as error:
+        raise UserError(f"another `satfusion cluster up` is at work in {state}: wait for it") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write the state of the cluster to {state} ({error}): choose another --state"
+        ) from error
+
+
+def _write_state(state: Path, cluster: LocalCluster) -> None:
+    new = state / f"{_STATE}.new"
+    new.write_text(json.dumps(asdict(cluster), indent=1))
+    new.replace(state / _STATE)
+
+
+def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> None:
+    library = build_library(state)
+    (state / _LOGS).mkdir()
+    head = f"--head --port={cluster.gcs.rpartition(':')[2]} --include-dashboard=true --dashboard-host=127.0.0.1"
+    first = [
+        *head.split(),
+        f"--dashboard-port={cluster.address.rpartition(':')[2]}",
+        f"--ray-client-server-port={free_ports(1)[0]}",
+    ]
+    numbers = range(len(cluster.nodes))
+    with _ray_start(cluster, options, state, library, 0, first):
+        pass
+    with contextlib.ExitStack() as others:  # They start at once and are waited for at the block's end.
+        for number in numbers[1:]:
+            others.enter_context(_ray_start(cluster, options, state, library, number, [f"--address={cluster.gcs}"]))
+
+
+@contextlib.contextmanager
+def _ray_start(
+    cluster: LocalCluster, options: NodeOptions, state: Path, library: Path, number: int, role: list[str]
+) -> Iterator[None]:
+    """Start node ``number``; wait for its start to end when the block ends."""
+    address, log_file = cluster.nodes[number], state / _LOGS / f"node{number}.log"
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        *role,
+        f"--node-ip-address={address}",
+        # Each its own, as hosts have: in a shared one, an agent that unpacks a job's code replaces the folder
+        # in which another node's processes already work.
+        f"--temp-dir={state.resolve() / _RAY / str(number)}",
+        f"--num-cpus={cluster.cpus_per_node}",
+        f"--num-gpus={cluster.gpus_per_node}",
+        f"--object-store-memory={options.object_store_mb * 2**20}",
+        # Each agent listens on 127.0.0.1 too, where the default port can be had once.
+        f"--dashboard-agent-listen-port={free_ports(1)[0]}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--disable-usage-stats",
+    ]
+    with log_file.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=confined(_node_environment(cluster, number), library, address),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # A Ctrl-C in the shell that ran `up` must not reach the nodes.
+        )
+    yield
+    try:
+        status = process.wait(timeout=_START_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"Ray node {address} did not start in {_START_SECONDS:.0f} s: {_tail(log_file)}") from None
+    if status:
+        raise UserError(f"Ray node {address} did not start (status {status}): {_tail(log_file)}")
+
+
+def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
+    dashboard_metrics, autoscaler_metrics = free_ports(2)
+    environment = {
+        **os.environ,
+        _MARK: cluster.mark,
+        # Parts of Ray that were told no address look for any cluster on this machine.
+        "RAY_ADDRESS": cluster.gcs,
+        # The jobs' drivers are started as plain `python`.
+        "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
+        # Two servers of figures that have no switch; their default ports can be had once a machine.
+        "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
+        "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
+    }
+    if cluster.gpus_per_node:
+        first = number * cluster.gpus_per_node
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + cluster.gpus_per_node)))
+    return environment
+
+
+def _wait_for_nodes(cluster: LocalCluster) -> None:
+    deadline = time.monotonic() + _DASHBOARD_SECONDS
+    while missing := sorted(set(cluster.nodes) - set(alive_nodes(cluster))):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"Ray's dashboard at {cluster.address} did not show the nodes {', '.join(missing)} "
+                f"within {_DASHBOARD_SECONDS:.0f} s: is the machine out of memory?"
+            )
+        time.sleep(0.3)
+
+
+def _tail(path: Path) -> str:
+    # Of a traceback, what stands at the margin says what happened.
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line and not line[0].isspace()]
+    return " | ".join(lines[-2:]) or "it wrote no log"

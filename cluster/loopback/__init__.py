@@ -1,0 +1,1 @@
+"""Keeps every server of a local cluster on loopback: `bind.c`, compiled and preloaded by `library`."""

@@ -1,0 +1,62 @@
+"""What a model is asked to be: plain values, checked for their range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DROPOUTS = ("off", "published")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to build.
+
+    Whether there is an encoder and a head of these names, and whether they can be built so, is the registry's to say
+    (`models.registry.check_config`).
+
+    Raises:
+        ValueError: If a number is out of range, or ``dropout`` is unknown.
+    """
+
+    encoder: str = "srcnn"
+    """Name of the multi-frame encoder, or "none"."""
+
+    head: str = "pnn"
+    """Name of the pansharpening head, or "none"."""
+
+    bands: int = 3
+    """Number of bands of the revisits and of the result, at least 1."""
+
+    revisits: int = 8
+    """Number R of revisits a sample, at least 1."""
+
+    hidden: int = 128
+    """Width D of the encoder's features; a multiple of zoom squared."""
+
+    zoom: int = 2
+    """Factor of the pixel shuffle, at least 1; the rest of the way to the output grid is bilinear."""
+
+    dropout: str = "off"
+    """Either "off" or "published": at the rates of the published training."""
+
+    published: bool = False
+    """Whether to compute and hold exactly what the published model does, parameters that nothing uses included, within
+    its limits of size, bands and revisits; docs/published.md says for each model what differs."""
+
+    kernel_freeze_step: int = 1000
+    """Optimizer steps after which ARConv keeps the kernel sizes it last chose; other heads ignore it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can have."""
+        if self.dropout not in DROPOUTS:
+            raise ValueError(f"dropout = {self.dropout!r} is unknown; known: {', '.join(DROPOUTS)}")
+        for field in ("bands", "revisits", "hidden", "zoom"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)} is out of range: it must be at least 1")
+        if self.kernel_freeze_step < 0:
+            raise ValueError(f"kernel_freeze_step = {self.kernel_freeze_step} is out of range: it must be 0 or more")
+        if self.hidden % self.zoom**2:
+            raise ValueError(
+                f"hidden = {self.hidden} cannot be shuffled into zoom = {self.zoom}: "
+                f"it must be a multiple of {self.zoom**2}"
+            )

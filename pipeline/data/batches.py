@@ -1,0 +1,142 @@
+"""Batches: chips as they are stored, gathered into memory that is used again, and what the network is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.chips import Layout, StoredChips, Variant, turn_and_flip
+from pipeline.data.scene_layout import Scene
+from pipeline.data.simulate import SIMULATORS, chip_generator
+
+BLANK = 0.3
+"""Reflectance of chips that are quarantined: any finite image does, since they weigh nothing."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chips of one rank, ready for the network; images are float32 reflectances."""
+
+    lr: Tensor
+    """[B, R, C, h, w] low-resolution revisits."""
+    pan: Tensor
+    """[B, 1, H, W] panchromatic image."""
+    hr: Tensor
+    """[B, C, H, W] target."""
+    revisit: Tensor
+    """[B] int64, the revisit that a head alone is given."""
+    weight: Tensor
+    """[B] float32: 1, or 0 for a chip that is quarantined and must count nothing."""
+    chips: tuple[int, ...]
+    """Chip numbers, 9 * sample + window."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        return [self.lr, self.pan, self.hr, self.revisit, self.weight]
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``."""
+        return self._with([tensor.to(device, non_blocking=True) for tensor in self.tensors], self.chips)
+
+    def split(self, size: int) -> list[Batch]:
+        """Return consecutive micro-batches of ``size`` chips."""
+        return [
+            self._with([tensor[first : first + size] for tensor in self.tensors], self.chips[first : first + size])
+            for first in range(0, len(self.chips), size)
+        ]
+
+    @staticmethod
+    def _with(tensors: Sequence[Tensor], chips: tuple[int, ...]) -> Batch:
+        lr, pan, hr, revisit, weight = tensors
+        return Batch(lr, pan, hr, revisit, weight, chips)
+
+
+def collate(batches: Sequence[Batch]) -> Batch:
+    """Join batches along the first axis."""
+    columns = [torch.cat(column) for column in zip(*(batch.tensors for batch in batches), strict=True)]
+    return Batch._with(columns, tuple(chip for batch in batches for chip in batch.chips))
+
+
+class StoredBatch:
+    """Memory for the chips of one batch, as they are stored; page-locked where a GPU copies from it."""
+
+    def __init__(self, layout: Layout, size: int, *, pin: bool = False) -> None:
+        """Take memory for ``size`` chips."""
+        self.layout = layout
+        shape = (size, layout.chip_bytes)
+        # numpy asks for huge pages where torch does not.
+        self.memory = (
+            torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            if pin
+            else torch.from_numpy(np.empty(shape, np.uint8))
+        )
+        """[B, chip_bytes] each chip as bytes."""
+        self.lr, self.hr, self.pan = layout.tensors(self.memory)
+        """[B, R, C, h, w], [B, C, H, W] and [B, 1, H, W], views of it."""
+        self.weight = torch.ones(size, pin_memory=pin)
+        """[B] 1, or 0 for a chip that is quarantined."""
+        self.chips: tuple[int, ...] = ()
+        self.variants: tuple[Variant, ...] = ()
+        self._stored = StoredChips(layout, self.memory)
+
+    def begin(self, chips: Sequence[int], variants: Sequence[Variant]) -> None:
+        """Say which chips come."""
+        self.chips, self.variants = tuple(chips), tuple(variants)
+        self.weight.fill_(1)
+
+    def put(self, slot: int, scene: Scene | None) -> None:
+        """Copy the chip of ``slot`` out of its scene; None leaves it blank, of weight 0."""
+        if scene is not None:
+            scene.copy(self.variants[slot].window, self._stored, slot)
+            return
+        for images in self._stored.images:
+            images[slot] = BLANK / self.layout.step
+        self.weight[slot] = 0
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on ``device``; the host does not wait for a copy to a GPU."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tuple[int, int]) -> Batch:
+    """Return a batch as the network is given it, in memory of its own on ``device``.
+
+    Turned, flipped and simulated there. On CUDA the copies are begun and not waited for.
+
+    Args:
+        stored: The chips.
+        device: Where the network is.
+        simulate: ``off``, or how revisits are made from the target (`pipeline.data.simulate`).
+        draw: Seed and epoch of the simulation.
+    """
+    images = stored.layout.tensors(stored.memory.to(device, non_blocking=True))
+    lr, hr, pan = (image.to(torch.float32) * stored.layout.step for image in images)
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for slot, variant in enumerate(stored.variants):
+        groups.setdefault((variant.quarter_turns, variant.flip), []).append(slot)
+    for (turns, flip), slots in groups.items():
+        if turns or flip:
+            chosen = send(torch.tensor(slots), device)
+            for image in (lr, hr, pan):
+                image[chosen] = turn_and_flip(image[chosen], turns, flip)
+    if simulator := SIMULATORS.get(simulate):
+        revisits, *_, rows, columns = stored.layout.lr
+        made = [
+            simulator(target, revisits, (rows, columns), chip_generator(*draw, chip))
+            for target, chip in zip(hr, stored.chips, strict=True)
+        ]
+        lr = torch.stack(made)
+    return Batch(
+        lr=lr,
+        pan=pan,
+        hr=hr,
+        revisit=send(torch.tensor([variant.revisit for variant in stored.variants]), device),
+        weight=stored.weight.to(device, copy=True, non_blocking=True),
+        chips=stored.chips,
+    )

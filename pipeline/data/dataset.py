@@ -1,0 +1,259 @@
+"""One split of a dataset, addressed by chip number."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from models.config import ModelConfig
+from models.registry import check_sizes
+from pipeline.config import DataConfig
+from pipeline.data.batches import Batch, StoredBatch, to_batch
+from pipeline.data.byte_ranges import Spans
+from pipeline.data.chips import COLUMNS, LR_CHIP, Layout, Variant, chip_window, training_draws, training_variant
+from pipeline.data.disk_cache import DiskCache
+from pipeline.data.scene_cache import Scenes
+from pipeline.data.scene_layout import Cut, Whole, clearest
+from pipeline.order import CHIPS_PER_SCENE, evaluation_slots
+from sharding.errors import UserError
+from sharding.format.index import HR_BANDS, SPLITS, Index
+from sharding.storage import open_storage
+
+EVALUATION_DRAW = (0, 0)
+"""Seed and epoch of the revisits simulated for evaluation: every run and every evaluation sees the same."""
+
+CPU = torch.device("cpu")
+
+
+class ChipDataset(Dataset[Batch]):
+    """One split of a dataset, addressed by chip number; also a map-style dataset of torch.
+
+    ``dataset[chip]`` is the chip as evaluation sees it, a `Batch` of one; `batches.collate` joins several. A pickled
+    copy, as torch's worker processes get, reads and holds scenes by itself.
+    """
+
+    def __init__(self, uri: str, split: str, config: DataConfig) -> None:
+        """Open the index.
+
+        Args:
+            uri: Folder or s3:// prefix of the dataset.
+            split: ``train``, ``val`` or ``test``.
+            config: Bounds of memory and disk, augmentation and simulation.
+
+        Raises:
+            UserError: No index there, no such split, or a folder for the cache that cannot be used.
+        """
+        if not uri:
+            raise UserError("data.uri is empty: name a dataset written by `satfusion shard`, as data.uri=URI")
+        self.storage = open_storage(uri)
+        self.index = Index.load(self.storage)
+        self.config = config
+        self.lr_size, hr_size = self._sizes()
+        self.scale = hr_size / self.lr_size
+        self.revisits = self.index.preparation.revisits
+        self._open_scenes()
+        self._choose(split)
+
+    def _open_scenes(self) -> None:
+        config = self.config
+        disk = DiskCache(Path(config.cache_dir), int(config.cache_dir_gib * 2**30)) if config.cache_dir else None
+        largest = max((entry.size for split in SPLITS for _, entry in self.index.samples(split)), default=0)
+        windows = [chip_window(chip, self.scale) for chip in range(CHIPS_PER_SCENE)]
+        self.scenes = Scenes(
+            Spans(self.storage, disk),
+            Whole(largest) if config.random_windows else Cut(self.layout, windows, largest),
+            config.cache_mib << 20,
+            # A pool that trains, one that evaluates, and who asks for a chip by its number.
+            2 * config.loader_threads + 1,
+            quarantine=config.damaged == "quarantine",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "scenes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_scenes()
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the sides of both grids, on which nine chips must have room."""
+        lr_size, hr_size = self.index.preparation.lr_size, self.index.preparation.hr_size
+        needed = COLUMNS * LR_CHIP
+        if lr_size is None or hr_size is None or lr_size < needed:
+            given = "--native" if lr_size is None else f"--lr-size {lr_size}"
+            raise UserError(
+                f"{self.storage.uri} was sharded with {given}, and nine chips of {LR_CHIP} px need scenes of at least "
+                f"{needed} px, all of one size: shard again with --lr-size {needed} or more"
+            )
+        return lr_size, hr_size
+
+    def _choose(self, split: str) -> None:
+        if split not in self.index.splits:
+            raise UserError(f"{self.storage.uri} has no split {split!r}: it has {', '.join(self.index.splits)}")
+        self.split = split
+        self.shards = self.index.splits[split]
+        self._places = self.index.samples(split)
+
+    def sibling(self, split: str) -> ChipDataset:
+        """Return another split of the same dataset, sharing index and scenes.
+
+        Raises:
+            UserError: No such split.
+        """
+        other = copy.copy(self)
+        other.scenes = self.scenes
+        other._choose(split)
+        return other
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Refuse a model of other bands or revisits than the samples hold, or that cannot take the chips' sizes.
+
+        Raises:
+            UserError: It names both numbers, or the size.
+        """
+        uri, bands = self.storage.uri, len(self.index.preparation.band_numbers)
+        if bands != HR_BANDS:
+            raise UserError(
+                f"{uri} holds {bands} bands of its revisits and {HR_BANDS} of its targets, and a model returns the "
+                "bands that it is given: shard again with --bands true_color"
+            )
+        if bands != model.bands:
+            raise UserError(f"model.bands = {model.bands}, but {uri} holds {bands} bands: set model.bands={bands}")
+        if self.revisits != model.revisits:
+            raise UserError(
+                f"model.revisits = {model.revisits}, but {uri} holds {self.revisits} revisits a sample:"
+                f" set model.revisits={self.revisits} or shard again with --revisits {model.revisits}"
+            )
+        window = chip_window(0, self.scale)
+        try:
+            check_sizes(model, (window.size, window.size), (window.hr_size, window.hr_size))
+        except ValueError as error:
+            raise UserError(f"chips of {uri} do not fit: {error}") from None
+
+    @property
+    def layout(self) -> Layout:
+        """What a chip is."""
+        preparation, window = self.index.preparation, chip_window(0, self.scale)
+        return Layout(
+            lr=(self.revisits, len(preparation.band_numbers), window.size, window.size),
+            hr=(HR_BANDS, window.hr_size, window.hr_size),
+            dtype=getattr(torch, preparation.dtype),
+            step=preparation.step,
+        )
+
+    @property
+    def simulation(self) -> str:
+        """How revisits are made from the target, or ``off``."""
+        return self.config.simulate
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of the split."""
+        return len(self._places) * CHIPS_PER_SCENE
+
+    @property
+    def refetched(self) -> int:
+        """Samples that this process read once more, because they were damaged."""
+        return self.scenes.spans.refetched
+
+    @property
+    def quarantined_chips(self) -> int:
+        """Chips, of all splits, that this process met damaged and left out."""
+        return len(self.scenes.quarantined) * CHIPS_PER_SCENE
+
+    def __len__(self) -> int:
+        return self.num_chips
+
+    def __getitem__(self, chip: int) -> Batch:
+        if not -self.num_chips <= chip < self.num_chips:
+            raise IndexError(f"chip {chip} of {self.num_chips}")
+        return self.evaluation_batch(chip % self.num_chips)
+
+    def chip_id(self, chip: int) -> str:
+        """Return the chip's name, ``AOI/0..8``."""
+        return f"{self.aoi(chip)}/{chip % CHIPS_PER_SCENE}"
+
+    def aoi(self, chip: int) -> str:
+        """Return the name of the chip's AOI."""
+        return self._places[chip // CHIPS_PER_SCENE][1].aoi
+
+    def variant(self, chip: int, draws: npt.NDArray[np.uint64]) -> Variant:
+        """Return how training sees ``chip``; ``draws`` are the epoch's (`pipeline.data.chips.training_draws`)."""
+        return training_variant(
+            chip,
+            draws[chip],
+            lr_size=self.lr_size,
+            scale=self.scale,
+            revisits=self.revisits,
+            windows=self.config.random_windows,
+            turns=self.config.rotate_flip,
+        )
+
+    def evaluation_batch(self, chip: int, device: torch.device = CPU) -> Batch:
+        """Return ``chip`` as evaluation sees it: its own window, unturned, the clearest revisit for heads alone."""
+        stored = StoredBatch(self.layout, 1)
+        with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
+            revisit = clearest(scene) if scene else 0
+            stored.begin([chip], [Variant(chip_window(chip, self.scale), 0, False, revisit)])
+            stored.put(0, scene)
+        return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
+
+    def training_chip(self, chip: int, seed: int, epoch: int) -> Batch:
+        """Return ``chip`` as training sees it in ``epoch``, a batch of one."""
+        stored = StoredBatch(self.layout, 1)
+        self.gather([chip], [self.variant(chip, training_draws(self.num_chips, seed, epoch))], stored)
+        return to_batch(stored, CPU, self.simulation, (seed, epoch))
+
+    def gather(self, chips: Sequence[int], variants: Sequence[Variant], into: StoredBatch) -> None:
+        """Cut chips out of their scenes, reading those that are not held."""
+        into.begin(chips, variants)
+        for slot, chip in enumerate(chips):
+            with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
+                into.put(slot, scene)
+
+    @property
+    def scene_capacity(self) -> int:
+        """Scenes that memory holds at once."""
+        return self.scenes.capacity
+
+    def load(self, scenes: Sequence[int]) -> None:
+        """Read scenes of one shard that will be used soon, in their order there."""
+        shard, _ = self._places[scenes[0]]
+        self.scenes.load(shard, [self._places[scene][1] for scene in scenes])
+
+    def neighbourhood(self, scene: int) -> tuple[str, int]:
+        """Return what a scene has in common with those that are worth reading by the same request."""
+        shard, entry = self._places[scene]
+        return shard.name, entry.offset // (self.scenes.spans.request_bytes or 1)
+
+
+def evaluation_batches(
+    dataset: ChipDataset, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+) -> Iterator[tuple[Batch, bool]]:
+    """Yield this rank's chips of a split one by one, each with whether it counts.
+
+    Over all ranks each chip counts once, unless it is quarantined (see `evaluation_slots`).
+    """
+    with ThreadPoolExecutor(dataset.config.loader_threads, thread_name_prefix="evaluation") as pool:
+        slots = iter(evaluation_slots(dataset.num_chips, rank, world_size))
+        ahead: deque[tuple[Future[Batch], bool]] = deque()
+        try:
+            while True:
+                while len(ahead) <= dataset.config.loader_threads and (slot := next(slots, None)) is not None:
+                    ahead.append((pool.submit(dataset.evaluation_batch, slot[0], device), slot[1]))
+                if not ahead:
+                    return
+                future, counts = ahead.popleft()
+                batch = future.result()
+                yield batch, counts and bool(batch.weight[0])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

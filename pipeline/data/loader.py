@@ -1,0 +1,209 @@
+"""Training batches of one rank, prepared ahead by threads: `TrainLoader`."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import LifoQueue
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Dataset
+
+from pipeline.data.batches import Batch, StoredBatch, to_batch
+from pipeline.data.chips import training_draws
+from pipeline.data.dataset import CPU, ChipDataset
+from pipeline.data.prefetch import Prefetcher
+from pipeline.order import BatchPlan, Chips, OrderState, Shuffle, epoch_batches, rank_slots, steps_per_epoch
+from sharding.errors import UserError
+
+T = TypeVar("T")
+
+
+class TrainLoader:
+    """One rank's part of every global batch, prepared ahead by threads, from any step on.
+
+    Iterating yields the rest of the epoch and counts the steps; ``state_dict`` and ``load_state_dict`` carry the
+    position, of which every rank has the same, over to any other world.
+    """
+
+    def __init__(
+        self,
+        dataset: ChipDataset,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        device: torch.device = CPU,
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            dataset: A split; its configuration says how it is shuffled, and what is prepared ahead by how many threads.
+            plan: The global batch, and how many ranks share it.
+            rank: Which of them this is.
+            seed: Of order and augmentation.
+            device: Where batches are wanted.
+
+        Raises:
+            UserError: The split holds less than one global batch.
+        """
+        self.steps_per_epoch = steps_per_epoch(dataset.num_chips, plan.global_batch)
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"train.global_batch = {plan.global_batch} is more than the {dataset.num_chips} chips of"
+                f" split {dataset.split!r}: set it to {dataset.num_chips} or less"
+            )
+        self.dropped_chips = dataset.num_chips - self.steps_per_epoch * plan.global_batch
+        self.wait_seconds = 0.0
+        """How long the last batch was waited for."""
+        self.step = 0
+        """Global batches that were taken, over all epochs."""
+        self._dataset = dataset
+        self._plan = plan
+        self._rank = rank
+        self._seed = seed
+        self._config = dataset.config
+        self._shuffle = Shuffle(dataset.config.shuffle_window, dataset.config.lanes)
+        self._device = device
+        # Copies to a GPU go beside its computing.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._order: tuple[int, Chips] | None = None
+        self._order_state = OrderState(
+            dataset.index.digest,
+            dataset.split,
+            seed,
+            plan.global_batch,
+            self._shuffle.window,
+            self._shuffle.lanes,
+        )
+        # The last one given back is the next one taken: it may still be in the processor's cache.
+        self._memory: LifoQueue[StoredBatch] = LifoQueue()
+
+    def order(self, epoch: int) -> Chips:
+        """Return the global batches [steps, global_batch] of ``epoch``."""
+        if self._order is None or self._order[0] != epoch:
+            sizes = [len(shard.samples) for shard in self._dataset.shards]
+            digest = self._dataset.index.digest
+            self._order = (
+                epoch,
+                epoch_batches(sizes, digest, self._seed, epoch, self._plan.global_batch, self._shuffle),
+            )
+        return self._order[1]
+
+    def global_batch(self, epoch: int, step_in_epoch: int) -> list[str]:
+        """Return the names of the chips of a global batch, in slot order."""
+        return [self._dataset.chip_id(int(chip)) for chip in self.order(epoch)[step_in_epoch]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches from ``step`` to the end of its epoch; a batch that was yielded counts as taken."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        for batch in self.batches(epoch, first):
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what the order depends on; the same on every rank."""
+        return {
+            "step": self.step,
+            "order": vars(self._order_state),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader stood, of any rank of any world.
+
+        Raises:
+            UserError: Its order was another; the difference is named.
+        """
+        differences = OrderState(**state["order"]).differences(self._order_state)
+        if differences:
+            raise UserError(f"the state is of another {differences[0]}: resume with the same, or begin a new run")
+        self.step = int(state["step"])
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batch for each step of ``epoch`` from ``first_step`` (0-based in the epoch) on."""
+
+        def finish(stored: StoredBatch) -> Batch:
+            with torch.cuda.stream(self._stream):
+                batch = to_batch(stored, self._device, self._dataset.simulation, (self._seed, epoch))
+            if self._stream:
+                # Here, in a thread of its own, so that the memory of the stored chips may be used again.
+                self._stream.record_event().synchronize()
+            return batch
+
+        for batch in self._ahead(epoch, first_step, finish):
+            if self._stream:
+                for tensor in batch.tensors:
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+            yield batch
+
+    def stored_batches(self, epoch: int, first_step: int = 0) -> Iterator[StoredBatch]:
+        """Yield the same batches as they are stored, for those who convert by themselves.
+
+        Each is good until the next is asked for.
+        """
+        return self._ahead(epoch, first_step, lambda stored: stored)
+
+    def epoch_batches(self, epoch: int, first_step: int = 0) -> Dataset[Batch]:
+        """Return the batches of ``batches`` as a map-style dataset, for torch's own loader and its processes.
+
+        ``DataLoader(loader.epoch_batches(0), batch_size=None, num_workers=4)`` yields them in their order. Each worker
+        process reads and holds scenes by itself, up to ``data.cache_mib``.
+        """
+        slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
+        return _EpochBatches(self._dataset, slots, self._seed, epoch)
+
+    def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
+        """Yield ``finish`` of each batch, called in threads that are ahead of whoever takes them."""
+        slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
+        draws = training_draws(self._dataset.num_chips, self._seed, epoch)
+        memory = self._memory
+        # One that is taken, and those ahead.
+        while memory.qsize() <= min(len(slots), self._config.prefetch_batches):
+            memory.put(StoredBatch(self._dataset.layout, self._plan.per_rank, pin=self._stream is not None))
+
+        def prepare(chips: list[int]) -> T:
+            stored = memory.get()
+            self._dataset.gather(chips, [self._dataset.variant(chip, draws) for chip in chips], stored)
+            done = finish(stored)
+            if done is not stored:
+                memory.put(stored)
+            return done
+
+        with ThreadPoolExecutor(self._config.loader_threads, thread_name_prefix="loader") as pool:
+            ahead: deque[Future[T]] = deque()
+            scenes = Prefetcher(slots, self._dataset, pool, self._config.loader_threads)
+            batches = iter(enumerate(slots.tolist()))
+            try:
+                for _ in range(len(slots)):
+                    while len(ahead) < self._config.prefetch_batches and (coming := next(batches, None)) is not None:
+                        number, chips = coming
+                        scenes.need(number)
+                        ahead.append(pool.submit(prepare, chips))
+                        scenes.advance()
+                    began = time.perf_counter()
+                    batch = ahead.popleft().result()
+                    self.wait_seconds = time.perf_counter() - began
+                    yield batch
+                    if isinstance(batch, StoredBatch):
+                        memory.put(batch)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _EpochBatches(Dataset[Batch]):
+    """Batches by their number."""
+
+    def __init__(self, dataset: ChipDataset, slots: Chips, seed: int, epoch: int) -> None:
+        self._dataset, self._slots, self._draw = dataset, slots, (seed, epoch)
+        self._draws = training_draws(dataset.num_chips, seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, step: int) -> Batch:
+        chips = self._slots[step].tolist()
+        stored = StoredBatch(self._dataset.layout, len(chips))
+        self._dataset.gather(chips, [self._dataset.variant(chip, self._draws) for chip in chips], stored)
+        return to_batch(stored, CPU, self._dataset.simulation, self._draw)

@@ -1,0 +1,92 @@
+"""Scenes are read ahead of the batches that need them, neighbours in a shard together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.order import CHIPS_PER_SCENE, Chips
+
+
+class SceneSource(Protocol):
+    """What prefetching needs to know of a dataset."""
+
+    @property
+    def scene_capacity(self) -> int:
+        """Scenes that memory holds at once."""
+        ...
+
+    def neighbourhood(self, scene: int) -> tuple[str, int]:
+        """Return what a scene has in common with those that are worth reading by the same request."""
+        ...
+
+    def load(self, scenes: Sequence[int]) -> None:
+        """Read scenes of one neighbourhood into memory, in their order in the shard."""
+        ...
+
+
+class Prefetcher:
+    """Reads scenes ahead of the batches that need them, in the order in which they will be needed."""
+
+    def __init__(self, slots: Chips, source: SceneSource, pool: ThreadPoolExecutor, threads: int) -> None:
+        """Plan the reading.
+
+        Args:
+            slots: [steps, per_rank] chips of the batches that come.
+            source: Reads scenes.
+            pool: Runs the reading.
+            threads: Threads of ``pool``.
+        """
+        scenes, first = np.unique(slots // CHIPS_PER_SCENE, return_index=True)
+        order = np.argsort(first)
+        self._coming = scenes[order].tolist()
+        self._needed_at = (first[order] // max(1, slots.shape[1])).tolist()
+        self._places = {scene: place for place, scene in enumerate(self._coming)}
+        self._neighbours: dict[tuple[str, int], list[int]] = {}
+        for scene in scenes.tolist():
+            self._neighbours.setdefault(source.neighbourhood(scene), []).append(scene)
+        self._begun: set[int] = set()
+        self._source, self._pool = source, pool
+        # What is read ahead must not push out what is in use.
+        self._reach = source.scene_capacity // 2
+        self._busy = 2 * max(threads, slots.shape[1])
+        self._reading: deque[tuple[Future[None], int]] = deque()
+        self._used = self._next = 0
+
+    def need(self, batch: int) -> None:
+        """Begin to read what ``batch`` is the first to need; called before it is prepared, of each in turn."""
+        last = self._last()
+        while self._next < last and self._needed_at[self._next] <= batch:
+            self._begin(last)
+        while self._used < len(self._coming) and self._needed_at[self._used] <= batch:
+            self._used += 1
+
+    def advance(self) -> None:
+        """Begin to read what is needed after the batches that are being prepared."""
+        self._next = max(self._next, self._used)
+        while self._reading and self._reading[0][0].done():
+            self._reading.popleft()
+        last = self._last()
+        # Not too many, for the batches to come wait behind them.
+        while self._next < last and sum(scenes for _, scenes in self._reading) < self._busy:
+            self._begin(last)
+
+    def _last(self) -> int:
+        return min(len(self._coming), self._used + self._reach)
+
+    def _begin(self, last: int) -> None:
+        """Read the next scene, unless that has begun, with those beside it that are needed before place ``last``."""
+        if self._coming[self._next] not in self._begun:
+            together = self._together(self._coming[self._next], last)
+            self._begun.update(together)
+            self._reading.append((self._pool.submit(self._source.load, together), len(together)))
+        self._next += 1
+
+    def _together(self, scene: int, last: int) -> list[int]:
+        """Return a scene and those beside it that are needed before place ``last`` too, in their order in the shard."""
+        neighbours = self._neighbours[self._source.neighbourhood(scene)]
+        return [other for other in neighbours if self._used <= self._places[other] < last and other not in self._begun]

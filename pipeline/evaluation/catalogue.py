@@ -1,0 +1,96 @@
+"""Every model there is and what it costs, as a table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from models.config import ModelConfig
+from models.contracts import Stage
+from models.cost import Cost, cost
+from models.published import count_parameters
+from models.registry import ENCODERS, HEADS, all_pairs, build_model, check_sizes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table."""
+
+    config: ModelConfig
+    """The model."""
+    cost: Cost | None
+    """What it costs as we build it; None where it cannot take these sizes."""
+    published_parameters: int | None
+    """Parameters of its published form, idle ones included; None where that cannot be what is asked."""
+
+
+def catalogue(like: ModelConfig, lr_size: int, hr_size: int) -> Iterator[Entry]:
+    """Yield every pair, encoder and head, otherwise as ``like``, at a chip of these sides in pixels."""
+    for encoder, head in all_pairs():
+        yield entry(replace(like, encoder=encoder, head=head), lr_size, hr_size)
+
+
+def entry(config: ModelConfig, lr_size: int, hr_size: int) -> Entry:
+    """Return one model's line of it."""
+    lr, pan = (lr_size, lr_size), (hr_size, hr_size)
+    try:
+        found = cost(config, lr, pan)
+    except ValueError:
+        found = None
+    try:
+        published = replace(config, published=True)
+        check_sizes(published, lr, pan)
+        with torch.device("meta"):
+            return Entry(config, found, count_parameters(build_model(published)))
+    except ValueError:
+        return Entry(config, found, None)
+
+
+HEADINGS = ("encoder", "head", "parameters", "published", "GFLOP", "activations, MiB")
+
+
+def cells(of: Entry) -> tuple[str, ...]:
+    """Return what HEADINGS name; a dash stands for what there is not."""
+    published = "-" if of.published_parameters is None else f"{of.published_parameters:,}"
+    names = (of.config.encoder, of.config.head)
+    if of.cost is None:
+        return (*names, "-", published, "-", "-")
+    flops, memory = f"{of.cost.flops / 1e9:.1f}", f"{of.cost.activation_bytes / 2**20:,.0f}"
+    return (*names, f"{of.cost.parameters:,}", published, flops, memory)
+
+
+def as_text(texts: Sequence[str]) -> str:
+    """Return cells or headings as a line for a terminal."""
+    encoder, head, *numbers = texts
+    return f"{encoder:<12}{head:<12}" + "".join(f"{number:>18}" for number in numbers)
+
+
+def as_markdown(entries: Sequence[Entry], lr_size: int, hr_size: int) -> str:
+    """Return the page docs/models.md: what each stage is, then the table of ``entries``."""
+    like = entries[0].config
+    stages: list[tuple[str, type[Stage]]] = [*ENCODERS.items(), *HEADS.items()]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "Written by `satfusion models --markdown`, for the sizes below.",
+            "",
+            *(f"- **{name}**: {' '.join((inspect.getdoc(kind) or '').split())}" for name, kind in stages),
+            "",
+            "Costs of one chip:",
+            f"{like.revisits} revisits of {like.bands} x {lr_size} x {lr_size}, PAN of {hr_size} x {hr_size}, width"
+            f" {like.hidden}, zoom {like.zoom}.",
+            "*Parameters* are those that are trained, *published* all that the published code holds, idle ones too.",
+            "GFLOP are of a forward pass: two operations a multiply-add of convolutions, matrix products, attention",
+            "and scans, the rest left out. *Activations* are what it keeps in float32 for the backward pass.",
+            "ARConv chooses its kernels while it trains, and is counted with the 3 x 3 ones it begins with.",
+            "",
+            f"| {' | '.join(HEADINGS)} |",
+            "|---|---|" + "---:|" * (len(HEADINGS) - 2),
+            *(f"| {' | '.join(cells(entry))} |" for entry in entries),
+            "",
+        ]
+    )

@@ -1,0 +1,275 @@
+"""A checkpoint against a held-out split, beside two baselines that never learned anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.config import ModelConfig
+from models.published import identify, load_published, read_published
+from models.registry import build_model, parse_pair
+from pipeline.config import DataConfig
+from pipeline.data import ChipDataset, evaluation_batches
+from pipeline.data.batches import Batch
+from pipeline.order import CHIPS_PER_SCENE
+from pipeline.quality.metrics import ADJUSTED, METRICS, image_metrics
+from pipeline.quality.registration import Mode
+from pipeline.reporting.panels import panel
+from pipeline.training.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
+from sharding.errors import UserError
+from sharding.progress import progress
+from sharding.storage import Storage, open_storage
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("fused", "bicubic_clearest", "bicubic_median")
+COLUMNS = tuple(name + suffix for suffix in ("", ADJUSTED) for name in METRICS)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one checkpoint on one split."""
+
+    checkpoint: str
+    """Folder name of the checkpoint."""
+    split: str
+    """``train``, ``val`` or ``test``."""
+    simulation: str
+    """How revisits were made from the truth, or ``off``."""
+    registration: Mode
+    """How predictions were registered to the truth."""
+    chips: list[dict[str, object]]
+    """A row a chip and method: ``aoi chip method`` and COLUMNS."""
+    folder: str
+    """Where the CSVs and panels were written."""
+
+    def means(self, method: str) -> dict[str, float]:
+        """Return the mean of every column over the chips, for one method."""
+        rows = [row for row in self.chips if row["method"] == method]
+        return {column: _mean([row[column] for row in rows]) for column in COLUMNS}
+
+    def margin(self, column: str) -> tuple[float, float]:
+        """Return the mean of ``column`` for the fused image and for the better of the baselines (higher is better)."""
+        fused, *others = (self.means(method)[column] for method in METHODS)
+        return fused, max(others)
+
+    def table(self) -> str:
+        """Return the table that the command prints: a line a method, raw then adjusted."""
+        lines = [
+            f"split {self.split}, checkpoint {self.checkpoint}, {self.registration} registration,"
+            f"{'' if self.simulation == 'off' else f' simulated revisits ({self.simulation}),'}"
+            f" {len(self.chips) // len(METHODS)} chips",
+            f"{'':18}" + "".join(f"{name:>10}" for name in (*METRICS, *(f"{name}*" for name in METRICS))),
+        ]
+        for method in METHODS:
+            means = self.means(method)
+            lines.append(f"{method:18}" + "".join(f"{means[column]:>10.4g}" for column in COLUMNS))
+        lines.append("* after bias adjustment to the truth's band means; psnr in dB, sam in degrees, ergas in percent")
+        return "\n".join(lines)
+
+
+def evaluate_run(
+    uri: str, split: str, which: str, *, data_uri: str = "", registration: Mode = "centred", panels: int = 9
+) -> Evaluation:
+    """Evaluate a checkpoint of a run and write the figures into the run folder, below ``evaluation/``.
+
+    Args:
+        uri: Run folder.
+        split: Split of the dataset.
+        which: ``best`` (least validation loss), ``last`` or a step.
+        data_uri: Dataset, where it is not the run's own.
+        registration: ``centred`` or ``published``.
+        panels: Chips drawn as PNG, the first ones of the split.
+
+    Raises:
+        UserError: No such run, checkpoint or dataset.
+    """
+    run = open_storage(uri)
+    checkpoint = read_checkpoint(run, select_checkpoint(run, which))
+    network = load_network(checkpoint)
+    # The nodes' disk cache is not this machine's, and every sample is read once.
+    data = replace(checkpoint.config.data, cache_dir="")
+    dataset = _open_split(data_uri or data.uri, split, data)
+    dataset.check_fits(checkpoint.config.model)
+    name = _folder_name(checkpoint.name, dataset, registration)
+    digest = dataset.index.digest
+    if digest != checkpoint.position.index_digest:
+        logger.warning(
+            "%s is not the dataset that %s was trained on: its %s AOIs may be among the trained ones",
+            dataset.storage.uri,
+            checkpoint.name,
+            dataset.split,
+        )
+        name += f"-{digest[:8]}"
+    return _measure(network, dataset, checkpoint.name, run.child(f"evaluation/{name}"), registration, panels)
+
+
+def evaluate_published(
+    path: Path,
+    pair: str,
+    data_uri: str,
+    split: str,
+    output: str,
+    *,
+    simulate: str = "off",
+    registration: Mode = "centred",
+    panels: int = 9,
+) -> Evaluation:
+    """Evaluate a checkpoint of the published code, and write the figures below the folder ``output``.
+
+    Bands and revisits are the dataset's; width and zoom the published ones.
+
+    Args:
+        path: The file, see `models.published.read_published`.
+        pair: ``ENCODER+HEAD``.
+        data_uri: Dataset.
+        split: Split of the dataset.
+        output: Folder or s3:// prefix.
+        simulate: How revisits are made from the target, as the later published trainings and tests do; ``off`` takes
+            the dataset's.
+        registration: ``centred`` or ``published``.
+        panels: Chips drawn as PNG, the first ones of the split.
+
+    Raises:
+        UserError: The file is unreadable, of another model, or holds pickled code; no such model or dataset.
+    """
+    try:
+        encoder, head = parse_pair(pair)
+        state = read_published(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    dataset = _open_split(data_uri, split, DataConfig(simulate=simulate))
+    bands = len(dataset.index.preparation.band_numbers)
+    try:
+        config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    dataset.check_fits(config)
+    network = build_model(config)
+    try:
+        load_published(network, state)
+    except ValueError as error:
+        known = identify(state, config)
+        advice = f"; it is one of {known}" if known and known != f"{encoder}+{head}" else ""
+        raise UserError(
+            f"{path} does not fit {encoder}+{head} at {dataset.revisits} revisits: {error}{advice}"
+        ) from None
+    # What training has stored, as in the published test, which came after training in the same process.
+    network.at_step(config.kernel_freeze_step)
+    name = f"{encoder}+{head}-{path.stem}"
+    folder = f"{_folder_name(name, dataset, registration)}-{dataset.index.digest[:8]}"
+    return _measure(network, dataset, name, open_storage(output).child(folder), registration, panels)
+
+
+def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
+    dataset = ChipDataset(uri, split, config)
+    if dataset.num_chips == 0:
+        raise UserError(f"split {split!r} of {dataset.storage.uri} is empty: name another with --split")
+    return dataset
+
+
+def _measure(
+    network: nn.Module, dataset: ChipDataset, name: str, folder: Storage, registration: Mode, panels: int
+) -> Evaluation:
+    """Run the split through the network, and write rows and panels into ``folder``, emptied first."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device).eval()
+    # Of an evaluation before, nothing else: the folder may be one of the user's own.
+    for stored in folder.list():
+        if re.fullmatch(r"chips\.csv|aois\.csv|table\.txt|panel-\d+\.png", stored.key):
+            folder.delete(stored.key)
+    rows: list[dict[str, object]] = []
+    with progress(dataset.num_chips, f"evaluating {name}", "chip") as bar:
+        for number, (batch, counts) in enumerate(evaluation_batches(dataset, device=device)):
+            bar.update()
+            if not counts:
+                logger.warning("left out of the figures: %s is quarantined", dataset.chip_id(batch.chips[0]))
+                continue
+            with torch.no_grad():
+                fused = network(batch.lr, batch.pan, batch.revisit).fused.float()
+            images = {"fused": fused, **baselines(batch)}
+            chip = batch.chips[0]
+            for method in METHODS:
+                metrics = image_metrics(images[method], batch.hr, registration)
+                place = {"aoi": dataset.aoi(chip), "chip": chip % CHIPS_PER_SCENE, "method": method}
+                rows.append(place | {column: metrics[column].item() for column in COLUMNS})
+            if number < panels:
+                _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
+    if not rows:
+        raise UserError(
+            f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: mend the dataset with"
+            " `satfusion shard`, which makes again what is damaged"
+        )
+    result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, folder.uri)
+    _write_csvs(folder, rows)
+    folder.write("table.txt", result.table().encode())
+    return result
+
+
+def _folder_name(checkpoint: str, dataset: ChipDataset, registration: Mode) -> str:
+    """Name what was measured: split and checkpoint, and what is not as usual."""
+    name = f"{dataset.split}-{checkpoint}"
+    if registration != "centred":
+        name += f"-{registration}"
+    return name if dataset.simulation == "off" else f"{name}-{dataset.simulation}"
+
+
+def load_network(checkpoint: Checkpoint) -> nn.Module:
+    """Return the checkpoint's network with its weights."""
+    network = build_model(checkpoint.config.model)
+    network.load_state_dict(checkpoint.state.weights)
+    network.at_step(checkpoint.position.step)
+    return network
+
+
+def baselines(batch: Batch) -> dict[str, Tensor]:
+    """Return what needs no network: bicubic of the clearest revisit, and of the per-pixel median of the revisits.
+
+    The median of an even number of revisits is the mean of the middle two. [B, C, H, W] each.
+    """
+    size = batch.hr.shape[-2:]
+    clearest = batch.lr[torch.arange(len(batch.chips)), batch.revisit]
+    median = batch.lr.quantile(0.5, dim=1)
+
+    def bicubic(image: Tensor) -> Tensor:
+        return functional.interpolate(image, size=size, mode="bicubic", align_corners=False)
+
+    return {"bicubic_clearest": bicubic(clearest), "bicubic_median": bicubic(median)}
+
+
+def _write_panel(folder: Storage, name: str, batch: Batch, fused: Tensor, title: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(panel(batch, fused, title)).save(buffer, format="PNG")
+    folder.write(name, buffer.getvalue())
+
+
+def _write_csvs(folder: Storage, rows: list[dict[str, object]]) -> None:
+    by_aoi: list[dict[str, object]] = []
+    for key in dict.fromkeys((row["aoi"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["aoi"], row["method"]) == key]
+        means = {column: _mean([row[column] for row in own]) for column in COLUMNS}
+        by_aoi.append({"aoi": key[0], "method": key[1], "chips": len(own)} | means)
+    folder.write("chips.csv", _csv(rows))
+    folder.write("aois.csv", _csv(by_aoi))
+
+
+def _csv(rows: list[dict[str, object]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _mean(values: list[object]) -> float:
+    return float(np.mean(np.asarray(values, dtype=np.float64)))

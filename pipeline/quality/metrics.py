@@ -1,0 +1,68 @@
+"""Image quality of each sample, as predicted and after bias adjustment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.quality.losses import bias_adjust
+from pipeline.quality.registration import Mode, register
+from pipeline.quality.similarity import spectral_cosine, ssim_map, widen
+
+METRICS = ("mse", "mae", "psnr", "ssim", "sam", "ergas")
+"""Names of the metrics: reflectance squared, reflectance, decibels, 0 to 1, degrees, percent."""
+
+ADJUSTED = "_adjusted"
+"""Suffix of the metrics after bias adjustment."""
+
+SSIM_TAPS = 11
+RESOLUTION_RATIO = 1 / 4
+"""ERGAS's ratio of pixel sizes, high resolution to low, as published for WorldStrat."""
+
+
+@torch.no_grad()
+def image_metrics(prediction: Tensor, target: Tensor, registration: Mode = "centred") -> dict[str, Tensor]:
+    """Compare fused images with the truth.
+
+    Each set of metrics registers the images anew: removing a bias may change the shift that fits best.
+    Averages over samples are means of these figures; for PSNR too, so not the PSNR of the mean error.
+
+    Args:
+        prediction: Fused images [B, C, H, W], reflectance.
+        target: High-resolution images of the same shape.
+        registration: As in :func:`pipeline.quality.registration.register`.
+
+    Returns:
+        A tensor [B] for each name of ``METRICS``, and for each with the suffix ``_adjusted``. PSNR is
+        infinite where the images are equal.
+
+    Raises:
+        UserError: If the images are smaller than 11 px, or the registration is unknown.
+        ValueError: If the shapes differ.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        prediction, target = widen(prediction), widen(target)
+        raw = _compare(prediction, target, registration)
+        adjusted = _compare(bias_adjust(prediction, target), target, registration)
+    return raw | {name + ADJUSTED: value for name, value in adjusted.items()}
+
+
+def _compare(prediction: Tensor, target: Tensor, registration: Mode) -> dict[str, Tensor]:
+    pair = register(prediction, target, registration)
+    difference = pair.prediction - pair.target
+    mse = difference.square().mean(dim=(1, 2, 3))
+    angle = spectral_cosine(pair.prediction, pair.target).acos().rad2deg()
+    return {
+        "mse": mse,
+        "mae": difference.abs().mean(dim=(1, 2, 3)),
+        "psnr": -10 * mse.log10(),
+        "ssim": ssim_map(pair.prediction, pair.target, SSIM_TAPS, mirror=False).mean(dim=(1, 2, 3)),
+        "sam": angle.mean(dim=(1, 2)),
+        "ergas": _ergas(difference, pair.target),
+    }
+
+
+def _ergas(difference: Tensor, target: Tensor) -> Tensor:
+    """Relative error over bands (Wald, "Quality of high resolution synthesised images", 2000), percent."""
+    relative = difference.square().mean(dim=(2, 3)) / (target.mean(dim=(2, 3)).square() + 1e-8)
+    return 100 * RESOLUTION_RATIO * relative.mean(dim=1).sqrt()

@@ -1,0 +1,133 @@
+"""What training tells: TensorBoard events of each rank and of all ranks together, metrics.csv, batches.csv."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.reporting.run_folder import TEMPORARY_SUFFIX, RunFolder
+
+AGGREGATE = "events/aggregate"
+
+
+def rank_folder(rank: int) -> str:
+    """Return the events folder of a rank, below the run folder."""
+    return f"events/rank-{rank}"
+
+
+class RankEvents:
+    """TensorBoard events of one rank."""
+
+    def __init__(self, run: RunFolder, rank: int, first_step: int) -> None:
+        """Open a new event file; readers drop what a killed process left of ``first_step`` and later."""
+        self._writer = _writer(run.local / rank_folder(rank), first_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars of a step."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._writer.close()
+
+
+class AggregateEvents:
+    """What rank 0 writes of all ranks: mean under the rank's own tag, least and greatest with a suffix."""
+
+    def __init__(self, run: RunFolder, first_step: int) -> None:
+        """Open a new event file (see `RankEvents`)."""
+        self._writer = _writer(run.local / AGGREGATE, first_step)
+
+    def scalars(
+        self, step: int, tags: Sequence[str], by_rank: Tensor, means: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """Write mean, minimum and maximum over ranks, and return the means by tag.
+
+        Args:
+            step: Optimizer step.
+            tags: Names of the columns.
+            by_rank: [ranks, tags] values.
+            means: The means, where they are not those of the ranks' values.
+        """
+        centre = dict(means) if means is not None else dict(zip(tags, by_rank.mean(0).tolist(), strict=True))
+        for suffix, values in (
+            ("", [centre[tag] for tag in tags]),
+            ("_min", by_rank.amin(0).tolist()),
+            ("_max", by_rank.amax(0).tolist()),
+        ):
+            for tag, value in zip(tags, values, strict=True):
+                self._writer.add_scalar(tag + suffix, value, step)
+        self._writer.flush()
+        return centre
+
+    def image(self, step: int, tag: str, image: npt.NDArray[np.uint8], folder: Path) -> None:
+        """Write an image [H, W, 3], and the same as ``<tag>-step-<n>.png`` below ``folder``."""
+        self._writer.add_image(tag, image, step, dataformats="HWC")
+        self._writer.flush()
+        path = folder / f"{tag}-step-{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._writer.close()
+
+
+class CsvLog:
+    """A growing CSV whose first column is the step; going on from a step drops the rows after it."""
+
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
+        """Open ``path`` for appending.
+
+        Args:
+            path: The file, created when absent.
+            columns: Header; the first column is the step.
+            last_step: Rows of later steps are removed, atomically.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before, kept = _read_rows(path, last_step)
+        # Values are matched by name: a version that knows other columns resumes the file without losing one.
+        self._columns = [*columns, *(column for column in before if column not in columns)]
+        rewritten = path.with_suffix(TEMPORARY_SUFFIX)
+        with rewritten.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self._columns)
+            writer.writerows([row.get(column, "") for column in self._columns] for row in kept)
+        os.replace(rewritten, path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+
+    def row(self, values: Mapping[str, object]) -> None:
+        """Append a row; columns without a value stay empty."""
+        self._writer.writerow([values.get(column, "") for column in self._columns])
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _read_rows(path: Path, last_step: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header of a CSV and its rows up to a step; a file that is not there has neither."""
+    if not path.exists():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    # A row that a kill cut short has fewer fields than the header.
+    whole = (row for row in rows if len(row) == len(header))
+    return header, [dict(zip(header, row, strict=True)) for row in whole if int(row[0]) <= last_step]
+
+
+def _writer(folder: Path, first_step: int) -> SummaryWriter:
+    folder.mkdir(parents=True, exist_ok=True)
+    return SummaryWriter(str(folder), purge_step=first_step)

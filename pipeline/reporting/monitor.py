@@ -1,0 +1,151 @@
+"""TensorBoard on runs anywhere: local folders directly, s3:// runs through a copy that follows them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.signals import sigterm_as_interrupt
+from sharding.errors import UserError
+from sharding.storage import LocalStorage, Storage, open_storage
+from sharding.storage.names import path_below
+
+logger = logging.getLogger(__name__)
+
+EVENTS = "events"
+# What a file system says of a name that is too long, or that is a folder's and a file's in the store.
+_NO_FILE_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
+
+class EventMirror:
+    """A local copy of a stored run's events; each call of `update` fetches what has grown."""
+
+    def __init__(self, run: Storage, folder: Path) -> None:
+        """Copy the events of ``run`` below ``folder``."""
+        self._events = run.child(EVENTS)
+        self._folder = folder
+        self._sizes: dict[str, int] = {}
+        self._skipped: set[str] = set()
+
+    def update(self) -> int:
+        """Fetch new and grown event files; return how many. A key that cannot be a file here is skipped.
+
+        Raises:
+            UserError: The store does not answer.
+        """
+        fetched = 0
+        for stored in self._events.list():
+            here = self._sizes.get(stored.key, 0)
+            if here == stored.size or stored.key in self._skipped:
+                continue
+            path = self._place(stored.key)
+            if path is None:
+                self._skipped.add(stored.key)
+                continue
+            # Event files only grow, and TensorBoard reads on from where it stopped in the file it holds open.
+            with path.open("ab") as file:
+                file.write(self._events.read_range(stored.key, here, stored.size - here))
+            self._sizes[stored.key] = stored.size
+            fetched += 1
+        return fetched
+
+    def _place(self, key: str) -> Path | None:
+        """Return the path of a key's copy, whose folder exists; None, with a warning, where it cannot be a file."""
+        try:
+            path = path_below(self._folder, key, self._events.uri)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except UserError as error:
+            logger.warning("not copied: %s", error)
+            return None
+        except OSError as error:
+            if error.errno not in _NO_FILE_NAME:
+                raise
+            logger.warning("not copied: %r of %s cannot be a file (%s)", key, self._events.uri, error.strerror)
+            return None
+        return path
+
+
+@contextmanager
+def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
+    """Yield a folder that TensorBoard can read: a link or a followed copy for each run.
+
+    Args:
+        uris: Run folders.
+        refresh_seconds: Pause between looks at stored runs.
+
+    Raises:
+        UserError: A URI holds no events, or a key that cannot be a file below the folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="satfusion-monitor-") as scratch:
+        root = Path(scratch)
+        mirrors: list[EventMirror] = []
+        runs = [open_storage(uri) for uri in uris]
+        for name, run in zip(_names(runs), runs, strict=True):
+            folder = path_below(root, name, "the runs")
+            stored = run.child(EVENTS).list()
+            if not stored:
+                raise UserError(f"{run.uri} holds no {EVENTS}/: name a run folder, as output.uri of a training has it")
+            if isinstance(run, LocalStorage):
+                folder.symlink_to((Path(run.uri) / EVENTS).resolve(), target_is_directory=True)
+                continue
+            for item in stored:
+                path_below(folder, item.key, f"{run.uri}/{EVENTS}")
+            mirrors.append(EventMirror(run, folder))
+            mirrors[-1].update()
+        stop = threading.Event()
+        follower = threading.Thread(target=_follow, args=(mirrors, refresh_seconds, stop), daemon=True)
+        follower.start()
+        try:
+            yield root
+        finally:
+            stop.set()
+            follower.join()
+
+
+def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -> int:
+    """Serve TensorBoard on ``uris`` until interrupted; return its exit status."""
+    program = shutil.which("tensorboard", path=str(Path(sys.executable).parent)) or "tensorboard"
+    with sigterm_as_interrupt(), event_folder(uris, refresh_seconds) as folder:
+        command = [program, "--logdir", str(folder), "--host", host, "--port", str(port)]
+        # Fresh events show within seconds, also in files that a resumed run has left behind.
+        command += ["--reload_interval", "5", "--reload_multifile", "true"]
+        # A session of its own, so that Ctrl-C reaches it through us alone.
+        server = subprocess.Popen(command, start_new_session=True)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _names(runs: Sequence[Storage]) -> list[str]:
+    """Return a folder name for each run: its last part, numbered where two are the same."""
+    names: list[str] = []
+    for run in runs:
+        place = str(Path(run.uri).resolve()) if isinstance(run, LocalStorage) else run.uri
+        base = place.rstrip("/").rsplit("/", 1)[-1] or "run"
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _follow(mirrors: Sequence[EventMirror], refresh_seconds: float, stop: threading.Event) -> None:
+    while mirrors and not stop.wait(refresh_seconds):
+        for mirror in mirrors:
+            try:
+                mirror.update()
+            except (UserError, OSError) as error:
+                logger.warning("events not refreshed, will try again: %s", error)

@@ -1,0 +1,113 @@
+"""The run folder: files that grow are written on local disk and, for s3:// runs, uploaded while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sharding.errors import UserError
+from sharding.storage import LocalStorage, open_storage
+from sharding.storage.names import path_below
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Of files that are about to be renamed; they are never uploaded."""
+
+
+class RunFolder:
+    """A run's files: ``storage`` for what is published whole, ``local`` for what grows.
+
+    For a local run both are the same folder. For an s3:// run ``local`` is a scratch folder of this process, whose
+    changed files are uploaded every ``sync_seconds`` by a thread, and once more on leaving the context.
+    """
+
+    def __init__(self, uri: str, sync_seconds: float) -> None:
+        """Open the run folder; nothing is created yet.
+
+        Raises:
+            UserError: The URI cannot be a run folder.
+        """
+        self.storage = open_storage(uri)
+        self._sync_seconds = sync_seconds
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if isinstance(self.storage, LocalStorage):
+            self.local = Path(self.storage.uri)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="satfusion-run-")
+            self.local = Path(self._scratch.name)
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._sending = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        """Start uploading, where the run is not local."""
+        if self._scratch is not None:
+            self._thread = threading.Thread(target=self._sync_forever, name="run-folder", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Upload what is left and stop; an error on the way out of the block is not hidden by one of the upload."""
+        if self._scratch is None:
+            return
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self.sync()
+        except UserError as unsent:
+            if error is None:
+                raise
+            logger.warning("the last events and metrics were not uploaded: %s", unsent)
+        finally:
+            self._scratch.cleanup()
+
+    def fetch(self, key: str) -> Path:
+        """Return the local path of ``key``, brought from the store first if it is there and not here."""
+        path = path_below(self.local, key, self.storage.uri)
+        if self._scratch is not None and not path.exists() and self.storage.exists(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.storage.read(key))
+        return path
+
+    def sync(self) -> None:
+        """Upload every local file that changed since it was last sent.
+
+        Raises:
+            UserError: The store does not take it.
+        """
+        if self._scratch is None:
+            return
+        with self._sending:
+            for path in sorted(self.local.rglob("*")):
+                self._send(path)
+
+    def _send(self, path: Path) -> None:
+        try:
+            stat = path.stat()
+            data_of = (stat.st_size, stat.st_mtime_ns)
+            key = path.relative_to(self.local).as_posix()
+            if path.suffix == TEMPORARY_SUFFIX or path.is_dir() or self._sent.get(key) == data_of:
+                return
+            # A copy, because an event file may grow while it is sent.
+            data = path.read_bytes()
+        except FileNotFoundError:  # replaced by a rename since it was listed; the next round meets the new one
+            return
+        self.storage.write(key, data)
+        self._sent[key] = data_of
+
+    def _sync_forever(self) -> None:
+        while not self._stop.wait(self._sync_seconds):
+            try:
+                self.sync()
+            except (UserError, OSError) as error:
+                # Training must outlive a store that is away for a while; the next round sends what this one did not.
+                logger.warning("run folder not synchronised, will try again: %s", error)

@@ -1,0 +1,237 @@
+"""Training by DeepSpeed at ZeRO 0 to 3, with its state in a form without ranks or stages."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.cpp_extension import _get_build_directory
+
+from models.satfusion import Fusion, SatFusion
+from pipeline.config import TrainConfig
+from pipeline.data.batches import Batch
+from pipeline.order import BatchPlan
+from pipeline.training.engine import (
+    MOMENTS,
+    ForwardPass,
+    TrainState,
+    clip_gradients,
+    lay_out,
+    make_adam,
+    make_moments,
+    plain_state,
+    to_cpu,
+    widened,
+)
+from pipeline.training.unused_parameters import IdleParameters
+from pipeline.world import World
+
+
+def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run; the optimizer is ours and stands beside it.
+
+    bf16 does not appear: it is autocast around the forward pass (`ForwardPass`), so that weights, gradients and their
+    reduction stay in fp32 at every ZeRO stage.
+    """
+    return {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.grad_accum,
+        # At stage 0 the engine clips by the norm that it logs; DeepSpeed would compute it again.
+        "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # Overlap would reorder sums from run to run.
+            "overlap_comm": False,
+            # Heads or encoders alone leave parameters without gradients.
+            "ignore_unused_parameters": True,
+        },
+        # DeepSpeed's own progress lines would repeat ours.
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        # Its throughput timer waits for the device twice a micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+class DeepSpeedEngine:
+    """Train one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020); see `pipeline.training.engine.Engine`."""
+
+    def __init__(
+        self,
+        network: SatFusion,
+        config: TrainConfig,
+        plan: BatchPlan,
+        world: World,
+        state: TrainState | None = None,
+    ) -> None:
+        """Wrap ``network`` (moved and partitioned in place).
+
+        Args:
+            network: The SatFusion network; every rank's weights must be equal.
+            config: Optimizer, precision, clipping and ZeRO stage.
+            plan: Micro-batch and accumulation.
+            world: This process's place.
+            state: Weights and moments to resume from.
+        """
+        deepspeed = import_deepspeed()
+        if state is not None:
+            # Before DeepSpeed copies the weights into its flat fp32 partitions.
+            network.load_state_dict(state.weights)
+        self._network = network
+        self._stage, self._clip_norm = config.zero_stage, config.clip_norm
+        self._rank, self._world_size, self._device = world.rank, world.size, world.device
+        self._adam = make_adam(network, config)
+        self._forward = ForwardPass(network, config, world.device.type)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
+        )
+        # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
+        lay_out(network, config)
+        self._grad_norm = torch.zeros((), device=world.device)
+        self._make_moments(state.step if state is not None else 0)
+        if state is not None and state.step > 0:
+            self._load_moments(state)
+        self._idle = IdleParameters(network.parameters(), self._adam, self._local_views)
+
+    def forward(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
+        self._engine.train()
+        return self._run(batch)
+
+    def _run(self, batch: Batch) -> Fusion:
+        return self._forward.images(self._engine(batch.lr, batch.pan, batch.revisit))
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
+        self._engine.backward(loss)
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self._grad_norm = clip_gradients(self._network, self._clip_norm)
+
+    def begin_step(self, step: int) -> None:
+        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        self._network.at_step(step)
+
+    def step(self, learning_rate: float) -> None:
+        """Count a micro-batch, and after the last of a global batch update the weights."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if boundary:
+            self._idle.begin()
+            if self._stage == 3:
+                # Where no new gradient comes, ZeRO 3 would take this step's for the next one's.
+                self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        if self._stage == 0:
+            return self._grad_norm
+        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._device)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] in evaluation mode, float32."""
+        self._engine.eval()
+        return widened(self._run(batch))
+
+    def state(self, step: int, *, moments: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
+        if self._stage == 0:
+            return plain_state(self._network, self._adam, step, moments=moments)
+        # Slow to import, and plain PyTorch trains without.
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights = {name: to_cpu(buffer) for name, buffer in self._network.named_buffers()}
+        gathered: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._network.named_parameters():
+            weights[name] = to_cpu(safe_get_full_fp32_param(parameter))
+            if not moments:
+                continue
+            shape = weights[name].shape
+            gathered[name] = {
+                moment: to_cpu(safe_get_full_optimizer_state(parameter, moment)).reshape(shape) for moment in MOMENTS
+            }
+        return TrainState(weights, gathered, step)
+
+    def _make_moments(self, step: int) -> None:
+        # The inner Adam makes its state at its first step; ours must stand there before that.
+        make_moments(self._adam, self._flat_parameters(), step)
+        if self._stage in (1, 2):
+            # Tells each parameter where its moments lie; DeepSpeed does it after its first step.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _load_moments(self, state: TrainState) -> None:
+        for name, parameter in self._network.named_parameters():
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, state.moments[name][moment].to(self._device))
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """Return the tensors the inner Adam steps on: the parameters, or this rank's flat fp32 partitions."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self._adam.param_groups for flat in group["params"]]
+
+    def _local_views(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return this rank's parts of a parameter's fp32 weight and moments, in place; none where it has no part."""
+        if self._stage == 0:
+            return [parameter.detach(), *(self._adam.state[parameter][moment] for moment in MOMENTS)]
+        if self._stage == 3:
+            return [self._engine.optimizer.get_local_fp32_param(parameter, key) for key in (None, *MOMENTS)]
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+        return [] if fragment is None else [fragment.get_hp_fragment(key) for key in (None, *MOMENTS)]
+
+    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+        from deepspeed import utils  # slow to import, and plain PyTorch trains without
+
+        if self._stage == 0:
+            self._adam.state[parameter][moment].copy_(value)
+        elif self._stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            # safe_set_full_* cuts past the end where a parameter does not divide by the ranks; partitions are padded.
+            part = utils.safe_get_local_optimizer_state(parameter, moment).numel()
+            padded = functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
+            own = padded.narrow(0, part * self._rank, part)
+            utils.safe_set_local_optimizer_state(parameter, own, moment)
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed with its device settled and its CPU op loaded, and without its chatter."""
+    # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It insists on this name; torchrun and Ray set it, a process alone or a test's group does not.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed  # slow to import, and plain PyTorch trains without
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        _load_cpu_op()
+    return deepspeed
+
+
+def _load_cpu_op() -> None:
+    """Load the op that DeepSpeed would load itself, but not for ever wait for a process that was killed at it.
+
+    Torch's lock is a file, which stays when its process dies; ours is the kernel's and ends with the process.
+    """
+    from deepspeed.accelerator import get_accelerator  # slow to import, and plain PyTorch trains without
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "satfusion.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load()

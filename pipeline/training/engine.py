@@ -1,0 +1,161 @@
+"""What trains a network: the calls the loop needs, its state by parameter name, and what both engines share.
+
+`DeepSpeedEngine` shards optimizer state, gradients and weights over ranks (ZeRO 0 to 3). `TorchEngine` is plain
+PyTorch: one process, or DistributedDataParallel. Both run the same forward pass and the same fused Adam, and hold the
+same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.satfusion import Fusion, SatFusion
+from pipeline.config import TrainConfig
+from pipeline.data.batches import Batch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What training needs to resume, by parameter name, the same whatever the engine, world size and ZeRO stage."""
+
+    weights: dict[str, Tensor]
+    """fp32 parameters and buffers by name."""
+    moments: dict[str, dict[str, Tensor]]
+    """Adam's fp32 ``exp_avg`` and ``exp_avg_sq`` by parameter name."""
+    step: int
+    """Optimizer steps taken."""
+
+
+class Engine(Protocol):
+    """One network in training. Nothing but `state` and `predict` makes the host wait for the device at ZeRO 0."""
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        ...
+
+    def forward(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
+        ...
+
+    def step(self, learning_rate: float) -> None:
+        """Count a micro-batch, and after the last of a global batch update the weights."""
+        ...
+
+    def predict(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] in evaluation mode, float32."""
+        ...
+
+    def state(self, step: int, *, moments: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
+        ...
+
+
+def lay_out(network: nn.Module, config: TrainConfig) -> None:
+    """Lay the weights out in memory as ``config`` asks; images follow at the first convolution."""
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_adam(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
+    """Return the optimizer: one kernel over all parameters, where a loop would launch several for each."""
+    return torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def make_moments(adam: torch.optim.Adam, parameters: Sequence[Tensor], step: int) -> None:
+    """Give the optimizer the state that it would make at its first step, as if ``step`` steps were taken."""
+    for parameter in parameters:
+        zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        taken = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+        adam.state[parameter] = {"step": taken, **zeros}
+
+
+def clip_gradients(network: nn.Module, bound: float) -> Tensor:
+    """Return the L2 norm of all gradients, a scalar on the device, and scale them down to ``bound`` unless it is 0."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if bound:
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), bound, norm)
+    return norm
+
+
+def plain_state(network: nn.Module, adam: torch.optim.Adam, step: int, *, moments: bool) -> TrainState:
+    """Return the state of a network whose parameters and moments are whole on this rank."""
+    weights = {name: to_cpu(value) for name, value in (*network.named_buffers(), *network.named_parameters())}
+    gathered: dict[str, dict[str, Tensor]] = {}
+    if moments:
+        for name, parameter in network.named_parameters():
+            gathered[name] = {moment: to_cpu(adam.state[parameter][moment]) for moment in MOMENTS}
+    return TrainState(weights, gathered, step)
+
+
+def to_cpu(value: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU, for a checkpoint."""
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+class ForwardPass(nn.Module):
+    """The network's forward pass: under bfloat16 autocast, and compiled in training, where ``config`` asks for it.
+
+    It is a module because DeepSpeed switches off an autocast outside of the module it is given.
+    """
+
+    def __init__(self, network: SatFusion, config: TrainConfig, device_type: str) -> None:
+        super().__init__()
+        self.network = network
+        self._device_type = device_type
+        self._bf16 = config.precision == "bf16"
+        self._compiled: Any = torch.compile(self._fuse, dynamic=False, fullgraph=True) if config.compile else None
+
+    def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
+        """Return the images that the network has: the result, then those of its stages."""
+        # Evaluation takes one chip at a time: another graph to compile, for a fraction of the run.
+        if self._compiled is not None and self.training and self.network.is_settled:
+            images: tuple[Tensor, ...] = self._compiled(lr, pan, revisit)
+            return images
+        return self._fuse(lr, pan, revisit)
+
+    def _fuse(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
+            fusion: Fusion = self.network(lr, pan, revisit)
+        # A plain tuple of tensors, because ZeRO 3 rebuilds outputs to hang its hooks on them.
+        return tuple(image for image in fusion if image is not None)
+
+    def images(self, outputs: Sequence[Tensor]) -> Fusion:
+        """Name what `forward` returned."""
+        fused, *stages = outputs
+        if len(stages) == 2:
+            return Fusion(fused, *stages)
+        # A stage alone is the result; ZeRO 3 returns it as a tensor of its own.
+        return Fusion(fused, fused if self.network.encoder else None, fused if self.network.head else None)
+
+
+def widened(images: Fusion) -> Fusion:
+    """Return images in float32."""
+    fused, mfif, msif = images
+    return Fusion(fused.float(), None if mfif is None else mfif.float(), None if msif is None else msif.float())
+
+
+def use_tf32(enabled: bool) -> None:
+    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, or forbid it.
+
+    PyTorch by itself allows it in convolutions alone.
+    """
+    precision = "tf32" if enabled else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

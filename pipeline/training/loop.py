@@ -1,0 +1,387 @@
+"""The training loop: fit, epoch, step. Every process of the group calls `run_training`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from models.registry import build_model
+from models.satfusion import Fusion
+from pipeline.config import RunConfig
+from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
+from pipeline.data.batches import Batch
+from pipeline.order import BatchPlan, random_words
+from pipeline.quality.losses import LossParts, fusion_loss
+from pipeline.quality.metrics import image_metrics
+from pipeline.reporting.events import rank_folder
+from pipeline.reporting.panels import panel
+from pipeline.reporting.run_folder import RunFolder
+from pipeline.reporting.run_logs import LOSS_TAGS, STEP_TAGS, VAL_TAGS, RunLogs
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    Position,
+    best_loss,
+    discard_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from pipeline.training.engine import use_tf32
+from pipeline.training.engines import make_engine
+from pipeline.training.profiling import StepProfiler
+from pipeline.training.resume import CONFIG_FILE, find_checkpoint, order_state
+from pipeline.training.schedule import learning_rate
+from pipeline.training.step_values import StepRow, StepValues
+from pipeline.world import World, join_world
+from sharding.errors import UserError
+from sharding.progress import Progress, progress
+from sharding.storage.retries import RETRIES
+
+logger = logging.getLogger(__name__)
+
+Image = npt.NDArray[np.uint8]
+Report = Callable[[Mapping[str, float]], None]
+
+
+class NonFiniteLossError(UserError):
+    """Training met a loss or gradient that is no number."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training came to."""
+
+    step: int
+    """Optimizer steps taken in all."""
+    best_loss: float | None
+    """Least validation loss."""
+
+
+def run_training(config: RunConfig, report: Report | None = None) -> TrainResult:
+    """Train, or go on from the run folder's newest checkpoint; call it in every process of the group.
+
+    Args:
+        config: The run.
+        report: Called on every rank with the validation metrics after each validation.
+
+    Returns:
+        What it came to, the same on every rank.
+
+    Raises:
+        UserError: The dataset, the run folder or the batch does not fit the configuration.
+        NonFiniteLossError: The loss or the gradient stopped being a number.
+    """
+    if config.train.threads_per_rank:
+        torch.set_num_threads(config.train.threads_per_rank)
+    use_tf32(config.train.tf32)
+    world = join_world()
+    plan = BatchPlan.create(config.train.global_batch, config.train.micro_batch, world.size)
+    train = ChipDataset(config.data.uri, "train", config.data)
+    val = train.sibling("val")
+    train.check_fits(config.model)
+    with RunFolder(config.output.uri, config.output.sync_seconds) as run:
+        checkpoint = find_checkpoint(run, config, train, world)
+        trainer = Trainer(config, world, plan, train, val, run, checkpoint)
+        return trainer.fit(report or (lambda metrics: None))
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        plan: BatchPlan,
+        train: ChipDataset,
+        val: ChipDataset,
+        run: RunFolder,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Build network and engine, and stand where ``checkpoint`` stood."""
+        self.config = config
+        self.world = world
+        self.plan = plan
+        self.run = run
+        self.train_set = train
+        self.val_set = val
+        self.loader = TrainLoader(train, plan, world.rank, config.train.seed, world.device)
+        if checkpoint:
+            order = order_state(checkpoint.config, checkpoint.position.index_digest)
+            self.loader.load_state_dict({"step": checkpoint.state.step, "order": vars(order)})
+        self.first_step = self.step + 1
+        # Of the weights that are kept, which a killed process may have found after its last full checkpoint.
+        self.best_loss = best_loss(run.storage, checkpoint) if checkpoint else None
+        self.total_steps = config.train.epochs * self.loader.steps_per_epoch
+        if config.train.max_steps:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+        torch.manual_seed(config.train.seed)
+        network = build_model(config.model).to(world.device)
+        self.engine = make_engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
+        self.loss: Callable[..., LossParts] = fusion_loss
+        if config.train.compile:
+            self.loss = torch.compile(fusion_loss, dynamic=False, fullgraph=True)
+        self.values = StepValues(world, config.train.log_every)
+        self._all_count = config.data.damaged == "stop"
+        self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)
+        self.profiler = StepProfiler(run.local / rank_folder(world.rank), world.rank, config.train.profile)
+        self._seed_generators(checkpoint)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, or being taken: the global batches that the loader gave."""
+        return self.loader.step
+
+    def fit(self, report: Report) -> TrainResult:
+        """Train to the last step, validating after each epoch and at the end."""
+        if self.step >= self.total_steps:
+            logger.info("the run is complete at step %d: raise train.epochs or train.max_steps to go on", self.step)
+            return TrainResult(self.step, self.best_loss)
+        self._announce()
+        logs = RunLogs(self.run, self.world, self.config.train, self.first_step)
+        try:
+            with progress(self.total_steps - self.step, "training", "step") if self.world.is_main else _Quiet() as bar:
+                while self.step < self.total_steps:
+                    self.train_epoch(self.step // self.loader.steps_per_epoch, logs, bar, report)
+        finally:
+            self.profiler.close()
+            logs.close()
+        return TrainResult(self.step, self.best_loss)
+
+    def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
+        """Train the rest of ``epoch``, then validate."""
+        shown: dict[str, str] = {}
+        for batch in self.loader:
+            self.train_step(batch, epoch)
+            self.profiler.step()
+            ends = self.step == self.total_steps
+            validates = ends or self.step % self.loader.steps_per_epoch == 0
+            saves = ends or self.step % self.config.train.checkpoint_every == 0
+            # Nothing is kept or validated before it is known that all losses up to here are numbers.
+            row = None
+            for row in self._arrived(everything=validates or saves):
+                shown = {"loss": f"{row.by_rank[:, 0].mean():.4g}"}
+                if row.step < self.step:
+                    logs.step(row.step, row.epoch, row.by_rank, {})
+            metrics = self.validate(logs) if validates else {}
+            if row is not None and row.step == self.step:
+                logs.step(row.step, row.epoch, row.by_rank, metrics)
+            if logs.wants_batches:
+                in_epoch = (self.step - 1) % self.loader.steps_per_epoch
+                logs.batch(self.step, epoch, self.loader.global_batch(epoch, in_epoch))
+            if saves:
+                self._save("step", self.config.train.keep_checkpoints)
+            if metrics:
+                report({"step": self.step, "epoch": epoch, **metrics})
+            bar.update(1, **shown)
+            if ends:
+                return
+
+    def train_step(self, batch: Batch, epoch: int) -> None:
+        """Take one optimizer step on this rank's part of the global batch; its values arrive later (`_arrived`).
+
+        At ZeRO 0 the host waits for the device nowhere in here.
+        """
+        began = time.perf_counter()
+        rate = learning_rate(self.step, self.loader.steps_per_epoch, self.total_steps, self.config.train)
+        self.engine.begin_step(self.step - 1)
+        counted = self._counted(batch)
+        sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
+        for micro in batch.split(self.plan.micro_batch):
+            parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss)
+            sums += torch.stack([(part.detach() * micro.weight).double().sum() for part in parts[: len(LOSS_TAGS)]])
+            self.engine.backward(self._mean(parts.total, micro.weight, counted))
+            self.engine.step(rate)
+        # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
+        values = sums * self.world.size / counted.clamp(min=1)
+        seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
+        data = self.loader.wait_seconds, RETRIES.total, self.train_set.refetched, self.train_set.quarantined_chips
+        known = [rate, self.plan.global_batch / seconds, *data]
+        measured = torch.cat([counted.reshape(1), values, self.engine.grad_norm.double().reshape(1)])
+        self.values.put(self.step, epoch, measured, known)
+
+    def _arrived(self, *, everything: bool) -> Iterator[StepRow]:
+        """Yield the steps whose values are there (`StepValues.arrived`), as [ranks, STEP_TAGS].
+
+        Raises:
+            NonFiniteLossError: On every rank, if any rank's loss or the gradient of a step is no number.
+            UserError: On every rank, if all chips of a step are quarantined.
+        """
+        for row in self.values.arrived(everything=everything):
+            counted, by_rank = row.by_rank[0, 0].item(), row.by_rank[:, 1:]
+            if counted == 0:
+                raise UserError(
+                    f"every chip of global batch {row.step} is quarantined: repair the dataset with `satfusion shard`,"
+                    " which builds damaged shards again"
+                )
+            if not by_rank.isfinite().all():
+                raise self._not_finite(row.step, row.epoch, by_rank)
+            yield StepRow(row.step, row.epoch, by_rank)
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """Return how many chips of the global batch count, a float64 scalar on the device."""
+        if self._all_count:
+            return self._global_batch
+        return self.world.sum_over_ranks(batch.weight.double().sum())
+
+    def _mean(self, losses: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+        """Return what the engine, which averages over micro-batches and ranks, turns into the mean over what counts."""
+        if self._all_count:
+            return losses.mean()
+        share = self.plan.grad_accum * self.world.size / counted.clamp(min=1)
+        return ((losses * weight).sum() * share).to(losses.dtype)
+
+    def _not_finite(self, step: int, epoch: int, by_rank: Tensor) -> NonFiniteLossError:
+        loss = by_rank[:, STEP_TAGS.index("train/loss")]
+        what = "gradient" if loss.isfinite().all() else "loss"
+        ranks = ", ".join(str(rank) for rank in (~by_rank.isfinite().all(1)).nonzero().flatten().tolist())
+        chips = self.loader.global_batch(epoch, (step - 1) % self.loader.steps_per_epoch)
+        self._discard_diverged(step)
+        return NonFiniteLossError(
+            f"{what} is not finite at step {step} on rank {ranks}; the global batch was {'; '.join(chips)}:"
+            " look at these chips or lower train.learning_rate"
+        )
+
+    def _discard_diverged(self, step: int) -> None:
+        """Remove the checkpoint of the step before: its update may be what diverged, and a restart would repeat it."""
+        if self.world.is_main:
+            discard_checkpoint(self.run.storage, f"step-{step - 1}")
+
+    def validate(self, logs: RunLogs) -> dict[str, float]:
+        """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""
+        rows: dict[int, list[float]] = {}
+        panels: dict[int, Image] = {}
+        for batch, counts in evaluation_batches(self.val_set, self.world.rank, self.world.size, self.world.device):
+            images = self.engine.predict(batch)
+            if not counts:
+                continue
+            chip = batch.chips[0]
+            rows[chip] = evaluation_row(images, batch, self.config)
+            if chip < self.config.output.panels:
+                panels[chip] = panel(batch, images.fused, self.val_set.chip_id(chip))
+        for drawn in self.world.gather_objects(panels):
+            for chip, image in drawn.items():
+                logs.panel(self.step, f"val/{chip}", image)
+        metrics = self._merge_validation(rows, logs)
+        if not math.isfinite(metrics["val/loss"]):
+            raise NonFiniteLossError(
+                f"validation loss is not finite after step {self.step}: the weights diverged; lower train.learning_rate"
+            )
+        if self.best_loss is None or metrics["val/loss"] < self.best_loss:
+            self.best_loss = metrics["val/loss"]
+            self._save("best", keep=1)
+        if self.world.is_main:
+            logger.info("step %d: validation %s", self.step, _shown(metrics))
+        return metrics
+
+    def _merge_validation(self, rows: Mapping[int, list[float]], logs: RunLogs) -> dict[str, float]:
+        everyone: dict[int, list[float]] = {}
+        for part in self.world.gather_objects(rows):
+            everyone.update(part)
+        if not everyone:
+            raise UserError(
+                f"split {self.val_set.split!r} of {self.val_set.storage.uri} is empty or quarantined whole, so nothing"
+                " says which weights are best: run `satfusion shard` again, which mends what is damaged"
+            )
+        # Summed in chip order, so that the figures do not depend on who computed which.
+        table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
+        metrics = dict(zip(VAL_TAGS, table.mean(0).tolist(), strict=True))
+        own = torch.tensor(list(rows.values()), dtype=torch.float64).reshape(-1, len(VAL_TAGS))
+        by_rank = self.world.gather(own.mean(0).tolist())
+        if table.isfinite().all():
+            logs.validation(self.step, metrics, by_rank)
+        return metrics
+
+    def _save(self, kind: str, keep: int) -> None:
+        state = self.engine.state(self.step, moments=kind == "step")
+        # What is logged of the steps before must be in the store before the checkpoint that makes them past.
+        self.run.sync()
+        generators = self.world.gather_objects(_generators(self.world))
+        if not self.world.is_main:
+            return
+        position = Position(self.step, self.best_loss, self.train_set.index.digest, self.world.size)
+        name = f"{kind}-{self.step}"
+        save_checkpoint(self.run.storage, name, self.config, position, state, generators)
+        prune_checkpoints(self.run.storage, kind, self.step, keep)
+        logger.info("checkpoint %s written", name)
+
+    def _seed_generators(self, checkpoint: Checkpoint | None) -> None:
+        # Dropout draws differ between ranks, and go on exactly where the same world stood.
+        if checkpoint and checkpoint.position.world_size == self.world.size:
+            states = checkpoint.generators[self.world.rank]
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and self.world.device.type == "cuda":
+                torch.cuda.set_rng_state(states["cuda"])
+            return
+        word = random_words(1, self.config.train.seed, self.step, self.world.rank, "generator")[0]
+        torch.manual_seed(int(word) >> 1)
+
+    def _announce(self) -> None:
+        if not self.world.is_main:
+            return
+        environment = {
+            "world_size": self.world.size,
+            "device": str(self.world.device.type),
+            "threads_per_rank": torch.get_num_threads(),
+            "micro_batch": self.plan.micro_batch,
+            "grad_accum": self.plan.grad_accum,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "index_digest": self.train_set.index.digest,
+        }
+        record = self.config.to_dict() | {"environment": environment}
+        self.run.storage.write(CONFIG_FILE, json.dumps(record, indent=1).encode())
+        logger.info(
+            "%d ranks, %d threads each, micro batch %d x %d accumulated; %d steps an epoch, %d chips of each epoch's"
+            " tail dropped; %s step %d of %d",
+            self.world.size,
+            torch.get_num_threads(),
+            self.plan.micro_batch,
+            self.plan.grad_accum,
+            self.loader.steps_per_epoch,
+            self.loader.dropped_chips,
+            "going on after" if self.step else "starting at",
+            self.step,
+            self.total_steps,
+        )
+
+
+def evaluation_row(images: Fusion, batch: Batch, config: RunConfig) -> list[float]:
+    """Return the values of VAL_TAGS for a batch of one chip."""
+    loss = fusion_loss(images, batch.hr, config.loss).total
+    metrics = image_metrics(images.fused, batch.hr, config.loss.registration)
+    return [loss.item(), *(metrics[tag.removeprefix("val/")].item() for tag in VAL_TAGS[1:])]
+
+
+class _Quiet:
+    """Progress of the ranks that show none."""
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        pass
+
+
+def _generators(world: World) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    names = ("val/loss", "val/psnr", "val/psnr_adjusted", "val/ssim")
+    return ", ".join(f"{name.removeprefix('val/')} {metrics[name]:.4g}" for name in names)

@@ -1,0 +1,82 @@
+"""A run folder that holds a run already: its newest checkpoint, or the refusal of another run."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from pipeline.config import RunConfig
+from pipeline.data.dataset import ChipDataset
+from pipeline.order import OrderState
+from pipeline.reporting.run_folder import RunFolder
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.world import World
+from sharding.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+SPLIT = "train"
+"""The split that runs train on."""
+
+
+def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, world: World) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None; all ranks call it together.
+
+    Raises:
+        UserError: The run folder holds another run, or is not shared by all nodes.
+    """
+    checkpoint = newest_checkpoint(run.storage)
+    name = checkpoint.name if checkpoint else None
+    if set(world.gather_objects(name)) != {name}:
+        raise UserError(
+            f"ranks see different checkpoints in {run.storage.uri}: the run folder must be shared by all nodes;"
+            " use s3:// or a network file system"
+        )
+    if checkpoint:
+        before: tuple[RunConfig, str] | None = checkpoint.config, checkpoint.position.index_digest
+    else:
+        before = _recorded(run)  # A run killed before its first checkpoint is a run too.
+    if before:
+        _refuse_another_run(run, before, (config, dataset.index.digest))
+    if checkpoint:
+        logger.info("resuming from %s/checkpoints/%s", run.storage.uri, name)
+    return checkpoint
+
+
+def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
+    """Return the configuration and index digest that a run's config.json records, or None without one."""
+    if not run.storage.exists(CONFIG_FILE):
+        return None
+    source = f"{run.storage.uri}/{CONFIG_FILE}"
+    try:
+        record = json.loads(run.storage.read(CONFIG_FILE))
+        digest = str(record.pop("environment")["index_digest"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{source} is no record of a run: name another output.uri") from None
+    return RunConfig.from_dict(record, source), digest
+
+
+def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:
+    (config, digest), (config_now, digest_now) = then, now
+    others = [
+        f"{name} ({before}, now {after})"
+        for name, before, after in (
+            ("model", config.model, config_now.model),
+            ("loss", config.loss, config_now.loss),
+            ("data.simulate", config.data.simulate, config_now.data.simulate),
+        )
+        if before != after
+    ]
+    differences = others + order_state(config, digest).differences(order_state(config_now, digest_now))
+    if differences:
+        raise UserError(
+            f"{run.storage.uri} holds a run with another {'; '.join(differences)}: name another output.uri, or give the"
+            " same configuration to resume"
+        )
+
+
+def order_state(config: RunConfig, index_digest: str) -> OrderState:
+    """Return what the order of a run's chips depends on."""
+    data, train = config.data, config.train
+    return OrderState(index_digest, SPLIT, train.seed, train.global_batch, data.shuffle_window, data.lanes)

@@ -1,0 +1,126 @@
+"""Training by plain PyTorch: one process, or DistributedDataParallel over several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from models.satfusion import Fusion, SatFusion
+from pipeline.config import TrainConfig
+from pipeline.data.batches import Batch
+from pipeline.order import BatchPlan
+from pipeline.training.engine import (
+    MOMENTS,
+    ForwardPass,
+    TrainState,
+    clip_gradients,
+    lay_out,
+    make_adam,
+    make_moments,
+    plain_state,
+    widened,
+)
+from pipeline.world import World
+
+
+class TorchEngine:
+    """Train one network by PyTorch alone (Li et al., "PyTorch Distributed", VLDB 2020); an `Engine`."""
+
+    def __init__(
+        self,
+        network: SatFusion,
+        config: TrainConfig,
+        plan: BatchPlan,
+        world: World,
+        state: TrainState | None = None,
+    ) -> None:
+        """Wrap ``network``; the arguments are those of `pipeline.training.engine.make_engine`."""
+        if state is not None:
+            network.load_state_dict(state.weights)
+        lay_out(network, config)
+        self._network = network
+        self._clip_norm, self._accum = config.clip_norm, plan.grad_accum
+        self._micro_steps = 0
+        self._adam = make_adam(network, config)
+        make_moments(self._adam, list(network.parameters()), state.step if state is not None else 0)
+        if state is not None and state.step > 0:
+            self._load_moments(state)
+        self._forward = ForwardPass(network, config, world.device.type)
+        self._parallel = _parallel(self._forward, world) if world.size > 1 else None
+        self._grad_norm = torch.zeros((), device=world.device)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        return self._grad_norm
+
+    def begin_step(self, step: int) -> None:
+        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        self._network.at_step(step)
+
+    def forward(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
+        self._forward.train()
+        if self._parallel is None:
+            return self._forward.images(self._forward(batch.lr, batch.pan, batch.revisit))
+        # Read by the forward pass; gradients are reduced with the last micro-batch of a step alone.
+        self._parallel.require_backward_grad_sync = self._is_last
+        return self._forward.images(self._parallel(batch.lr, batch.pan, batch.revisit))
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
+        (loss / self._accum).backward()  # type: ignore[no-untyped-call]
+        if self._is_last:
+            self._grad_norm = clip_gradients(self._network, self._clip_norm)
+
+    def step(self, learning_rate: float) -> None:
+        """Count a micro-batch, and after the last of a global batch update the weights."""
+        last = self._is_last
+        self._micro_steps += 1
+        if not last:
+            return
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._count_idle()
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] in evaluation mode, float32."""
+        self._forward.eval()
+        return widened(self._forward.images(self._forward(batch.lr, batch.pan, batch.revisit)))
+
+    def state(self, step: int, *, moments: bool = True) -> TrainState:
+        """Return copies of the weights, and of the moments unless told not to, on the CPU."""
+        return plain_state(self._network, self._adam, step, moments=moments)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the micro-batch at hand is the last of its optimizer step."""
+        return (self._micro_steps + 1) % self._accum == 0
+
+    def _count_idle(self) -> None:
+        """Count the step for parameters without gradient too, which Adam passes over: one count serves all."""
+        idle = [self._adam.state[p]["step"] for p in self._network.parameters() if p.grad is None]
+        if idle:
+            torch._foreach_add_(idle, 1)
+
+    def _load_moments(self, state: TrainState) -> None:
+        for name, parameter in self._network.named_parameters():
+            for moment in MOMENTS:
+                self._adam.state[parameter][moment].copy_(state.moments[name][moment])
+
+
+def _parallel(forward: ForwardPass, world: World) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        forward,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        # All ranks begin with equal weights, and what is averaged over ranks of the buffers averages itself.
+        init_sync=False,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        # Costs a walk over the graph, and is needed where a step may leave parameters without gradient.
+        find_unused_parameters=forward.network.may_leave_idle,
+    )

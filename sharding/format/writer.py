@@ -1,0 +1,104 @@
+"""Samples to one tar file whose bytes depend on nothing but the samples, and that file's line of the index."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
+
+from sharding.format.index import JSON_SUFFIX, SampleEntry, ShardEntry, Span
+from sharding.format.sample import key_of
+
+OWNER = "bigdata"
+MODE = 0o444
+"""What WebDataset's writer gives each member."""
+
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class NewSample:
+    """A sample to be written."""
+
+    aoi: str
+    """The AOI's name."""
+
+    images: Mapping[str, NDArray[np.generic]]
+    """``lr``, ``clm``, ``hr``, ``pan``."""
+
+    meta: Mapping[str, object]
+    """The JSON."""
+
+    bytes_in: int = 0
+    """Length of the source files that it was made from."""
+
+
+class ShardWriter:
+    """Writes a tar as WebDataset's writer does, byte for byte, and digests it on the way.
+
+    The library copies each array three times; here its memory goes to the file as it is (docs/experiments.md).
+
+    Args:
+        file: Where the bytes go; it is only ever written to, front to back.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = 0
+        self._digest = hashlib.sha256()
+        self._samples: list[SampleEntry] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def add(self, sample: NewSample) -> None:
+        """Append a sample, its members in the order of their suffixes."""
+        key = key_of(sample.aoi)
+        members: dict[str, list[Buffer]] = {f"{name}.npy": _npy(image) for name, image in sample.images.items()}
+        members[JSON_SUFFIX] = [json.dumps(sample.meta, sort_keys=True).encode()]
+        start, crc = self._size, 0
+        spans: dict[str, Span] = {}
+        for suffix, payload in sorted(members.items()):
+            length = sum(len(part) for part in payload)
+            header = _header(f"{key}.{suffix}", length)
+            spans[suffix] = (self._size - start + len(header), length)
+            for part in (header, *payload, bytes(-length % tarfile.BLOCKSIZE)):
+                crc = crc32(part, crc)
+                self._write(part)
+        self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, spans))
+
+    def finish(self, name: str) -> ShardEntry:
+        """Write the end of the tar and return its line of the index under the key ``name``."""
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
+        self._file.flush()
+        return ShardEntry(name, self._size, self._digest.hexdigest(), tuple(self._samples))
+
+    def _write(self, data: Buffer) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self._size += len(data)
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = size, MODE, OWNER, OWNER
+    return info.tobuf()
+
+
+def _npy(image: NDArray[np.generic]) -> list[Buffer]:
+    """Return the header and the memory of an array as a .npy file has them."""
+    image = np.ascontiguousarray(image)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(image))
+    return [header.getvalue(), image.reshape(-1).view(np.uint8).data]

@@ -1,0 +1,132 @@
+"""One AOI to one finished sample: read, check, choose, prepare, describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.errors import UnusableError
+from sharding.format.writer import NewSample
+from sharding.prepare.options import SampleOptions
+from sharding.prepare.scene import Prepared, choose_revisits, prepare, quantise
+from sharding.sources.worldstrat.layout import AoiFiles
+from sharding.sources.worldstrat.rasters import NO_CLM, SPOT_RGB, Scene, read_scene
+
+GEOREFERENCE = "bounds of the Sentinel-2 rasters divided by each grid's size; the SPOT rasters carry none"
+
+Seen = NDArray[np.bool_]
+
+
+def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
+    """Make an AOI's sample. The same files and options give the same one.
+
+    Args:
+        aoi: its files, for which ``check_files`` passes.
+        options: how.
+
+    Raises:
+        UnusableError: when it cannot be read, holds no picture, or is cloudier than the options allow.
+    """
+    scene = read_scene(aoi, options)
+    chosen = choose_revisits(scene, options)
+    seen = {"hr": _seen(scene.hr), "pan": _seen(scene.pan)}
+    _check_pictures(scene, seen, chosen.revisits, options)
+    clouds = [_cloud_percent(scene, index) for index in chosen.revisits]
+    cloud = _mean(clouds)
+    if options.max_cloud is not None and cloud is not None and cloud > options.max_cloud:
+        raise UnusableError(
+            "too-cloudy", f"{cloud:.1f} % of its revisits are clouds, the most is {options.max_cloud:g}"
+        )
+    prepared = prepare(scene, chosen.revisits, options)
+    images, saturated = _stored({"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}, options)
+    meta = {
+        "aoi": scene.aoi,
+        "level": options.level,
+        "bands": list(options.band_numbers),
+        "step": options.step,
+        "clearest": chosen.clearest,
+        "cloud_percent": cloud,
+        "revisits": [
+            {**vars(scene.revisits[index]), "cloud_percent": percent, "nodata_fraction": _share(~scene.valid[index])}
+            for index, percent in zip(chosen.revisits, clouds, strict=True)
+        ],
+        "hr_date": scene.hr_date,
+        "crs": scene.crs,
+        "bounds": list(scene.bounds),
+        **_transforms(scene, prepared),
+        "georeference": GEOREFERENCE,
+        "saturated": saturated,
+        "nodata_fraction": {name: _share(~where) for name, where in seen.items()},
+        "sources": dict(scene.sources),
+    }
+    return NewSample(scene.aoi, {**images, "clm": prepared.clm}, meta, scene.bytes_in)
+
+
+def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int], options: SampleOptions) -> None:
+    """Refuse a scene of which one image shows nothing: no data at all, or a band that is constant where there is data.
+
+    Raises:
+        UnusableError: ``no-data`` or ``degenerate``.
+    """
+    pictures = [
+        (f"revisit {scene.revisits[index].number}", scene.lr[index], scene.valid[index][0], options.band_numbers)
+        for index in chosen
+    ]
+    pictures.append((f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB))
+    pictures.append(("the SPOT pan raster", scene.pan, seen["pan"], (1,)))
+    for name, image, where, numbers in pictures:
+        if not where.any():
+            raise UnusableError("no-data", f"{name} holds no data")
+        value = image[:, *np.unravel_index(where.argmax(), where.shape)]
+        varied = ((image != value[:, None, None]) & where).reshape(len(image), -1).any(axis=1)
+        if not (varied.any() or value.any()):
+            raise UnusableError("no-data", f"{name} is all zero")
+        if not varied.all():
+            band = int(varied.argmin())
+            raise UnusableError("degenerate", f"band {numbers[band]} of {name} is {value[band]:g} wherever it has data")
+
+
+def _seen(image: NDArray[np.uint16]) -> Seen:
+    """Return [h, w] where a SPOT image has data."""
+    if image.min() > 0:
+        return np.ones(image.shape[-2:], np.bool_)
+    return np.asarray((image != 0).any(axis=0))
+
+
+def _cloud_percent(scene: Scene, index: int) -> float | None:
+    """Return how much of a revisit is clouds by its mask, else by its metadata; None where neither knows."""
+    known = scene.clm[index] != NO_CLM
+    if not known.any():
+        return scene.revisits[index].cloud_cover
+    return round(100 * float((scene.clm[index][known] == 1).mean()), 4)
+
+
+def _mean(percents: Sequence[float | None]) -> float | None:
+    known = [percent for percent in percents if percent is not None]
+    return round(sum(known) / len(known), 4) if known else None
+
+
+def _stored(
+    images: dict[str, NDArray[np.float32]], options: SampleOptions
+) -> tuple[dict[str, NDArray[np.generic]], dict[str, int]]:
+    """Return the images as they are stored, and how many values of each were too large for that."""
+    if options.dtype == "float32":
+        return dict(images), dict.fromkeys(images, 0)
+    steps = {name: quantise(image) for name, image in images.items()}
+    return {name: values for name, (values, _) in steps.items()}, {name: count for name, (_, count) in steps.items()}
+
+
+def _transforms(scene: Scene, prepared: Prepared) -> dict[str, list[float]]:
+    """Return per image the six numbers (a, b, c, d, e, f) from pixel to CRS, for its grid over the scene's bounds."""
+    west, south, east, north = scene.bounds
+    sizes = {"lr": prepared.lr.shape, "hr": prepared.hr.shape, "pan": prepared.pan.shape}
+    return {
+        f"{name}_transform": [(east - west) / width, 0.0, west, 0.0, (south - north) / height, north]
+        for name, (*_, height, width) in sizes.items()
+    }
+
+
+def _share(mask: NDArray[np.bool_]) -> float:
+    return round(float(mask.mean()), 6)

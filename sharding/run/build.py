@@ -1,0 +1,248 @@
+"""One shard: its AOIs read, prepared, packed and published, or found to be there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.errors import UnusableError, UserError
+from sharding.format.index import FORMAT_VERSION, GONE, ShardEntry, Skipped, damage_of, shard_from_json, shard_to_json
+from sharding.format.statistics import Histogram
+from sharding.format.writer import NewSample, ShardWriter
+from sharding.prepare.options import SampleOptions
+from sharding.prepare.sample import make_sample
+from sharding.prepare.scene import quantise
+from sharding.sources.worldstrat.layout import AoiFiles
+from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
+
+SIDECAR_SUFFIX = ".json"
+"""What a shard's name is given to name the description beside it."""
+
+MEASURED = ("lr", "hr", "pan")
+"""Images that statistics are made of."""
+
+Outcome = Literal["made", "kept", "mended", "shared"]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to be made, by any process on any machine that sees source and output."""
+
+    split: str
+    """Its split."""
+
+    name: str
+    """Its key beside the index."""
+
+    aois: tuple[AoiFiles, ...]
+    """The AOIs to put into it, in order."""
+
+    options: SampleOptions
+    """How to prepare them."""
+
+    strict: bool
+    """Whether an unreadable AOI is an error, and not left out."""
+
+    output: Storage
+    """Where the shard goes."""
+
+    replaces: bool = False
+    """Whether a shard that stands there under its name is this program's, and may be replaced by another."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides the shard's bytes but the content of its files.
+
+        Of these it holds names and sizes: a file that was changed and kept its size is for `verify --deep` to find.
+        """
+        files = [[aoi.name, *([file.name, file.size] for file in aoi.used(self.options))] for aoi in self.aois]
+        described = [FORMAT_VERSION, self.split, self.name, asdict(self.options), files]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What became of a task."""
+
+    name: str
+    """Of the task and its shard. The task itself, which lists thousands of files, stays with who gave it."""
+
+    entry: ShardEntry | None
+    """The shard's line of the index; None where none of its AOIs could be read."""
+
+    histograms: Mapping[str, Histogram]
+    """Per image of ``MEASURED``, the values in a shard of the training split."""
+
+    skipped: tuple[Skipped, ...]
+    """AOIs that could not be read."""
+
+    outcome: Outcome = "made"
+    """``made``; ``kept`` (was there already); ``mended`` (was there, damaged); ``shared`` (another run was quicker)."""
+
+    why: str = ""
+    """For ``mended`` and ``shared``, what was met, in words."""
+
+    bytes_in: int = 0
+    """Bytes of source files that were read."""
+
+    bytes_out: int = 0
+    """Bytes of the shard, if this task wrote it."""
+
+
+def build_shard(task: ShardTask) -> ShardResult:
+    """Make one shard and its sidecar, or keep the one that is there if plan and digest are right.
+
+    Raises:
+        UserError: When an AOI cannot be read and the task is strict, the disk is full, the storage refuses, or
+            another file has the shard's name.
+    """
+    fingerprint, earlier = read_sidecar(task.output, task.name) or ("", None)
+    damage = None
+    if earlier is not None and fingerprint == task.fingerprint:
+        damage = damage_of(task.output, earlier.entry) if earlier.entry else None
+        if damage is None:
+            for item in earlier.skipped:
+                _refuse_if_strict(item, task.strict)
+            return earlier
+    with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
+        path = Path(folder, task.name)
+        result = _pack(task, path)
+        # A run that was killed between sidecar and shard has damaged nothing.
+        return _publish(task, result, path, damage if damage != GONE else None)
+
+
+def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
+    """Return the line of the index for an AOI that is left out.
+
+    Raises:
+        UserError: When none may be left out.
+    """
+    skipped = Skipped(aoi, error.reason, error.detail)
+    _refuse_if_strict(skipped, strict)
+    return skipped
+
+
+def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
+    if strict:
+        raise UserError(
+            f"AOI {skipped.aoi!r} is unusable ({skipped.reason}: {skipped.detail}): mend it, or leave out --strict to "
+            "skip it"
+        )
+
+
+def _pack(task: ShardTask, path: Path) -> ShardResult:
+    """Write the tar to a local file; an AOI that cannot be read is left out."""
+    histograms: dict[str, Histogram] = {}
+    skipped, bytes_in = [], 0
+    try:
+        with path.open("wb") as file:
+            writer = ShardWriter(file)
+            for aoi in task.aois:
+                try:
+                    sample = make_sample(aoi, task.options)
+                except UnusableError as error:
+                    skipped.append(skip(aoi.name, error, task.strict))
+                    continue
+                if task.split == "train":
+                    _count(sample, histograms)
+                writer.add(sample)
+                bytes_in += sample.bytes_in
+            entry = writer.finish(task.name)
+    except OSError as error:
+        raise UserError(
+            f"cannot write a shard in {path.parent.parent} ({error.strerror}): make room there, or set TMPDIR to a "
+            "folder that has some"
+        ) from error
+    if not entry.samples:
+        return ShardResult(task.name, None, {}, tuple(skipped), bytes_in=bytes_in)
+    return ShardResult(task.name, entry, histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+
+
+def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
+    """Add a sample's values to the counts of its shard."""
+    for name in MEASURED:
+        counted = Histogram.of(_in_steps(sample.images[name]))
+        histograms[name] = histograms[name] + counted if name in histograms else counted
+
+
+def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:
+    """Return a stored image as integers of ``STEP``, which it is already unless it is stored as float32."""
+    return (
+        cast(NDArray[np.uint16], image) if image.dtype == np.uint16 else quantise(cast(NDArray[np.float32], image))[0]
+    )
+
+
+def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | None) -> ShardResult:
+    """Describe the packed shard in its sidecar, then give it its name.
+
+    In this order a shard never stands beside a sidecar that does not account for it, whenever the run is killed.
+    """
+    entry = result.entry
+    sidecar, description = task.name + SIDECAR_SUFFIX, _to_sidecar(task, result)
+    if damage is not None and entry is not None and task.replaces:
+        task.output.write(sidecar, description)
+        task.output.upload(task.name, path)
+        return replace(result, outcome="mended", why=f"{damage}: it was made again")
+    same = replace(result, outcome="shared", why="was made by another run meanwhile, the same bytes", bytes_out=0)
+    if task.output.exists(task.name):
+        if entry is not None and damage_of(task.output, entry) is None:
+            task.output.write(sidecar, description)
+            return same
+        if not task.replaces:
+            raise _foreign(task)
+        task.output.delete(task.name)
+    task.output.write(sidecar, description)
+    if entry is None or task.output.create(task.name, path):
+        return result
+    if damage_of(task.output, entry) is None:
+        return same
+    raise _foreign(task)
+
+
+def _foreign(task: ShardTask) -> UserError:
+    return UserError(
+        f"--output {task.output.uri} holds {task.name!r}, which is not what this command makes and was not known as "
+        "this program's when it began: it was left as it is; move it away, or give another --output"
+    )
+
+
+def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
+    described = {
+        "fingerprint": task.fingerprint,
+        "shard": shard_to_json(result.entry) if result.entry else None,
+        "skipped": [vars(item) for item in result.skipped],
+        "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
+    }
+    return json.dumps(described, sort_keys=True).encode()
+
+
+def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
+    """Return the fingerprint of the task that made a shard, and its result, as the sidecar says.
+
+    Returns:
+        None where there is no sidecar, or a damaged or foreign one.
+    """
+    try:
+        described = json.loads(output.read(name + SIDECAR_SUFFIX))
+        entry = shard_from_json(described["shard"]) if described["shard"] else None
+        result = ShardResult(
+            name=name,
+            entry=entry,
+            histograms={image: Histogram.from_text(text) for image, text in described["histograms"].items()},
+            skipped=tuple(Skipped(**item) for item in described["skipped"]),
+            outcome="kept",
+        )
+        return (str(described["fingerprint"]), result) if entry is None or entry.name == name else None
+    except BucketNotFoundError:
+        raise
+    except (NotFoundError, CorruptedError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None

@@ -1,0 +1,129 @@
+"""What a dataset holds, as lines and as a sheet of pictures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from sharding.errors import UserError, nearest
+from sharding.format.index import SPLITS, Index, SampleEntry, ShardEntry
+from sharding.format.sample import Sample, read_sample
+from sharding.picture import Tile, robust_high, sheet, to_rgb8
+from sharding.prepare.options import SampleOptions
+from sharding.storage import Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_NO_DATA = 255
+"""Of a cloud mask; see `sharding.format.index.Sample`."""
+
+SHEET_ROWS = 12
+TILE_PX = 200
+
+
+def describe(index: Index, storage: Storage) -> Iterator[str]:
+    """Yield the lines that tell a person what a dataset holds."""
+    preparation = index.preparation
+    seed = f", seed {index.split_seed}" if index.split_rule == "seeded" else ""
+    yield f"dataset {storage.uri}"
+    yield f"index   sha256 {index.digest}"
+    lr, hr = (f"{size} px" if size else "native" for size in (preparation.lr_size, preparation.hr_size))
+    stored = f"integers of {preparation.step:g}" if preparation.dtype == "uint16" else preparation.dtype
+    yield (
+        f"samples {preparation.select} {preparation.revisits} revisits of {preparation.level}, bands "
+        f"{', '.join(map(str, preparation.band_numbers))}, LR {lr}, HR {hr} from _{preparation.hr}, {stored}"
+    )
+    yield f"split   {index.split_rule}{seed}"
+    for split in SPLITS:
+        shards = index.splits[split]
+        samples = sum(len(shard.samples) for shard in shards)
+        size = sum(shard.bytes for shard in shards)
+        yield f"  {split:5}  {samples:5} AOIs  {len(shards):4} shards  {size / 1e6:9.1f} MB"
+        for shard in shards:
+            yield f"    {shard.name}  {len(shard.samples):5} AOIs  {shard.bytes / 1e6:9.1f} MB  {shard.sha256[:12]}"
+    yield "statistics of train, one number a band"
+    for image, bands in index.statistics.items():
+        for name, values in (
+            ("mean", bands["mean"]),
+            ("std", bands["std"]),
+            ("min", bands["min"]),
+            ("max", bands["max"]),
+            *((f"p{percent}", values) for percent, values in bands["percentiles"].items()),
+        ):
+            yield f"  {image:3}  {name:4}  {'  '.join(f'{value:.4f}' for value in values)}"
+    yield f"skipped {len(index.skipped)} AOIs"
+    for reason, count in Counter(item.reason for item in index.skipped).most_common():
+        yield f"  {count:5}  {reason}"
+    for item in index.skipped:
+        yield f"  {item.aoi}  {item.reason}: {item.detail}"
+
+
+def find(index: Index, aoi: str) -> tuple[str, ShardEntry, SampleEntry]:
+    """Return split, shard and place of an AOI.
+
+    Raises:
+        UserError: where the dataset does not hold it, with the reason if it was left out.
+    """
+    names = []
+    for split in SPLITS:
+        for shard, entry in index.samples(split):
+            if entry.aoi == aoi:
+                return split, shard, entry
+            names.append(entry.aoi)
+    for item in index.skipped:
+        if item.aoi == aoi:
+            raise UserError(f"--aoi {aoi!r} was left out ({item.reason}: {item.detail})")
+    raise UserError(f"--aoi {aoi!r} is not in this dataset{nearest(aoi, names)}")
+
+
+def describe_sample(split: str, shard: ShardEntry, sample: Sample) -> Iterator[str]:
+    """Yield the lines that tell a person where one sample lies and what it is."""
+    yield f"AOI {sample.aoi!r} in {split}, {shard.name}, key {sample.key!r}"
+    yield f"  lr {list(sample.lr.shape)}, hr {list(sample.hr.shape)}, pan {list(sample.pan.shape)}, {sample.hr.dtype}"
+    for name, value in sample.meta.items():
+        if name not in ("aoi", "sources"):
+            yield f"  {name}: {json.dumps(value)}"
+
+
+def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> None:
+    """Draw a contact sheet: a row an AOI with its revisits (the clearest is starred), PAN and HR; or one AOI's row.
+
+    Raises:
+        UserError: when the file cannot be written, or a sample is damaged.
+    """
+    entries = [find(index, aoi)] if aoi else [(split, *pair) for split in SPLITS for pair in index.samples(split)]
+    rows = [
+        _row(split, read_sample(storage, shard, entry), index.preparation)
+        for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
+    ]
+    page = sheet(rows, tile_size=TILE_PX)
+    try:
+        page.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --png {path} ({error}): give a writable file that ends in .png") from error
+
+
+def _row(split: str, sample: Sample, preparation: SampleOptions) -> list[Tile]:
+    step, rgb = preparation.step, preparation.rgb
+    hr = sample.hr * step
+    white = robust_high(hr)
+    # One stretch for the whole row: differences of brightness between the sensors are to be seen.
+    revisits = zip(sample.lr, sample.clm, cast(list[dict[str, object]], sample.meta["revisits"]), strict=True)
+    tiles: list[Tile] = []
+    for number, (image, clm, revisit) in enumerate(revisits):
+        label = f"{split}: {sample.aoi}" if number == 0 else f"{revisit['date']}, {_cloud(clm):.0f}% cloud"
+        mark = "* " if number == sample.meta["clearest"] else ""
+        tiles.append((mark + label, to_rgb8(image[rgb] * step, 0.0, white)))
+    return [*tiles, ("PAN", to_rgb8(sample.pan * step, 0.0, white)), ("HR", to_rgb8(hr, 0.0, white))]
+
+
+def _cloud(clm: NDArray[np.uint8]) -> float:
+    """Return the percentage of cloud among the pixels of a mask that have data."""
+    seen = clm[clm != _NO_DATA]
+    return 100 * float((seen == 1).mean()) if seen.size else 0.0

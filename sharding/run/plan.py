@@ -1,0 +1,134 @@
+"""Which AOI goes into which shard: a pure function of names and options."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sharding.errors import UserError
+from sharding.format.index import SPLITS
+from sharding.run.splits import FRACTIONS, SPLIT_SEED, Split, published_split, seeded_split
+
+SPLIT_RULES = ("auto", "published", "seeded")
+SPLIT_FILE = "stratified_train_val_test_split.csv"
+SHARD_BYTES = 64_000_000
+"""Large enough to stream well; 3,889 AOIs make some 210 shards to spread over readers."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How AOIs are shared out.
+
+    Raises:
+        UserError: Naming the option, its value and what it may be.
+    """
+
+    splits: str = "auto"
+    """``published`` (the split file), ``seeded``, or ``auto``: published where the file is."""
+
+    fractions: tuple[float, float, float] = FRACTIONS
+    """Shares of train, val and test in the seeded split; what they leave goes to train."""
+
+    seed: int = SPLIT_SEED
+    """Of the seeded split and of the order within splits."""
+
+    shard_bytes: int = SHARD_BYTES
+    """Bytes that a shard should have at most; it has at least one AOI."""
+
+    for_ranks: int = 1
+    """Ranks of later training: the number of training shards is a multiple of it where there are AOIs enough."""
+
+    def __post_init__(self) -> None:
+        if self.splits not in SPLIT_RULES:
+            raise UserError(f"--splits {self.splits!r} is unknown: it may be {', '.join(SPLIT_RULES)}")
+        if len(self.fractions) != len(SPLITS) or min(self.fractions) < 0 or not 0 < sum(self.fractions) <= 1 + 1e-9:
+            given = ",".join(f"{fraction:g}" for fraction in self.fractions)
+            raise UserError(f"--fractions {given} cannot be: give three numbers from 0 that sum to 1 at most")
+        for option, number, least in (
+            ("--seed", self.seed, 0),
+            ("--shard-size", self.shard_bytes, 1),
+            ("--for-ranks", self.for_ranks, 1),
+        ):
+            if number < least:
+                raise UserError(f"{option} {number} is too small: the least is {least}")
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to be."""
+
+    split: str
+    """Its split."""
+
+    name: str
+    """Its key beside the index."""
+
+    aois: tuple[str, ...]
+    """Its AOIs in order."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made of the usable AOIs."""
+
+    split: Split
+    """Which AOI is in which split."""
+
+    rule: str
+    """``published`` or ``seeded``."""
+
+    shards: tuple[ShardPlan, ...]
+    """All shards, split by split."""
+
+
+def make_plan(
+    aois: Sequence[str],
+    found: Sequence[str],
+    rows: Sequence[tuple[str, str]] | None,
+    sample_bytes: int,
+    options: PlanOptions,
+) -> Plan:
+    """Decide splits and shards.
+
+    Args:
+        aois: the usable AOIs.
+        found: all AOIs, usable or not.
+        rows: (AOI, split) of the published split file, None where there is none.
+        sample_bytes: what a sample takes in a shard, as far as can be said ahead.
+        options: rule, seed and sizes.
+
+    Raises:
+        UserError: where the published split is asked for and missing, or the AOIs are too few.
+    """
+    rule = ("seeded" if rows is None else "published") if options.splits == "auto" else options.splits
+    if rule == "seeded":
+        split = seeded_split(aois, options.seed, options.fractions, found)
+    elif rows is not None:
+        split = published_split(aois, rows)
+    else:
+        raise UserError(f"--splits published needs {SPLIT_FILE} in the input folder: add it, or use seeded")
+    shards = []
+    for name in SPLITS:
+        members = list(split.splits[name])
+        if rule == "published":  # in natural order, which puts neighbours side by side; seeded ones are shuffled
+            random.Random(f"{options.seed}:{name}").shuffle(members)
+        ranks = options.for_ranks if name == "train" else 1
+        parts = evenly(members, _number_of_shards(len(members), sample_bytes, options.shard_bytes, ranks))
+        shards += [ShardPlan(name, f"{name}-{i:05d}.tar", tuple(part)) for i, part in enumerate(parts)]
+    return Plan(split, rule, tuple(shards))
+
+
+def evenly(items: Sequence[str], parts: int) -> list[Sequence[str]]:
+    """Cut a sequence into so many parts whose lengths differ by one at most."""
+    cuts = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _number_of_shards(samples: int, sample_bytes: int, shard_bytes: int, ranks: int) -> int:
+    """Return how many shards of at most ``shard_bytes`` there are to be, as a multiple of the ranks if that goes."""
+    per_shard = max(1, shard_bytes // sample_bytes)
+    wanted = math.ceil(samples / per_shard / ranks) * ranks
+    return min(wanted, samples)

@@ -1,0 +1,151 @@
+"""Whether a dataset's bytes are those that were written, and still what its source gives."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sharding.errors import UnusableError
+from sharding.format.index import GONE, SPLITS, Index, SampleEntry, ShardEntry, damage_of
+from sharding.format.sample import DamagedError, Sample, decode_sample, read_sample
+from sharding.format.writer import NewSample
+from sharding.progress import progress
+from sharding.storage import Storage
+
+PARALLEL = 4
+"""Shards read side by side: enough to keep a network busy, few enough for a disk."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was written."""
+
+    shard: str
+    """Key of the shard."""
+
+    detail: str
+    """What was met, in words, with the AOI where one sample is meant."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at, and what was found."""
+
+    shards: int
+    """Shards whose size and digest were compared."""
+
+    bytes: int
+    """Their bytes."""
+
+    samples: int
+    """Samples that were decoded; 0 without ``deep``."""
+
+    prepared: tuple[str, ...]
+    """AOIs that were prepared again and compared."""
+
+    problems: tuple[Problem, ...]
+    """All that is wrong."""
+
+    def summary(self) -> str:
+        """Return it as a line."""
+        decoded = f", {self.samples} samples decoded" if self.samples else ""
+        again = f", {len(self.prepared)} AOIs prepared again and compared" if self.prepared else ""
+        end = f"{len(self.problems)} problems: shard again to mend them" if self.problems else "all as written"
+        return f"{self.shards} shards of {self.bytes / 1e6:.1f} MB compared{decoded}{again}: {end}"
+
+
+def verify(
+    storage: Storage, deep: bool = False, folder: Path | None = None, num_aois: int = 5, seed: int = 0
+) -> Verified:
+    """Compare a dataset with its index, and a part of it with its source.
+
+    Args:
+        storage: holds the dataset.
+        deep: decode each sample too.
+        folder: the source; ``num_aois`` drawn by ``seed`` are prepared from it again and compared value for value.
+        num_aois: how many.
+        seed: of the draw.
+
+    Raises:
+        UserError: where there is no dataset, or no source.
+    """
+    index = Index.load(storage)
+    shards = [shard for split in SPLITS for shard in index.splits[split]]
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(PARALLEL) as threads, progress(len(shards), "verifying", "shard") as shown:
+        for found in threads.map(lambda shard: _look_at(storage, shard, deep), shards):
+            problems += found
+            shown.update(problems=len(problems))
+    prepared = _drawn(index, num_aois, seed) if folder is not None else []
+    if folder is not None:
+        problems += _compare_with_source(storage, index, folder, prepared)
+    return Verified(
+        shards=len(shards),
+        bytes=sum(shard.bytes for shard in shards),
+        samples=sum(len(shard.samples) for shard in shards) if deep else 0,
+        prepared=tuple(entry.aoi for _, entry in prepared),
+        problems=tuple(problems),
+    )
+
+
+def _look_at(storage: Storage, shard: ShardEntry, deep: bool) -> list[Problem]:
+    damage = damage_of(storage, shard)
+    found = [Problem(shard.name, damage)] if damage else []
+    if damage == GONE or not (deep or damage):
+        return found
+    # Which samples a damage hits tells what is lost; without one, they are decoded to see that they can be.
+    for entry in shard.samples:
+        try:
+            decode_sample(entry, storage.read_range(shard.name, entry.offset, entry.size))
+        except DamagedError as error:
+            found.append(Problem(shard.name, str(error)))
+    return found
+
+
+def _drawn(index: Index, num_aois: int, seed: int) -> list[tuple[ShardEntry, SampleEntry]]:
+    pairs = [pair for split in SPLITS for pair in index.samples(split)]
+    return random.Random(seed).sample(pairs, min(num_aois, len(pairs)))
+
+
+def _compare_with_source(
+    storage: Storage, index: Index, folder: Path, pairs: Sequence[tuple[ShardEntry, SampleEntry]]
+) -> list[Problem]:
+    # Here, not above: only this needs rasterio.
+    from sharding.prepare.sample import make_sample
+    from sharding.sources.worldstrat.files import open_source
+    from sharding.sources.worldstrat.layout import find_aois
+
+    options = index.preparation
+    found = {aoi.name: aoi for aoi in find_aois(open_source(folder, options.level))}
+    problems = []
+    with progress(len(pairs), "preparing again", "AOI") as shown:
+        for shard, entry in pairs:
+            try:
+                if entry.aoi not in found:
+                    raise UnusableError("missing-file", "the source no longer has it")
+                stored = read_sample(storage, shard, entry)
+                different = _differences(stored, make_sample(found[entry.aoi], options))
+            except (UnusableError, DamagedError) as error:
+                different = [str(error)]
+            problems += [Problem(shard.name, f"AOI {entry.aoi!r}: {text}") for text in different]
+            shown.update()
+    return problems
+
+
+def _differences(stored: Sample, again: NewSample) -> list[str]:
+    """Say in what a stored sample is not what its source gives now."""
+    images = {name: getattr(stored, name) for name in again.images}
+    found = [
+        f"{name} is not what the source gives"
+        for name, image in again.images.items()
+        if image.dtype != images[name].dtype or not np.array_equal(image, images[name])
+    ]
+    return found or (
+        [] if stored.meta == json.loads(json.dumps(again.meta)) else ["its JSON is not what the source gives"]
+    )

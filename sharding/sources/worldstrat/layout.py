@@ -1,0 +1,121 @@
+"""WorldStrat as it is published: which files belong to an AOI, and which of them a sample needs.
+
+Facts of the data set that this module holds: AOI names contain spaces and hyphens; a revisit's number is the last
+``-<n>-`` of a file's name and the order is numeric; AOIs have 8 to 16 revisits; SCL is optional, and the L1C product
+has no cloud masks.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sharding.errors import Reason, UnusableError, UserError
+from sharding.prepare.options import SampleOptions
+from sharding.run.splits import natural_key
+from sharding.sources.worldstrat.files import Source, SourceFile
+
+SPLIT_FILE = "stratified_train_val_test_split.csv"
+
+_REVISIT_FILE = re.compile(r"([0-9]+)(?:-(L2A_data|L1C_data|CLM|SCL|dataMask)\.tiff|\.(metadata))")
+_SPOT_FILE = re.compile(r"_(ps|rgbn|pan)\.tiff")
+
+
+@dataclass(frozen=True)
+class AoiFiles:
+    """Which files of an AOI exist; nothing has been read."""
+
+    name: str
+    """The AOI."""
+
+    hr: Mapping[str, SourceFile]
+    """``ps``, ``rgbn``, ``pan`` to the SPOT raster."""
+
+    revisits: Mapping[int, Mapping[str, SourceFile]]
+    """Per revisit number in numeric order, the layer (``L2A_data``, ``CLM``, ``SCL``, ``dataMask``, ``metadata``) to
+    the file."""
+
+    flaw: tuple[Reason, str] | None = None
+    """Why none of them may be read."""
+
+    def candidates(self, options: SampleOptions) -> dict[int, Mapping[str, SourceFile]]:
+        """Return the revisits that a sample of these options chooses from."""
+        numbers = list(self.revisits)
+        if options.select == "first":
+            numbers = numbers[: options.revisits]
+        return {number: self.revisits[number] for number in numbers}
+
+    def used(self, options: SampleOptions) -> tuple[SourceFile, ...]:
+        """Return the files that a sample of these options reads, by name: the same of a folder and of its zips."""
+        layers = (options.data_layer, "CLM", "SCL", "dataMask", "metadata")
+        files = [self.hr[suffix] for suffix in (options.hr, "pan") if suffix in self.hr]
+        for revisit in self.candidates(options).values():
+            files += [revisit[layer] for layer in layers if layer in revisit]
+        return tuple(sorted(files, key=lambda file: file.name))
+
+
+def find_aois(source: Source) -> list[AoiFiles]:
+    """Return the AOIs of a source in natural order, complete or not."""
+    names = sorted({*source.hr, *source.lr}, key=natural_key)
+    return [_sort_files(source, name) for name in names]
+
+
+def read_split_file(source: Source) -> list[tuple[str, str]] | None:
+    """Return the published split file's (AOI, split) rows, or None where there is no such file.
+
+    Raises:
+        UserError: when it is no CSV in UTF-8 with the columns ``tile`` and ``split``.
+    """
+    path = source.folder / SPLIT_FILE
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            if not {"tile", "split"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
+            return [(row["tile"], row["split"]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --splits seeded"
+        ) from error
+
+
+def check_files(aoi: AoiFiles, options: SampleOptions) -> None:
+    """Check that the files a sample needs are there and may be read, without reading them.
+
+    Raises:
+        UnusableError: for a flaw of the AOI, too few revisits, a missing file, or one that claims an absurd size.
+    """
+    if aoi.flaw is not None:
+        raise UnusableError(*aoi.flaw)
+    for suffix in (options.hr, "pan"):
+        if suffix not in aoi.hr:
+            raise UnusableError("missing-file", f"{aoi.name}_{suffix}.tiff is missing")
+    if len(aoi.revisits) < options.revisits:
+        raise UnusableError("too-few-revisits", f"{len(aoi.revisits)} revisits where {options.revisits} are needed")
+    # The L1C product has no cloud masks.
+    needed = (options.data_layer, "CLM") if options.level == "l2a" else (options.data_layer,)
+    for number, revisit in aoi.candidates(options).items():
+        for layer in needed:
+            if layer not in revisit:
+                raise UnusableError("missing-file", f"{aoi.name}-{number}-{layer}.tiff is missing")
+    for file in aoi.used(options):
+        file.check()
+
+
+def _sort_files(source: Source, name: str) -> AoiFiles:
+    """Sort an AOI's files by what they are, after its own name, whose hyphens and numbers say nothing of a revisit."""
+    hr: dict[str, SourceFile] = {}
+    for file in source.hr.get(name, ()):
+        if match := _SPOT_FILE.fullmatch(file.name.removeprefix(name)):
+            hr[sys.intern(match[1])] = file
+    revisits: dict[int, dict[str, SourceFile]] = {}
+    for file in source.lr.get(name, ()):
+        if match := _REVISIT_FILE.fullmatch(file.name.removeprefix(f"{name}-")):
+            # One text for all files of a layer: a source has 200,000 files.
+            revisits.setdefault(int(match[1]), {})[sys.intern(match[2] or match[3])] = file
+    return AoiFiles(name, hr, dict(sorted(revisits.items())), source.flaws.get(name))

@@ -1,0 +1,72 @@
+"""Whole objects by key, in a local folder or an S3 bucket, behind one small protocol.
+
+The ground that every other room stands on: anything may import it, and it imports nothing of ours but
+`sharding.errors`. `open_storage` turns a URI into a `Storage` (`base`), which is a folder (`local`) or a bucket (`s3`).
+Nothing else in the project decides what a key becomes on disk or in a bucket. An object appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sharding.errors import UserError
+from sharding.storage.base import (
+    BucketNotFoundError,
+    CorruptedError,
+    Fill,
+    NotFoundError,
+    Storage,
+    StorageUnavailableError,
+    StoredObject,
+)
+from sharding.storage.local import LocalStorage
+from sharding.storage.names import check_uri, expanded
+from sharding.storage.options import StorageOptions
+from sharding.storage.s3.client import Bucket
+from sharding.storage.s3.store import S3Storage
+
+__all__ = [
+    "BucketNotFoundError",
+    "CorruptedError",
+    "Fill",
+    "LocalStorage",
+    "NotFoundError",
+    "Storage",
+    "StorageOptions",
+    "StorageUnavailableError",
+    "StoredObject",
+    "open_storage",
+]
+
+
+def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
+    """Open a local folder (made at the first write; ``~`` is the home) or ``s3://bucket[/prefix]``.
+
+    The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from boto3's standard chain. Nothing
+    is sent until the first call.
+
+    Args:
+        uri: the place.
+        options: how objects are stored in S3; a folder knows neither parts nor concurrency.
+
+    Raises:
+        UserError: for an empty URI, one with a secret, another scheme, no bucket, or encryption or a storage class on
+            a local folder.
+    """
+    options = options or StorageOptions()
+    text = os.fspath(uri)
+    check_uri("the URI", text)
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        if not bucket:
+            raise UserError(f"{text!r} names no bucket: write s3://BUCKET/PREFIX")
+        return S3Storage(Bucket(bucket, options), prefix.strip("/"))
+    if separator:
+        raise UserError(f"cannot open {text!r}: a URI is a local path or starts with s3://")
+    if not text:
+        raise UserError("an empty URI names no place: give a local path or s3://BUCKET/PREFIX")
+    for option, value in (("--sse", options.sse), ("--storage-class", options.storage_class)):
+        if value is not None:
+            raise UserError(f"{option} {value} is for s3:// only, and {text} is a folder: leave it out")
+    return LocalStorage(expanded(text).absolute())

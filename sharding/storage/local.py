@@ -1,0 +1,186 @@
+"""Objects as files under a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from sharding.errors import UserError
+from sharding.storage.base import PIECE, Fill, NotFoundError, StoredObject
+from sharding.storage.names import path_below
+
+# Files that are being written; a killed writer may leave one, so no listing shows them.
+TEMPORARY_PREFIX = ".tmp-"
+# What a file system says that has no hard links: FAT, some network shares and FUSE mounts.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class LocalStorage:
+    """Objects as files under a folder."""
+
+    request_bytes = 0
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @property
+    def uri(self) -> str:
+        """The absolute folder."""
+        return str(self._root)
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({self.uri!r})"
+
+    def read(self, key: str) -> bytes:
+        """Return a file whole."""
+        with self._explained(key):
+            return self._path(key).read_bytes()
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """Return up to ``length`` bytes from ``offset``."""
+        with self._explained(key), self._path(key).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Read straight into ``buffer``."""
+        with self._explained(key), self._path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            count = 0
+            while count < len(buffer) and (more := file.readinto(buffer[count:])):
+                count += more
+            return count
+
+    @contextlib.contextmanager
+    def reading(self, key: str, offset: int, length: int) -> Iterator[Fill]:
+        """Read straight into each buffer."""
+        stop = offset + length
+
+        def read(buffer: memoryview) -> int:
+            nonlocal offset
+            buffer = buffer[: stop - offset]
+            start, offset = offset, offset + len(buffer)
+            return self.read_into(key, start, buffer)
+
+        yield read
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Read the file piece by piece; one that is replaced meanwhile stays readable."""
+        with self._explained(key), self._path(key).open("rb") as file:
+            while data := file.read(PIECE):
+                yield data
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write beside the target, then rename."""
+        with self._explained(key), self._replacing(key) as temporary:
+            temporary.write_bytes(data)
+
+    def upload(self, key: str, path: Path) -> None:
+        """Copy beside the target, then rename."""
+        with self._explained(key), self._replacing(key) as temporary:
+            shutil.copyfile(path, temporary)
+
+    def create(self, key: str, content: bytes | Path) -> bool:
+        """Write beside the target, then link: of several links to one name the first succeeds."""
+        target = self._path(key)
+        with self._explained(key), self._beside(key) as temporary:
+            if target.exists():
+                return False
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                shutil.copyfile(content, temporary)
+            return _publish_new(temporary, target)
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        """Walk the folder that ``prefix`` lies in."""
+        start = self._root / prefix.rpartition("/")[0]
+        found = []
+        with self._explained(prefix.rstrip("/")):
+            for folder, _, names in os.walk(start, onerror=_unless_gone):
+                for name in names:
+                    path = Path(folder, name)
+                    key = path.relative_to(self._root).as_posix()
+                    if name.startswith(TEMPORARY_PREFIX) or not key.startswith(prefix):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # removed since the folder was read
+                        found.append(StoredObject(key, path.stat().st_size))
+        return sorted(found, key=lambda item: item.key)
+
+    def exists(self, key: str) -> bool:
+        """Say whether the file is there."""
+        with self._explained(key):
+            return self._path(key).is_file()
+
+    def delete(self, key: str) -> None:
+        """Remove the file if it is there, and the folders that it leaves empty: an object store shows none either."""
+        path = self._path(key)
+        with self._explained(key):
+            path.unlink(missing_ok=True)
+        for folder in path.parents[: len(PurePosixPath(key).parts) - 1]:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or never there
+                break
+
+    def child(self, name: str) -> LocalStorage:
+        """Return the folder below."""
+        return LocalStorage(self._path(name))
+
+    def _path(self, key: str) -> Path:
+        return path_below(self._root, key, self.uri)
+
+    @contextlib.contextmanager
+    def _replacing(self, key: str) -> Iterator[Path]:
+        with self._beside(key) as temporary:
+            yield temporary
+            temporary.replace(self._path(key))
+
+    @contextlib.contextmanager
+    def _beside(self, key: str) -> Iterator[Path]:
+        """Give the path of a temporary file in the key's folder, and remove it if it is still there."""
+        folder = self._path(key).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        place = self._path(key) if key else self._root
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError):
+            raise NotFoundError(f"{place} does not exist") from None
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"cannot use {place}: {reason}; check the path and its permissions") from error
+
+
+def _publish_new(temporary: Path, target: Path) -> bool:
+    """Give a finished file its name unless something has it; say whether it was given."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # Over NFS a link that was made may be answered so, when the first answer was lost.
+        return target.samefile(temporary)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():
+            return False
+        temporary.replace(target)
+    return True
+
+
+def _unless_gone(error: OSError) -> None:
+    """Let a folder that cannot be read be an error; `os.walk` would take it for an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

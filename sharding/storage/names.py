@@ -1,0 +1,109 @@
+"""Checks of names from outside: keys of a store, which must stay below their folder, and URIs, which hold no secret.
+
+All code that makes a local path of a key uses `path_below`. A message shows a key escaped, and a secret never.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sharding.errors import UserError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*):/+(?P<rest>\S*)", re.IGNORECASE)
+_SIGNED = re.compile(
+    r"[?&;](sig|[^=&;]*(signature|credential|token|secret|password|access[-_]?key)[^=&;]*)=", re.IGNORECASE
+)
+# `--output=URI`, `output.uri=URI`: the option stands in the argument itself.
+_OPTION = re.compile(r"(-{0,2}[A-Za-z][\w.-]*)=")
+
+
+def climbs(key: str) -> bool:
+    """Tell whether a path could lead anywhere but down, on any system."""
+    return "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/"))
+
+
+def path_below(folder: Path, key: str, place: str) -> Path:
+    """Return where the object of a key lies below a folder.
+
+    Args:
+        folder: the folder; nothing of it is read.
+        key: the name that a listing or an index gives, parts separated by ``/``.
+        place: names the folder or store in the error.
+
+    Raises:
+        UserError: for a key that could lie elsewhere, or that holds control characters.
+    """
+    if climbs(key) or _CONTROL.search(key):
+        raise UserError(
+            f"{key!r} is no key of {place}: keys are relative and never climb with '..', and have no empty part, "
+            "backslash or control character; correct or remove what has that name"
+        )
+    return folder.joinpath(*key.split("/"))
+
+
+def refuse_secret(where: str, text: str) -> None:
+    """Refuse a text with a URI that holds a user name, a password or a signature, before it is sent or logged.
+
+    Args:
+        where: names the option in the error, which does not repeat the text.
+        text: a URI, or anything that may contain one.
+
+    Raises:
+        UserError: for ``s3://KEY:SECRET@bucket``, ``https://user:password@host``, ``...?X-Amz-Signature=...`` and such.
+    """
+    if any(map(_holds_secret, _URI.finditer(text))):
+        raise UserError(
+            f"{where} holds a user name, password or signature, which is not sent anywhere: take it out, since a URI "
+            "names only bucket and prefix, or host and folder; S3 keys go into the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
+
+
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Refuse a command line with a secret in a URI, before anything of it can be repeated in a message.
+
+    Raises:
+        UserError: naming the option, or the word that stands before the URI.
+    """
+    before = "satfusion"
+    for argument in arguments:
+        option = _OPTION.match(argument)
+        refuse_secret(option[1] if option else f"the argument after {before!r}", argument)
+        before = argument
+
+
+def check_uri(where: str, uri: str) -> None:
+    """Refuse a URI with a secret, and one that looks like S3's and would be taken for a folder.
+
+    Args:
+        where: names the option in the error.
+        uri: as the user gave it.
+
+    Raises:
+        UserError: naming ``where``.
+    """
+    refuse_secret(where, uri)
+    if uri.lower().startswith("s3:") and not uri.lower().startswith("s3://"):
+        raise UserError(f"{where} {uri!r} is no S3 URI: write s3://BUCKET/PREFIX, or ./{uri} for a folder of that name")
+
+
+def expanded(path: str) -> Path:
+    """Return a local path whose leading ``~`` is the home folder, as a shell leaves it in ``--output=~/x``.
+
+    Raises:
+        UserError: where there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path!r} names a home folder that is not known: write the whole path") from None
+
+
+def _holds_secret(uri: re.Match[str]) -> bool:
+    # A password may hold a slash, so that its @ stands in what looks like a path; an S3 key may be called a@b.
+    named = uri["rest"].partition("/")[0] if uri["scheme"].lower() == "s3" else uri["rest"]
+    is_s3_login = uri["scheme"].lower() == "s3" and ":" in named
+    return "@" in named or is_s3_login or _SIGNED.search(uri["rest"]) is not None

@@ -1,0 +1,105 @@
+"""Requests to one bucket, repeated while their failure may pass.
+
+Nothing else in the project makes an S3 client. botocore sends each request once: its own patience is counted in
+attempts, ends at a quota that many threads share, and does not cover a body that breaks off.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sharding.storage import retries
+from sharding.storage.options import StorageOptions
+from sharding.storage.retries import Attempts
+from sharding.storage.s3.errors import passing_reason
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+
+CONNECT_TIMEOUT_S = 5.0
+# The longest silence on a connection: before an answer, within a body.
+READ_TIMEOUT_S = 20.0
+POOL_SIZE = 32
+
+_answered: set[str] = set()
+"""Endpoints that answered this process, be it with an error, and were not waited for in vain since."""
+
+
+class Bucket:
+    """A bucket and this process's client for it. Safe in threads, and to pickle: the copy makes its own client."""
+
+    def __init__(self, name: str, options: StorageOptions) -> None:
+        self.name = name
+        self.options = options
+        self.conditional = True
+        """Whether the store may know conditional writes: until it says that it does not."""
+        self._lock = threading.Lock()
+        self._client: BaseClient | None = None
+        self._client_pid = 0
+
+    def __reduce__(self) -> tuple[type[Bucket], tuple[str, StorageOptions]]:
+        return Bucket, (self.name, self.options)
+
+    @property
+    def sends_checksums(self) -> bool:
+        """Whether requests carry checksums: unless ``AWS_REQUEST_CHECKSUM_CALCULATION`` says ``when_required``."""
+        return bool(self._connect().meta.config.request_checksum_calculation == "when_supported")
+
+    def send(self, operation: str, **request: Any) -> dict[str, Any]:
+        """Send a request once; botocore's errors come as they are."""
+        from botocore.exceptions import ClientError  # slow to import, and folders need none
+
+        client = self._connect()
+        try:
+            answer: dict[str, Any] = getattr(client, operation)(Bucket=self.name, **request)
+        except ClientError:
+            _answered.add(client.meta.endpoint_url)
+            raise
+        _answered.add(client.meta.endpoint_url)
+        return answer
+
+    def call(self, attempts: Attempts, operation: str, **request: Any) -> dict[str, Any]:
+        """Send a request until it succeeds, or fails for good."""
+        while True:
+            try:
+                return self.send(operation, **request)
+            except Exception as error:
+                self.pause(attempts, error)
+
+    def pause(self, attempts: Attempts, error: Exception) -> None:
+        """Wait before another attempt, or raise ``error``: it does not pass, or was waited for long enough."""
+        reason = passing_reason(error)
+        if reason is None:
+            raise error
+        endpoint = self._connect().meta.endpoint_url
+        try:
+            attempts.pause(error, reason, retries.KNOWN_S if endpoint in _answered else retries.FIRST_CONTACT_S)
+        except Exception:
+            # What is left to send after a failure, and other threads, must not wait as long again one after another.
+            _answered.discard(endpoint)
+            raise
+
+    def _connect(self) -> BaseClient:
+        """Return this process's client: sockets must not be shared with a forked child."""
+        with self._lock:
+            if self._client is None or self._client_pid != os.getpid():
+                self._client, self._client_pid = _new_client(self.options.concurrency), os.getpid()
+            return self._client
+
+
+def _new_client(concurrency: int) -> BaseClient:
+    """Make an S3 client with short patience for silence and room for parallel requests."""
+    import boto3  # slow to import, and folders need none
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": 1},
+        max_pool_connections=max(POOL_SIZE, concurrency),
+    )
+    # A session of its own: boto3's default session is not safe to build clients from in several threads.
+    client: BaseClient = boto3.session.Session().client("s3", config=config)
+    return client

@@ -1,0 +1,137 @@
+"""Objects in an S3 bucket."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from sharding.storage.base import BucketNotFoundError, Fill, NotFoundError, StoredObject
+from sharding.storage.retries import Attempts
+from sharding.storage.s3.client import Bucket
+from sharding.storage.s3.errors import BeginAnewError, explained
+from sharding.storage.s3.read import Body, Filling, read_range, read_whole
+from sharding.storage.s3.write import Upload, opened
+
+
+class S3Storage:
+    """Objects under a prefix of an S3 bucket."""
+
+    request_bytes = 16 << 20
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+
+    @property
+    def uri(self) -> str:
+        """``s3://bucket/prefix``."""
+        return f"s3://{self._bucket.name}/{self._prefix}" if self._prefix else f"s3://{self._bucket.name}"
+
+    def __repr__(self) -> str:
+        return f"S3Storage({self.uri!r})"
+
+    def read(self, key: str) -> bytes:
+        """GET the object."""
+        with self._explained(key):
+            return read_whole(self._bucket, self._key(key), self._where(key))
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """GET with a Range header."""
+        data = bytearray(max(length, 0))
+        return bytes(memoryview(data)[: self.read_into(key, offset, memoryview(data))])
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """GET with a Range header, piece by piece into ``buffer``."""
+        if not buffer:
+            return 0
+        with self._explained(key):
+            return read_range(self._bucket, self._key(key), self._where(key), offset, buffer)
+
+    @contextlib.contextmanager
+    def reading(self, key: str, offset: int, length: int) -> Iterator[Fill]:
+        """GET with a Range header, piece by piece into one buffer after the other."""
+        body = Body(self._bucket, self._key(key), self._where(key), offset, offset + length)
+        with contextlib.closing(Filling(body)) as filling:
+
+            def read(buffer: memoryview) -> int:
+                with self._explained(key):
+                    try:
+                        return filling(buffer)
+                    except BeginAnewError:  # it was replaced: what follows would be another object's
+                        return 0
+
+            yield read
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """GET the object, and go on with ranges where its body breaks off."""
+        with self._explained(key):
+            for piece in Body(self._bucket, self._key(key), self._where(key), 0, None).pieces():
+                yield bytes(piece)
+
+    def write(self, key: str, data: bytes) -> None:
+        """PUT the object, in parallel parts where it is large; S3 publishes it at the end of the last request."""
+        self._put(key, data, new=False)
+
+    def upload(self, key: str, path: Path) -> None:
+        """PUT a file's content in the same way."""
+        self._put(key, path, new=False)
+
+    def create(self, key: str, content: bytes | Path) -> bool:
+        """PUT with ``If-None-Match: *`` on the request that publishes.
+
+        A HEAD comes first: it saves sending what is not wanted, and it is all there is with a store that ignores the
+        condition or does not know it (HTTP 501).
+        """
+        return not self.exists(key) and self._put(key, content, new=True)
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        """List all pages under the prefix."""
+        base = f"{self._prefix}/" if self._prefix else ""
+        found = []
+        page: dict[str, Any] = {"IsTruncated": True}
+        position: dict[str, str] = {}
+        while page.get("IsTruncated"):
+            page = self._call(prefix, "list_objects_v2", Prefix=base + prefix, **position)
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):  # markers that consoles make for empty folders
+                    found.append(StoredObject(item["Key"][len(base) :], item["Size"]))
+            position = {"ContinuationToken": page.get("NextContinuationToken", "")}
+        return sorted(found, key=lambda item: item.key)
+
+    def exists(self, key: str) -> bool:
+        """HEAD the object."""
+        try:
+            self._call(key, "head_object", Key=self._key(key))
+        except BucketNotFoundError:
+            raise
+        except NotFoundError:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        """DELETE the object; S3 answers the same where there is none."""
+        self._call(key, "delete_object", Key=self._key(key))
+
+    def child(self, name: str) -> S3Storage:
+        """Return the storage of a longer prefix."""
+        return S3Storage(self._bucket, self._key(name).rstrip("/"))
+
+    def _put(self, key: str, source: bytes | Path, *, new: bool) -> bool:
+        with opened(source) as content, self._explained(key):
+            return Upload(self._bucket, self._key(key), self._where(key), new=new).put(content)
+
+    def _call(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
+        with self._explained(key):
+            return self._bucket.call(Attempts(self._where(key)), operation, **request)
+
+    def _explained(self, key: str) -> AbstractContextManager[None]:
+        return explained(self._where(key), self._bucket.name)
+
+    def _where(self, key: str) -> str:
+        return f"{self.uri}/{key}" if key else self.uri
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key

@@ -1,0 +1,190 @@
+"""Objects to S3, whole or not at all: in one request, or in parts side by side that the last request publishes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from sharding.errors import UserError
+from sharding.storage.retries import Attempts
+from sharding.storage.s3.client import Bucket
+from sharding.storage.s3.errors import code_of, status_of
+
+MOST_PARTS = 10_000
+"""S3's limit."""
+WRITER = "satfusion-writer"
+"""User metadata of every object: a number that its writer drew, by which it knows its own work again."""
+
+_NOT_FOUND, _NOT_IMPLEMENTED = 404, 501
+
+log = logging.getLogger(__name__)
+
+
+class Content(Protocol):
+    """What is to be stored."""
+
+    size: int
+
+    def part(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset``. Called in several threads."""
+        ...
+
+
+class _Memory:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def part(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+
+class _File:
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+        self.size = os.fstat(descriptor).st_size
+
+    def part(self, offset: int, length: int) -> bytes:
+        try:
+            data = os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        if len(data) != length:
+            raise UserError(f"{self._path} became shorter while it was stored: store it again when it is complete")
+        return data
+
+
+@contextlib.contextmanager
+def opened(source: bytes | Path) -> Iterator[Content]:
+    """Open bytes or a file for `Upload`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        yield _Memory(source)
+        return
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    with file:
+        yield _File(source, file.fileno())
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions")
+
+
+class Upload:
+    """One object on its way into a bucket."""
+
+    def __init__(self, bucket: Bucket, key: str, where: str, *, new: bool) -> None:
+        """Prepare it.
+
+        Args:
+            bucket: where it goes, and how.
+            key: its key in the bucket.
+            where: its URI, for the log.
+            new: store it only where there is none yet.
+        """
+        self._bucket, self._key, self._where, self._new = bucket, key, where, new
+        self._writer = uuid.uuid4().hex
+        self._wanted = {"Metadata": {WRITER: self._writer}, **bucket.options.request()}
+
+    def put(self, content: Content) -> bool:
+        """Store the content; say whether it is there now, False only for ``new``."""
+        if content.size <= self._bucket.options.part_size:
+            return self._publish("put_object", Body=content.part(0, content.size), **self._wanted)
+        checksum = {"ChecksumAlgorithm": "CRC32"} if self._bucket.sends_checksums else {}
+        answer = self._bucket.call(
+            Attempts(self._where), "create_multipart_upload", Key=self._key, **self._wanted, **checksum
+        )
+        upload, published = answer["UploadId"], False
+        try:
+            parts = self._send_parts(upload, content)
+            published = self._publish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
+        finally:
+            if not published:
+                self._abort(upload)
+        return published
+
+    def _send_parts(self, upload: str, content: Content) -> Sequence[dict[str, Any]]:
+        size = max(self._bucket.options.part_size, -(-content.size // MOST_PARTS))
+        stop = threading.Event()
+
+        def send(offset: int) -> dict[str, Any]:
+            number = offset // size + 1
+            data = content.part(offset, min(size, content.size - offset))
+            attempts = Attempts(f"{self._where}, part {number}", stop)
+            try:
+                answer = self._bucket.call(
+                    attempts, "upload_part", Key=self._key, UploadId=upload, PartNumber=number, Body=data
+                )
+            except BaseException:
+                stop.set()
+                raise
+            checksum = {name: answer[name] for name in ("ChecksumCRC32",) if name in answer}
+            return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
+
+        with ThreadPoolExecutor(self._bucket.options.concurrency, thread_name_prefix="s3-part") as pool:
+            try:
+                return list(pool.map(send, range(0, content.size, size)))
+            finally:
+                stop.set()  # on Ctrl-C too, parts that wait must not wait on
+
+    def _publish(self, operation: str, **request: Any) -> bool:
+        """Send the request that makes the object visible; say whether the one that is there is ours."""
+        from botocore.exceptions import ClientError  # slow to import, and folders need none
+
+        condition = {"IfNoneMatch": "*"} if self._new and self._bucket.conditional else {}
+        attempts = Attempts(self._where)
+        try:
+            self._bucket.call(attempts, operation, Key=self._key, **request, **condition)
+        except ClientError as error:
+            if condition and status_of(error) == _NOT_IMPLEMENTED:
+                self._bucket.conditional = False
+                return self._writer_there() is None and self._publish(operation, **request)
+            exists = code_of(error) == "PreconditionFailed"
+            # An earlier attempt may have succeeded and its answer been lost: this one then met our own object, or
+            # an upload that is complete already.
+            lost = attempts.failures > 0 and (exists or code_of(error) == "NoSuchUpload")
+            if lost and self._writer_there() == self._writer:
+                return True
+            if exists:
+                return False
+            raise
+        return True
+
+    def _writer_there(self) -> str | None:
+        """Return who wrote the object that is there, empty where it does not say; None where there is none."""
+        from botocore.exceptions import ClientError  # slow to import, and folders need none
+
+        try:
+            head = self._bucket.call(Attempts(self._where), "head_object", Key=self._key)
+        except ClientError as error:
+            if status_of(error) == _NOT_FOUND:
+                return None
+            raise
+        return str(head.get("Metadata", {}).get(WRITER, ""))
+
+    def _abort(self, upload: str) -> None:
+        """Remove the parts, whose storage costs money and which no listing shows."""
+        from botocore.exceptions import BotoCoreError, ClientError  # slow to import, and folders need none
+
+        try:
+            self._bucket.send("abort_multipart_upload", Key=self._key, UploadId=upload)
+        except (BotoCoreError, ClientError) as error:
+            # Whatever ended the upload is the error to report.
+            log.warning(
+                "parts of an upload that failed may be left at %s (%s): a lifecycle rule of the bucket removes such",
+                self._where,
+                type(error).__name__,
+            )

@@ -1,0 +1,210 @@
+"""The demo, and that whatever ends it, nothing of it is left but the output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.local import demo, objectstore
+from cluster.local.processes import identify, running_with, stop
+from pipeline.evaluation.evaluate import COLUMNS, METHODS, Evaluation
+from sharding.sources.synthetic.rasters import write_worldstrat
+from tests.listening import is_loopback, listening
+
+TOKEN = "SATFUSION_TEST_DEMO"
+
+
+@dataclass
+class Demo:
+    """A running ``satfusion demo``, and how to find everything it starts."""
+
+    process: subprocess.Popen[str]
+    token: str
+    temporary: Path
+    errors: Path
+    seen: list[str] = field(default_factory=list)
+
+    def wait_for(self, words: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.seen.append(line)
+            if words in line:
+                return
+        pytest.fail(f"ended before {words!r}: {''.join(self.seen)}{self.errors.read_text()}")
+
+    def listening(self) -> set[tuple[str, int]]:
+        return listening([process.pid for process in running_with(TOKEN, self.token)])
+
+    def end(self) -> int:
+        """Wait for its end and return its status; nothing that it started may be left."""
+        rest, _ = self.process.communicate(timeout=120)
+        self.seen.append(rest)
+        assert running_with(TOKEN, self.token) == []
+        assert [path.name for path in self.temporary.glob("sf-demo-*")] == []
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def started(output: Path, *arguments: str) -> Iterator[Demo]:
+    token = secrets.token_hex(8)
+    # Ray's sockets want a short path.
+    with tempfile.TemporaryDirectory(prefix="sf-") as temporary, (output.parent / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "demo", "--output", str(output), *arguments],
+            env={**os.environ, TOKEN: token, "TMPDIR": temporary},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield Demo(process, token, Path(temporary), Path(errors.name))
+        finally:
+            process.kill()
+            process.communicate()
+            stop(running_with(TOKEN, token))
+
+
+@pytest.fixture(scope="module")
+def worldstrat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("worldstrat")
+    write_worldstrat(folder, aois=3, seed=1, hr_side=264)
+    return folder
+
+
+@pytest.mark.distributed
+def test_ctrl_c_with_the_s3_server_up_leaves_nothing(tmp_path: Path) -> None:
+    with started(tmp_path / "out") as demo:
+        demo.wait_for("S3 server ready")
+        assert (tmp_path / "out/s3/s3.json").exists()
+        sockets = demo.listening()
+        assert len(sockets) >= 8
+        assert all(is_loopback(address) for address, _ in sockets)
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.end() == 130
+        assert demo.errors.read_text().endswith("satfusion: interrupted\n")
+    assert not (tmp_path / "out/s3").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_with_the_nodes_up_leaves_nothing_even_when_repeated(
+    number: signal.Signals, tmp_path: Path, worldstrat: Path
+) -> None:
+    with started(tmp_path / "out", "--worldstrat", str(worldstrat)) as demo:
+        demo.wait_for("training on")
+        assert len(demo.listening()) > 15
+        demo.process.send_signal(number)
+        for impatient in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            time.sleep(0.3)
+            demo.process.send_signal(impatient)
+        assert demo.end() == 130
+        assert "Traceback" not in demo.errors.read_text()
+    assert not (tmp_path / "out/s3").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_whole_demo_that_learned_nothing_says_so_in_its_status(tmp_path: Path, worldstrat: Path) -> None:
+    arguments = ("--worldstrat", str(worldstrat), "train.max_steps=2", "train.warmup_steps=1")
+    with started(tmp_path / "out", *arguments) as demo:
+        assert demo.end() == 1, demo.errors.read_text()
+    printed = "".join(demo.seen)
+    assert "rank 1 of 2 runs on node" in printed
+    assert "NOT above" in printed
+    assert list((tmp_path / "out/run/evaluation").glob("*/chips.csv"))
+    assert not (tmp_path / "out/s3").exists()
+
+
+def test_a_server_that_does_not_start_leaves_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = tmp_path / "weed"
+    failing.write_text("#!/bin/sh\necho no room left on the disk; exit 7\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(objectstore, "_find_weed", lambda: str(failing))
+    assert failed_demo(tmp_path, monkeypatch) == 2
+    assert "no room left on the disk" in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_used_leaves_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert failed_demo(tmp_path, monkeypatch, "--worldstrat", str(tmp_path / "empty")) == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+
+
+def failed_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run a demo that fails before its nodes start; its S3 and state folders must be gone, and signals as they were."""
+    (folder / "tmp").mkdir()
+    multiprocessing.util.get_temp_dir()  # made once in a process, and kept to its end
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    status = main(["demo", "--output", str(folder / "out"), *arguments])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert os.environ.get("AWS_ENDPOINT_URL") == endpoint
+    assert not (folder / "out/s3").exists()
+    assert list((folder / "tmp").iterdir()) == []
+    return status
+
+
+def test_an_output_that_is_no_folder_of_a_demo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in ("", "file", "file/below"):
+        assert main(["demo", "--output", str(tmp_path / output)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"satfusion: error: --output {tmp_path / output} ")
+        assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_demo_that_runs_keeps_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = identify(os.getpid())
+    assert own is not None
+    (tmp_path / ".satfusion-demo").write_text(f"{own.pid}\n{own.started}\n{tmp_path / 'state'}")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"is in use by a demo that runs (process {own.pid})" in capsys.readouterr().err
+    assert (tmp_path / ".satfusion-demo").exists()
+    assert main(["demo", "--output", str(tmp_path / "other"), "output.uri=runs/mine"]) == 2
+    assert "leave out 'output.uri=runs/mine'" in capsys.readouterr().err
+
+
+def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:
+    rows: list[dict[str, object]] = [
+        {"aoi": "a", "chip": 0, "method": method, **dict.fromkeys(COLUMNS, 0.0), "psnr": psnr, "psnr_adjusted": shifted}
+        for method, psnr, shifted in zip(METHODS, raw, adjusted, strict=True)
+    ]
+    return Evaluation("best-2", "test", "off", "centred", rows, "s3://satfusion/run/evaluation/test-best-2")
+
+
+@pytest.mark.parametrize(
+    ("raw", "adjusted", "above"),
+    [
+        ((30, 20, 25), (32, 31, 30), True),
+        ((30, 20, 25), (31, 32, 30), False),
+        ((22, 20, 25), (33, 32, 30), False),
+        ((25, 25, 25), (33, 32, 30), False),
+    ],
+)
+def test_the_demo_fails_unless_it_beats_both_baselines_raw_and_adjusted(
+    raw: Sequence[float], adjusted: Sequence[float], above: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo._report(evaluation(raw, adjusted), tmp_path, 60.0) is above
+    printed = capsys.readouterr().out
+    assert ("NOT above" not in printed) is above
+    assert str(tmp_path / "run/evaluation/test-best-2") in printed

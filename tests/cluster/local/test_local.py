@@ -1,0 +1,405 @@
+"""A real cluster of two Ray nodes, brought up once, and real jobs on it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.cli import main
+from cluster.jobs.submit import build_request, follow, send
+from cluster.jobs.train_job import Placement
+from cluster.local import nodes as local
+from cluster.local.nodes import LocalCluster, NodeOptions
+from cluster.local.objectstore import ObjectStore
+from cluster.local.processes import ProcessId, identify, is_running, running_with
+from pipeline.config import RunConfig, load_config
+from sharding.errors import UserError
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.storage import open_storage
+from tests.command import column, last_checkpoint, run_command
+from tests.conftest import SMALL, TINY
+from tests.listening import is_loopback, listening
+
+pytestmark = pytest.mark.distributed
+MARK = "SATFUSION_CLUSTER"
+
+
+@dataclass
+class Watch:
+    """Looks again and again at what a cluster's processes listen on."""
+
+    cluster: LocalCluster
+    seen: set[tuple[str, int]] = field(default_factory=set)
+    processes: set[ProcessId] = field(default_factory=set)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def look(self) -> None:
+        while not self.done.is_set():
+            self.processes |= (now := set(running_with(MARK, self.cluster.mark)))
+            self.seen |= listening([process.pid for process in now])
+            self.done.wait(0.5)
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """Make a folder with a path short enough for Ray's sockets, which pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="sf-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def state() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder / "state"
+        local.down(folder / "state")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server that is not started yet, whose keys the nodes of the cluster have."""
+    store = ObjectStore(tmp_path_factory.mktemp("s3"))
+    yield store
+    store.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(state: Path, store: ObjectStore) -> LocalCluster:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, store.environment[name])
+        # Ray takes our word for the GPUs; the nodes see one each, whether there are any or not.
+        return local.up(NodeOptions(nodes=2, cpus_per_node=1, gpus_per_node=1), state)
+
+
+@pytest.fixture(scope="module")
+def watch(cluster: LocalCluster) -> Iterator[Watch]:
+    watch = Watch(cluster)
+    thread = threading.Thread(target=watch.look)
+    thread.start()
+    yield watch
+    watch.done.set()
+    thread.join()
+
+
+def custom_job(cluster: LocalCluster, entrypoint: str) -> str:
+    request = build_request(load_config("srcnn_pnn"), Placement(1), {}, Path("/"))
+    return send(dataclasses.replace(request, entrypoint=entrypoint), cluster.address)
+
+
+def test_two_nodes_with_addresses_of_their_own(
+    cluster: LocalCluster, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert local.alive_nodes(cluster) == ["127.0.0.2", "127.0.0.3"]
+    assert main(["cluster", "status", "--state", str(state)]) == 0
+    assert cluster.address in capsys.readouterr().out
+
+
+def test_up_twice_says_it_is_up(cluster: LocalCluster, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster", "up", "--state", str(state)]) == 2
+    assert f"already up at {cluster.address}" in capsys.readouterr().err
+
+
+def test_each_line_once_and_the_drivers_status(cluster: LocalCluster) -> None:
+    script = "import time; [(print('line', i, flush=True), time.sleep(0.002)) for i in range(500)]; raise SystemExit(3)"
+    output = io.StringIO()
+    assert follow(cluster.address, custom_job(cluster, f'python -c "{script}"'), output) == 3
+    assert re.findall(r"^line (\d+)$", output.getvalue(), re.M) == [str(number) for number in range(500)]
+
+
+def test_training_takes_a_rank_on_each_node(
+    cluster: LocalCluster,
+    watch: Watch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_worldstrat(tmp_path / "worldstrat", aois=3, seed=1, revisits=2, hr_side=80)
+    shard_folder(tmp_path / "worldstrat", open_storage(str(tmp_path / "shards")), ShardOptions(SMALL))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # What is given on the command line wins over it.
+    overrides = ["data.uri=shards", "output.uri=run", *TINY, "train.max_steps=2"]
+    arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "2", *overrides]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    places = dict(re.findall(r"rank (\d) of 2 runs on node ([\d.]+)", output))
+    assert sorted(places) == ["0", "1"]
+    assert sorted(places.values()) == list(cluster.nodes)
+    assert output.count("checkpoint step-2 written") == 1
+    assert (tmp_path / "run/metrics.csv").exists()
+
+
+def test_gpus_of_a_node_are_hidden_from_a_job_that_asks_for_none(cluster: LocalCluster) -> None:
+    look = "ray.remote(lambda: os.environ.get('CUDA_VISIBLE_DEVICES')).remote()"
+    script = f"import os, ray; ray.init(); print('seen', repr(ray.get({look})))"
+    output = io.StringIO()
+    assert follow(cluster.address, custom_job(cluster, f'python -c "{script}"'), output) == 0
+    assert re.findall(r"^seen (.*)$", output.getvalue(), re.M) == ["''"]
+
+
+@pytest.mark.slow
+def test_more_than_the_cluster_has_is_refused(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two nodes of one CPU each."""
+    for workers, each in (("5", ()), ("1", ("--cpus-per-worker", "2"))):
+        arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", workers, *each]
+        assert main([*arguments, "train.global_batch=20"]) == 2
+        output = capsys.readouterr().out
+        assert output.count("satfusion: error: --workers is") == 1
+        assert "Traceback" not in output
+
+
+def test_the_port_of_rays_own_service_is_no_job_server(
+    cluster: LocalCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "srcnn_pnn", "--address", f"http://{cluster.gcs}", "--workers", "2"]) == 2
+    assert capsys.readouterr().err.startswith(f"satfusion: error: no Ray job server answers at http://{cluster.gcs}")
+
+
+def kill_ranks(cluster: LocalCluster, run: Path, step: int, only: int | None = None) -> None:
+    """SIGKILL the job's ranks (or the first ``only`` of them) once the run has taken ``step`` steps."""
+    deadline = time.monotonic() + 180
+    while not ((run / "metrics.csv").exists() and len(column(run, "step")) >= step):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    ranks = [
+        process.pid
+        for process in running_with(MARK, cluster.mark)
+        if b"RayTrainWorker" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    for pid in ranks[:only]:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_training_submitted_again_ends_bit_for_bit(
+    cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Epochs have 9 steps and checkpoints come every 5: the steps of either kill are nobody's end but epoch 1's."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    options = ("train.max_steps=15", "train.checkpoint_every=5", "model.dropout=published", "train.zero_stage=2")
+    config = tmp_path / "config.toml"
+    config.write_text(make_config(undisturbed, *options).to_toml())
+    run_command(2, ["train", str(config)])
+
+    def submit(max_failures: int) -> str:
+        request = build_request(make_config(killed, *options), Placement(2, max_failures=max_failures), {}, Path("/"))
+        return send(request, cluster.address)
+
+    log = io.StringIO()
+    first = submit(0)
+    kill_ranks(cluster, killed, 7)
+    assert follow(cluster.address, first, log) == 1
+    # A busy machine lets the ranks get further before the signal, but not past the next checkpoint.
+    assert 7 <= int(column(killed, "step")[-1]) < 10
+
+    second = submit(1)
+    kill_ranks(cluster, killed, 11, only=1)
+    assert follow(cluster.address, second, log) == 0
+    # The second kill came after step 10 and before step 15, the next checkpoint and the end.
+    going_on = re.findall(r"going on from \S+/checkpoints/(\S+)", log.getvalue())
+    assert going_on == ["step-5", "step-10"]
+    assert column(killed, "chips", "batches.csv") == column(undisturbed, "chips", "batches.csv")
+    assert column(killed, "train/loss") == column(undisturbed, "train/loss")
+    ours, theirs = last_checkpoint(killed), last_checkpoint(undisturbed)
+    assert ours.position.step == 15
+    assert all(torch.equal(ours.state.weights[n], theirs.state.weights[n]) for n in theirs.state.weights)
+
+
+class Reacting(io.StringIO):
+    """A log that does something at the first sight of some words."""
+
+    def __init__(self, *reactions: tuple[str, Callable[[], None]]) -> None:
+        super().__init__()
+        self.reactions = list(reactions)
+
+    def write(self, text: str) -> int:
+        length = super().write(text)
+        while self.reactions and self.reactions[0][0] in self.getvalue():
+            self.reactions.pop(0)[1]()
+        return length
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_is_waited_for_and_costs_a_restart_when_it_stays_away(
+    cluster: LocalCluster, store: ObjectStore, make_config: Callable[..., RunConfig]
+) -> None:
+    """The run may restart once: had the short absence cost that, the long one would end it."""
+    store.start()
+    store.create_bucket("outage")
+    config = make_config("s3://outage/run", "train.max_steps=40", "train.checkpoint_every=5")
+    log = Reacting(
+        ("checkpoint step-5 written", store.stop),
+        ("attempt 8 follows", store.start),
+        ("checkpoint step-10 written", store.stop),
+        ("restart 1 of 1", store.start),
+    )
+    job = send(build_request(config, Placement(2, max_failures=1), store.environment, Path("/")), cluster.address)
+    assert follow(cluster.address, job, log) == 0, log.getvalue()
+    assert log.reactions == []
+    short, long = log.getvalue().split("checkpoint step-10 written")
+    assert "restart" not in short
+    assert "the S3 endpoint does not answer" in long
+    (name,) = re.findall(r"going on from s3://outage/run/checkpoints/(\S+)", long)
+    assert int(name.removeprefix("step-")) >= 10
+    assert "checkpoint step-40 written" in long
+    store.stop()
+
+
+def test_a_store_that_does_not_answer_at_the_start_is_refused(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "2"]
+    assert main([*arguments, "data.uri=s3://bucket/shards", "output.uri=s3://bucket/run"]) == 2
+    output = capsys.readouterr().out
+    assert output.count("satfusion: error:") == 1
+    assert "s3://bucket/shards" in output
+    assert "Traceback" not in output
+    assert "rank 0" not in output
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_following_leaves_the_job_running(
+    cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    config = tmp_path / "config.toml"
+    config.write_text(make_config(tmp_path / "run", "train.epochs=10000").to_toml())
+    arguments = ["submit", str(config), "--address", cluster.address, "--workers", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        job_id = process.stdout.readline().split()[1]
+        while "starting at step 0" not in (line := process.stdout.readline()):
+            assert line, "the log ended"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"job {job_id} runs on" in errors
+    assert f"ray job stop --address {cluster.address} {job_id}" in errors
+    assert f"ray job logs --address {cluster.address} --follow {job_id}" in errors
+    assert "Traceback" not in errors
+    client = JobSubmissionClient(cluster.address)
+    assert client.get_job_status(job_id) == JobStatus.RUNNING
+    client.stop_job(job_id)
+    assert follow(cluster.address, job_id, io.StringIO()) == 1
+
+
+def test_a_users_mistake_inside_the_job_is_one_sentence_and_status_2(
+    cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset = tmp_path / "absent"
+    arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "1", "--no-wait"]
+    assert main([*arguments, f"data.uri={dataset}", f"output.uri={tmp_path / 'run'}"]) == 0
+    printed = capfd.readouterr().out
+    job_id = printed.splitlines()[0]
+    assert f"ray job logs --address {cluster.address} --follow {job_id}" in printed
+    log = io.StringIO()
+    assert follow(cluster.address, job_id, log) == 2
+    sentences = [line for line in log.getvalue().splitlines() if line.startswith("satfusion: error:")]
+    assert len(sentences) == 1
+    assert f"{dataset} holds no index.json" in sentences[0]
+    assert "Traceback" not in log.getvalue()
+
+
+def test_everything_listens_on_loopback_alone(cluster: LocalCluster, watch: Watch) -> None:
+    # The head's service, two raylets with two ports each, the agents, the dashboard, and workers of the jobs above.
+    assert len(watch.seen) > 15
+    assert [(address, port) for address, port in watch.seen if not is_loopback(address)] == []
+
+
+def test_down_ends_what_up_started_and_nothing_else(
+    cluster: LocalCluster, watch: Watch, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch.done.set()
+    assert {process for process in watch.processes if is_running(process)}
+    assert main(["cluster", "down", "--state", str(state)]) == 0
+    assert {process.pid for process in watch.processes if is_running(process)} == set()
+    assert running_with(MARK, cluster.mark) == []
+    assert not state.exists()
+    assert main(["cluster", "down", "--state", str(state)]) == 0
+    assert "no cluster is up" in capsys.readouterr().out
+    assert main(["cluster", "status", "--state", str(state)]) == 1
+
+
+def test_a_failed_up_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[LocalCluster] = []
+
+    def fail(cluster: LocalCluster) -> None:
+        started.append(cluster)
+        assert running_with(MARK, cluster.mark)
+        raise UserError("the dashboard does not answer")
+
+    monkeypatch.setattr(local, "_wait_for_nodes", fail)
+    with pytest.raises(UserError, match="does not answer"):
+        local.up(NodeOptions(nodes=1), folder / "c")
+    assert running_with(MARK, started[0].mark) == []
+    assert not (folder / "c").exists()
+
+
+def test_a_node_that_does_not_start_says_why(folder: Path) -> None:
+    # Ray refuses a store larger than the machine.
+    with pytest.raises(UserError, match=r"127\.0\.0\.2 did not start") as caught:
+        local.up(NodeOptions(nodes=1, object_store_mb=10**9), folder / "c")
+    assert len(str(caught.value)) < 1500
+    assert not (folder / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"nodes": 0}, {"nodes": 999}, {"cpus_per_node": 0}, {"gpus_per_node": -1}, {"object_store_mb": 10}]
+)
+def test_sizes_that_cannot_be_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} is"):
+        NodeOptions(**options)
+
+
+def test_a_state_folder_that_cannot_serve_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="too long"):
+        local.up(NodeOptions(), folder / ("long" * 20))
+    with pytest.raises(UserError, match="space"):
+        local.up(NodeOptions(), folder / "a b")
+    assert list(folder.iterdir()) == []
+    (folder / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="remove it"):
+        local.down(folder)
+
+
+def test_a_reused_process_number_is_not_ours() -> None:
+    own = identify(os.getpid())
+    assert own is not None
+    assert is_running(own)
+    assert not is_running(ProcessId(own.pid, own.started - 1))
+
+
+def test_leftovers_of_a_reboot_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    gone = LocalCluster("mark", "http://127.0.0.1:9", "127.0.0.2:9", ("127.0.0.2",), 1, 0, (ProcessId(1, -1),))
+    local._write_state(tmp_path, gone)
+    assert local.read_state(tmp_path) == gone
+    assert local.down(tmp_path) == gone
+    assert local.read_state(tmp_path) is None

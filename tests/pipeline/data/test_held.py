@@ -1,0 +1,91 @@
+"""What is held of a scene: chips that were cut when it was read are those that a whole scene gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import DataConfig
+from pipeline.data import ChipDataset
+from pipeline.data.chips import Layout, StoredChips, Window, chip_window, make_window
+from pipeline.data.scene_layout import Cut, Form, Whole
+from sharding.format.index import SampleEntry
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_a_layout_is_one_stretch_a_chip(dtype: str) -> None:
+    layout = Layout((2, 3, 5, 5), (3, 16, 16), getattr(torch, dtype), 1)
+    memory = torch.zeros(4, layout.chip_bytes, dtype=torch.uint8)
+    item = np.dtype(dtype).itemsize
+    assert layout.chip_bytes == (2 * 3 * 25 + 4 * 256) * item
+    for number, image in enumerate(layout.tensors(memory), start=1):
+        image.view(torch.uint8).fill_(number)
+    found = [int((memory == number).sum()) for number in range(4)]
+    assert found == [0, *(4 * item * count for count in (150, 768, 256))]
+
+
+Taken = tuple[ChipDataset, SampleEntry, list[Window], Callable[[memoryview], None]]
+
+
+@pytest.fixture
+def taken(shards: dict[int, str]) -> Taken:
+    """A dataset, one of its scenes, the windows of its chips, and what reads it."""
+    dataset = ChipDataset(shards[3], "train", DataConfig())
+    shard, entry = dataset.index.samples("train")[1]
+
+    def read(span: memoryview) -> None:
+        assert dataset.storage.read_into(shard.name, entry.offset, span) == entry.size
+
+    return dataset, entry, [chip_window(chip, dataset.scale) for chip in range(9)], read
+
+
+def blank(layout: Layout, chips: int) -> StoredChips:
+    return StoredChips(layout, torch.zeros(chips, layout.chip_bytes, dtype=torch.uint8))
+
+
+def test_chips_cut_ahead_are_those_of_a_whole_scene(taken: Taken) -> None:
+    dataset, entry, windows, read = taken
+    forms: list[Form] = [Whole(entry.size), Cut(dataset.layout, windows, entry.size + 100)]
+    given = []
+    for form in forms:
+        scene = form.read(entry, np.zeros(form.bytes, np.uint8), read)
+        chips = blank(dataset.layout, 9)
+        for number, window in enumerate(windows):
+            scene.copy(window, chips, number)
+        given.append((chips.rows, scene.text))
+    (whole, text), (cut, same_text) = given
+    assert whole.any(axis=1).all()
+    assert np.array_equal(whole, cut)
+    assert text == same_text
+
+
+def test_a_window_that_was_not_cut_is_not_another_one(taken: Taken) -> None:
+    dataset, entry, windows, read = taken
+    form = Cut(dataset.layout, windows, entry.size)
+    scene = form.read(entry, np.zeros(form.bytes, np.uint8), read)
+    with pytest.raises(KeyError):
+        scene.copy(make_window(1, 2, dataset.scale), blank(dataset.layout, 1), 0)
+
+
+def test_a_read_that_fails_leaves_its_buffer_to_the_next(taken: Taken) -> None:
+    dataset, entry, windows, read = taken
+    form = Cut(dataset.layout, windows, entry.size)
+    buffers = set()
+
+    def broken(span: memoryview) -> None:
+        buffers.add(np.frombuffer(span, np.uint8).ctypes.data)
+        raise OSError("cut off")
+
+    def whole(span: memoryview) -> None:
+        buffers.add(np.frombuffer(span, np.uint8).ctypes.data)
+        read(span)
+
+    memory = np.zeros(form.bytes, np.uint8)
+    for _ in range(2):
+        with pytest.raises(OSError, match="cut off"):
+            form.read(entry, memory, broken)
+    form.read(entry, memory, whole)
+    assert len(buffers) == 1

@@ -1,0 +1,105 @@
+"""Evaluation: the figures are those of the images, the baselines those that were promised."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import DataConfig, RunConfig
+from pipeline.data import ChipDataset
+from pipeline.evaluation.evaluate import METHODS, baselines, evaluate_run
+from pipeline.quality.metrics import image_metrics
+from pipeline.training.loop import run_training
+from pipeline.world import World
+from sharding.errors import UserError
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.storage import open_storage
+from tests.command import column
+from tests.conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def run(world: World, make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run_training(make_config(folder, "train.max_steps=3", "train.checkpoint_every=2"))
+    return folder
+
+
+def test_baselines_are_bicubic_of_the_clearest_and_of_the_median(dataset_uri: str) -> None:
+    batch = ChipDataset(dataset_uri, "test", DataConfig()).evaluation_batch(4)
+    images = baselines(batch)
+    lr = batch.lr[0].numpy()
+    sources = {
+        "bicubic_clearest": lr[int(batch.revisit[0])],
+        # Eight revisits: the mean of the middle two.
+        "bicubic_median": np.sort(lr, axis=0)[3:5].mean(0),
+    }
+    for name, source in sources.items():
+        expected = torch.nn.functional.interpolate(torch.from_numpy(source)[None], size=(156, 156), mode="bicubic")
+        assert torch.allclose(images[name], expected, atol=1e-6), name
+
+
+def test_the_table_is_the_mean_over_chips(run: Path, small_uri: str) -> None:
+    result = evaluate_run(str(run), "test", "best", panels=2)
+    assert len(result.chips) == 9 * len(METHODS)
+    folder = Path(result.folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "aois.csv",
+        "chips.csv",
+        "panel-000.png",
+        "panel-001.png",
+        "table.txt",
+    ]
+    with (folder / "chips.csv").open(newline="") as file:
+        chips = list(csv.DictReader(file))
+    with (folder / "aois.csv").open(newline="") as file:
+        (aoi,) = [row for row in csv.DictReader(file) if row["method"] == "bicubic_median"]
+    own = [float(row["psnr"]) for row in chips if row["method"] == "bicubic_median"]
+    batch = ChipDataset(small_uri, "test", DataConfig()).evaluation_batch(7)
+    expected = image_metrics(baselines(batch)["bicubic_median"], batch.hr)["psnr"].item()
+    assert own[7] == pytest.approx(expected, rel=1e-6)
+    assert float(aoi["psnr"]) == pytest.approx(np.mean(own))
+    assert result.means("bicubic_median")["psnr"] == pytest.approx(np.mean(own))
+    better = max(result.means(method)["psnr"] for method in METHODS[1:])
+    assert result.margin("psnr") == (result.means("fused")["psnr"], better)
+    assert f"{result.means('fused')['psnr']:.4g}" in result.table()
+
+
+def test_validation_and_evaluation_agree(run: Path) -> None:
+    result = evaluate_run(str(run), "val", "last", panels=0)
+    assert result.checkpoint == "step-3"
+    for name in ("psnr", "psnr_adjusted", "sam", "ergas"):
+        assert result.means("fused")[name] == pytest.approx(float(column(run, f"val/{name}")[-1]), rel=1e-5)
+
+
+def test_checkpoints_are_chosen_by_rule_or_step(run: Path) -> None:
+    assert evaluate_run(str(run), "val", "2", panels=0).checkpoint == "step-2"
+    with pytest.raises(UserError, match=r"no checkpoint '5': complete ones are best \(step 3\), 2, 3"):
+        evaluate_run(str(run), "val", "5")
+
+
+def test_what_is_not_as_usual_has_a_folder_of_its_own(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = evaluate_run(str(run), "test", "best", panels=0)
+    published = evaluate_run(str(run), "test", "best", registration="published", panels=0)
+    assert published.means("fused")["mse"] != usual.means("fused")["mse"]
+    write_worldstrat(tmp_path / "source", 3, seed=9, revisits=2, hr_side=80)
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions(SMALL))
+    other = evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "other"), panels=0)
+    assert len({usual.folder, published.folder, other.folder}) == 3
+    assert "is not the dataset that" in caplog.text
+
+
+def test_a_dataset_of_other_revisits_is_refused(run: Path, tmp_path: Path) -> None:
+    write_worldstrat(tmp_path / "source", 3, seed=9, revisits=4, hr_side=80)
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(replace(SMALL, revisits=4)))
+    with pytest.raises(UserError, match=r"model\.revisits = 2, but .+ holds 4 revisits"):
+        evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "four"))

@@ -1,0 +1,305 @@
+"""What interrupts, doubles, slows and damages a sharding, and that the dataset comes out the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sharding.errors import UserError
+from sharding.format.index import INDEX_NAME, Index
+from sharding.prepare.options import SampleOptions
+from sharding.run.dataset import Report, ShardOptions, shard_folder
+from sharding.run.plan import PlanOptions
+from sharding.run.verify import verify
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.storage import CorruptedError, Storage, open_storage, retries
+from tests.conftest import S3
+from tests.faults import FaultProxy, Faults
+from tests.sharding.archives import pack
+from tests.sharding.conftest import World, digests
+
+OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
+"""A sample takes 2.4 MB, so a shard has one."""
+COMMAND = ["--revisits", "2", "--shard-size", "2.5"]
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Twelve AOIs of few pixels."""
+    folder = tmp_path_factory.mktemp("many")
+    return World(folder, write_worldstrat(folder, 12, seed=6, revisits=2, hr_side=80))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(many: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of all that a run leaves which nothing disturbs."""
+    storage = open_storage(tmp_path_factory.mktemp("undisturbed"))
+    assert shard_folder(many.folder, storage, OPTIONS).shards == {"made": 12}
+    return digests(storage)
+
+
+def start(many: World, output: str, workers: int = 1, **options: object) -> subprocess.Popen[str]:
+    """Start the real command in a process group of its own."""
+    command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(many.folder), "--output", output]
+    command += [*COMMAND, "--workers", str(workers)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}  # type: ignore[dict-item]
+    return subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return str(output)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_zips_give_the_folders_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path, workers: int) -> None:
+    zips = pack(many.folder, tmp_path / "zips")
+    shard_folder(zips, open_storage(tmp_path / "out"), OPTIONS, workers)
+    assert digests(open_storage(tmp_path / "out")) == undisturbed
+
+
+def kill_at(process: subprocess.Popen[str], folder: Path, moment: float) -> None:
+    """Kill a run some share of a shard's time after its next file has appeared, in the midst of its work."""
+    before = set(os.listdir(folder)) if folder.exists() else set()
+    deadline = time.monotonic() + 60
+    while process.poll() is None and (not folder.exists() or set(os.listdir(folder)) <= before):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(moment)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def drill(many: World, folder: Path, kills: int, undisturbed: dict[str, str]) -> None:
+    draw = random.Random(kills)
+    for _ in range(kills):
+        kill_at(start(many, str(folder)), folder, draw.uniform(0, 0.1))
+        if (folder / INDEX_NAME).exists():  # the last of all: that run was through
+            break
+        assert digests(open_storage(folder)).items() <= undisturbed.items()
+    output = finished(start(many, str(folder)))
+    assert digests(open_storage(folder)) == undisturbed
+    kept = re.search(r"(\d+) kept", output)
+    assert kept
+    assert int(kept[1]) >= 1
+
+
+def test_a_killed_run_goes_on(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    drill(many, tmp_path / "out", 2, undisturbed)
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_same_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    drill(many, tmp_path / "out", 10, undisturbed)
+
+
+def test_a_command_that_is_killed_takes_its_workers_along(many: World, tmp_path: Path) -> None:
+    """They would wait for tasks for ever."""
+    process = start(many, str(tmp_path / "out"), workers=2)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/*.tar")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        # The command, Python's tracker of resources, the process that workers are forked from, two of these.
+        assert len(of_group(process.pid)) >= 5
+        process.kill()
+        process.wait()
+        while of_group(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert of_group(process.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def of_group(group: int) -> list[int]:
+    """Return the living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(of) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_two_at_once_leave_the_same_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    both = [start(many, str(tmp_path / "out")) for _ in range(2)]
+    outputs = [finished(process) for process in both]
+    assert digests(open_storage(tmp_path / "out")) == undisturbed
+    for output in outputs:
+        counts = [int(count) for count in re.findall(r"(\d+) (?:made|kept|shared)", output)]
+        assert sum(counts) == 12
+        for name in re.findall(r"(\S+\.tar) was made by another run", output):
+            assert name in undisturbed
+
+
+def test_a_full_staging_folder_is_a_sentence_and_costs_nothing(
+    many: World, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    limit = 1_000_000  # of any file: less than a shard
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(many, str(tmp_path / "out"), preexec_fn=small_files)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.search(r"satfusion: error: cannot write a shard in \S+ \(File too large\): make room there", output)
+    assert "Traceback" not in output
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+    finished(start(many, str(tmp_path / "out")))
+    assert digests(open_storage(tmp_path / "out")) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "faults", [Faults(busy=0.3), Faults(cut=0.2, stall=0.05, lose=0.1, reset=0.1)], ids=["busy", "broken"]
+)
+def test_a_bad_store_costs_nothing(
+    many: World, undisturbed: dict[str, str], s3: S3, monkeypatch: pytest.MonkeyPatch, faults: Faults
+) -> None:
+    direct = open_storage(s3.prefix())
+    direct.exists("x")  # it keeps the endpoint of its first request
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], seed=3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
+        monkeypatch.setattr("sharding.storage.s3.client.READ_TIMEOUT_S", 1)
+        proxy.faults = faults
+        shard_folder(many.folder, open_storage(direct.uri), OPTIONS)
+        assert digests(direct) == undisturbed
+        direct.delete(INDEX_NAME)
+        assert shard_folder(many.folder, open_storage(direct.uri), OPTIONS).shards == {"kept": 12}
+    assert digests(direct) == undisturbed
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+Place = Callable[[Index, Path], int]
+REGIONS: dict[str, Place] = {
+    "header": lambda index, path: index.splits["train"][0].samples[0].offset + 3,
+    "payload": lambda index, path: sum(index.splits["train"][0].samples[0].members["lr.npy"]) - 9,
+    "padding": lambda index, path: sum(index.splits["train"][0].samples[0].members["json"]) + 1,
+    "end": lambda index, path: path.stat().st_size - 1,
+}
+
+
+@pytest.fixture
+def copy(many: World, tmp_path: Path) -> Storage:
+    storage = open_storage(tmp_path / "out")
+    shard_folder(many.folder, storage, OPTIONS)
+    return storage
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_flipped_byte_is_found_and_mended(
+    many: World, undisturbed: dict[str, str], copy: Storage, region: str
+) -> None:
+    folder = Path(copy.uri)
+    index = Index.load(copy)
+    broken = index.splits["train"][0]
+    assert verify(copy, deep=True, folder=many.folder).problems == ()
+    flip(folder / broken.name, REGIONS[region](index, folder / broken.name))
+    problems = verify(copy).problems
+    assert {problem.shard for problem in problems} == {broken.name}
+    if region != "end":  # which belongs to no sample
+        assert broken.samples[0].aoi in problems[-1].detail
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    report = shard_folder(many.folder, copy, OPTIONS)
+    assert report.shards == {"mended": 1, "kept": 11}
+    assert digests(copy) == undisturbed
+    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    assert {name for name in times if times[name] != again[name]} == {broken.name}
+    assert verify(copy, deep=True).problems == ()
+
+
+def test_what_the_store_finds_corrupt_is_mended(
+    many: World, undisturbed: dict[str, str], copy: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an S3 store says it, whose own checksum fails in the last piece."""
+    broken, stream = "train-00002.tar", type(copy).stream
+
+    def corrupt(storage: Storage, key: str) -> Iterator[bytes]:
+        yield from stream(storage, key)  # type: ignore[arg-type]
+        if key == broken:
+            raise CorruptedError("does not match")
+
+    monkeypatch.setattr(type(copy), "stream", corrupt)
+    assert [problem.shard for problem in verify(copy).problems] == [broken]
+    assert shard_folder(many.folder, copy, OPTIONS).shards == {"mended": 1, "kept": 11}
+    assert digests(copy) == undisturbed
+
+
+def spoil_sidecar(folder: Path) -> None:
+    (folder / "train-00001.tar.json").write_text('{"fingerprint": 1}')
+
+
+def cut_shard(folder: Path) -> None:
+    os.truncate(folder / "val-00000.tar", 1000)
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "test-00000.tar").unlink()
+
+
+def spoil_index(folder: Path) -> None:
+    (folder / INDEX_NAME).write_text("{")
+
+
+@pytest.mark.parametrize("damage", [spoil_sidecar, cut_shard, remove_shard, spoil_index])
+def test_a_damaged_dataset_is_mended(
+    many: World, undisturbed: dict[str, str], copy: Storage, damage: Callable[[Path], None]
+) -> None:
+    damage(Path(copy.uri))
+    report: Report = shard_folder(many.folder, copy, OPTIONS)
+    assert report.shards.get("kept", 0) >= 11
+    assert digests(copy) == undisturbed
+
+
+def test_verify_sees_a_source_that_changed(many: World, copy: Storage, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_worldstrat(other, 12, seed=7, revisits=2, hr_side=80)
+    found = verify(copy, deep=True, folder=other, num_aois=3)
+    assert len(found.prepared) == 3
+    assert {problem.detail.split("'")[1] for problem in found.problems} == set(found.prepared)
+
+
+def test_an_index_of_another_plan_goes_before_its_shards(
+    many: World, copy: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(type(copy), "create", refuse)
+    monkeypatch.setattr(type(copy), "upload", refuse)
+    other = ShardOptions(SampleOptions(revisits=1), OPTIONS.plan)
+    with pytest.raises(UserError, match="no space left"):
+        shard_folder(many.folder, copy, other, overwrite=True)
+    with pytest.raises(UserError, match="is not a dataset"):
+        Index.load(copy)
