@@ -4,16 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo-output
-# Two files of tests at a time, each on one thread: cores that are shared by more threads than there are stall each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# JOBS files of tests at a time, each on one thread: cores that are shared by more threads than there are stall each other.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 25
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test quick test-slow check install clean
 
 demo: $(INSTALLED)
 	$(BIN)/satfusion demo --output $(OUTPUT) $(if $(WORLDSTRAT),--worldstrat "$(WORLDSTRAT)")
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not gpu"
+
+# What starts no other process and needs no server.
+quick: $(INSTALLED)
+	$(PYTEST) -m "not slow and not gpu and not distributed" tests/models tests/test_house.py tests/pipeline/quality \
+		tests/sharding/format tests/sharding/prepare tests/sharding/run/test_plan.py tests/sharding/run/test_splits.py \
+		tests/pipeline/test_config.py tests/pipeline/test_order.py
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow $(TESTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -174,5 +175,19 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def tree() -> str:
+    """Return folders and files, each with the first line of its docstring."""
+    rows: list[str] = []
+    for module in sorted(
+        modules().values(), key=lambda module: (module.path.parent, module.path.name != "__init__.py")
+    ):
+        first = (ast.get_docstring(module.tree) or "").splitlines()[:1]
+        is_folder = module.path.name == "__init__.py"
+        depth = len(module.path.parts) - (2 if is_folder else 1)
+        name = f"{module.path.parent.name}/" if is_folder else module.path.name
+        rows.append(f"{'  ' * depth}{name}".ljust(30) + "".join(first))
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(tree() if sys.argv[1:] == ["--tree"] else table())

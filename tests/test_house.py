@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +15,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipeline.config import RunConfig
+from tests import house
+from tests.house import MAY_IMPORT
 
-ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {
-    "models": set(),
-    "sharding": set(),
-    "pipeline": {"models", "sharding"},
-    "cluster": {"pipeline", "models", "sharding"},
-}
+ROOT = house.ROOT
 ONLY_IN = {"ray": {"cluster"}, "rasterio": {"sharding"}, "boto3": {"sharding", "cluster"}, "deepspeed": {"pipeline"}}
 
 
@@ -67,19 +64,57 @@ print("evaluated", evaluate_run(config.output.uri, "test", "last").checkpoint)
     assert "evaluated step-1" in ended.stdout, ended.stderr
 
 
-def test_readme_tree_has_a_line_for_each_file() -> None:
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Tree")[1].split("```")[1]
-    listed = set()
-    folder = ""
-    for line in tree.strip().splitlines():
-        match = re.match(r"(  )?(\S+)\s{2,}\S", line)
-        assert match, f"no description: {line}"
-        if match[1] is None:
-            folder = match[2]
-        if match[2].endswith(".py"):
-            listed.add((folder if match[1] else "") + match[2])
-    there = {str(path.relative_to(ROOT)) for package in MAY_IMPORT for path in sources(package)}
-    assert {name for name in there if not name.endswith("__init__.py")} == listed
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    assert house.circles(house.modules()) == []
+
+
+def test_a_circle_is_found() -> None:
+    known = {name: FakeModule(Path(f"{name}.py"), text) for name, text in CIRCLE.items()}
+    assert house.circles(known) == [["a", "b", "c"]]
+
+
+CIRCLE = {
+    "a": "from b import x",
+    "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import c",
+    "c": "def f():\n    from a import y",
+    "d": "import a",
+}
+
+
+class FakeModule(house.Module):
+    """A module that stands in no file."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        super().__init__(path)
+        self.__dict__["text"] = text
+
+
+def test_files_and_folders_are_small_enough_to_read() -> None:
+    known = house.modules().values()
+    assert [str(module.path) for module in known if module.lines > house.MOST_LINES] == []
+    folders = Counter(str(module.path.parent) for module in known)
+    assert {folder: count for folder, count in folders.items() if count > house.MOST_FILES} == {}
+
+
+def test_every_import_inside_a_function_has_a_reason() -> None:
+    unexplained = {str(module.path): house.unexplained_imports(module) for module in house.modules().values()}
+    assert {path: lines for path, lines in unexplained.items() if lines} == {}
+
+
+def test_every_folder_says_what_it_is() -> None:
+    for module in house.modules().values():
+        assert len(ast.get_docstring(module.tree) or "") > 20, f"{module.path} has no docstring"
+
+
+def test_the_architecture_page_lists_every_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert house.tree() in page, "run `python -m tests.house --tree` and put its lines into docs/architecture.md"
+
+
+def test_pages_link_to_what_is_there() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_readme_names_only_verbs_and_recipes_that_exist() -> None:

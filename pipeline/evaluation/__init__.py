@@ -1,1 +1,1 @@
-"""Trained weights measured: `evaluate` scores a checkpoint beside two baselines, `catalogue` prints what models cost."""
+"""Trained weights measured: `evaluate` scores a checkpoint beside baselines, `catalogue` prints what models cost."""
