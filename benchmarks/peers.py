@@ -31,10 +31,10 @@ def enable() -> None:
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
             module = ".".join(parts[:count])
-            sys.modules.setdefault(module, _Unused(module))
+            sys.modules.setdefault(module, Unused(module))
 
 
-class _Unused(ModuleType):
+class Unused(ModuleType):
     """A module whose every name is an empty class."""
 
     __path__: ClassVar[list[str]] = []
