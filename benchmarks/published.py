@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import FOLDER, Unused
+from models.config import ModelConfig
 from models.published import count_parameters, load_published
-from models.registry import ABSENT, ModelConfig, all_pairs, build_model
+from models.registry import ABSENT, all_pairs, build_model
 from tests.golden import cases
 
 ENCODERS = {
