@@ -103,7 +103,7 @@ def memory(folder: Path, ranks: int) -> str:
 
 def waits(rows: Sequence[Mapping[str, str]], batch: int) -> str:
     """Return the share of waiting in the time of steps, from the rows of metrics.csv."""
-    seconds = [batch / float(row["time/samples_per_second"]) for row in rows]
+    seconds = [batch / float(row["time/chips_per_second"]) for row in rows]
     waited = [float(row["time/data_wait_seconds"]) for row in rows]
     share = 100 * sum(waited[1:]) / sum(seconds[1:])
     longest = sorted(waited[1:])[-3:]

@@ -39,6 +39,6 @@ def loop_figures(
         with Path(folder, "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
     rows = rows[len(rows) // 2 :]
-    rates = [float(row["time/samples_per_second"]) for row in rows]
+    rates = [float(row["time/chips_per_second"]) for row in rows]
     waits = [float(row["time/data_wait_seconds"]) for row in rows]
     return statistics.median(rates), sum(waits) / sum(batch / rate for rate in rates)

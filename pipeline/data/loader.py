@@ -56,6 +56,8 @@ class TrainLoader:
                 f" split {dataset.split!r}: set it to {dataset.num_chips} or less"
             )
         self.dropped_chips = dataset.num_chips - self.steps_per_epoch * plan.global_batch
+        self.quarantined_chips = 0
+        """Chips of the batches taken so far that are quarantined, and weigh nothing."""
         self.wait_seconds = 0.0
         """How long the last batch was waited for."""
         self.step = 0
@@ -163,16 +165,17 @@ class TrainLoader:
         while memory.qsize() <= min(len(slots), self._config.prefetch_batches):
             memory.put(StoredBatch(self._dataset.layout, self._plan.per_rank, pin=self._stream is not None))
 
-        def prepare(chips: list[int]) -> T:
+        def prepare(chips: list[int]) -> tuple[T, int]:
             stored = memory.get()
             self._dataset.gather(chips, [self._dataset.variant(chip, draws) for chip in chips], stored)
+            quarantined = int((stored.weight == 0).sum())
             done = finish(stored)
             if done is not stored:
                 memory.put(stored)
-            return done
+            return done, quarantined
 
         with ThreadPoolExecutor(self._config.loader_threads, thread_name_prefix="loader") as pool:
-            ahead: deque[Future[T]] = deque()
+            ahead: deque[Future[tuple[T, int]]] = deque()
             scenes = Prefetcher(slots, self._dataset, pool, self._config.loader_threads)
             batches = iter(enumerate(slots.tolist()))
             try:
@@ -183,7 +186,8 @@ class TrainLoader:
                         ahead.append(pool.submit(prepare, chips))
                         scenes.advance()
                     began = time.perf_counter()
-                    batch = ahead.popleft().result()
+                    batch, quarantined = ahead.popleft().result()
+                    self.quarantined_chips += quarantined
                     self.wait_seconds = time.perf_counter() - began
                     yield batch
                     if isinstance(batch, StoredBatch):

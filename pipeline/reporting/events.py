@@ -42,33 +42,25 @@ class RankEvents:
 
 
 class AggregateEvents:
-    """What rank 0 writes of all ranks: mean under the rank's own tag, least and greatest with a suffix."""
+    """What rank 0 writes of all ranks: one value under the rank's own tag, least and greatest with a suffix."""
 
     def __init__(self, run: RunFolder, first_step: int) -> None:
         """Open a new event file (see `RankEvents`)."""
         self._writer = _writer(run.local / AGGREGATE, first_step)
 
-    def scalars(
-        self, step: int, tags: Sequence[str], by_rank: Tensor, means: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
-        """Write mean, minimum and maximum over ranks, and return the means by tag.
+    def scalars(self, step: int, by_rank: Mapping[str, Tensor], merged: Mapping[str, float]) -> None:
+        """Write one value of all ranks for each tag, and the least and the greatest of theirs.
 
         Args:
             step: Optimizer step.
-            tags: Names of the columns.
-            by_rank: [ranks, tags] values.
-            means: The means, where they are not those of the ranks' values.
+            by_rank: Values [ranks] by tag.
+            merged: The one value by tag: their mean, or another.
         """
-        centre = dict(means) if means is not None else dict(zip(tags, by_rank.mean(0).tolist(), strict=True))
-        for suffix, values in (
-            ("", [centre[tag] for tag in tags]),
-            ("_min", by_rank.amin(0).tolist()),
-            ("_max", by_rank.amax(0).tolist()),
-        ):
-            for tag, value in zip(tags, values, strict=True):
-                self._writer.add_scalar(tag + suffix, value, step)
+        for tag, values in by_rank.items():
+            self._writer.add_scalar(tag, merged[tag], step)
+            self._writer.add_scalar(f"{tag}_min", values.amin().item(), step)
+            self._writer.add_scalar(f"{tag}_max", values.amax().item(), step)
         self._writer.flush()
-        return centre
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8], folder: Path) -> None:
         """Write an image [H, W, 3], and the same as ``<tag>-step-<n>.png`` below ``folder``."""
@@ -86,16 +78,19 @@ class AggregateEvents:
 class CsvLog:
     """A growing CSV whose first column is the step; going on from a step drops the rows after it."""
 
-    def __init__(self, path: Path, columns: Sequence[str], last_step: int) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], last_step: int, renamed: Mapping[str, str] | None = None
+    ) -> None:
         """Open ``path`` for appending.
 
         Args:
             path: The file, created when absent.
             columns: Header; the first column is the step.
             last_step: Rows of later steps are removed, atomically.
+            renamed: Names of today by the names that the file's columns may have had.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        before, kept = _read_rows(path, last_step)
+        before, kept = _read_rows(path, last_step, renamed or {})
         # Values are matched by name: a version that knows other columns resumes the file without losing one.
         self._columns = [*columns, *(column for column in before if column not in columns)]
         rewritten = path.with_suffix(TEMPORARY_SUFFIX)
@@ -117,12 +112,13 @@ class CsvLog:
         self._file.close()
 
 
-def _read_rows(path: Path, last_step: int) -> tuple[list[str], list[dict[str, str]]]:
+def _read_rows(path: Path, last_step: int, renamed: Mapping[str, str]) -> tuple[list[str], list[dict[str, str]]]:
     """Return the header of a CSV and its rows up to a step; a file that is not there has neither."""
     if not path.exists():
         return [], []
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
+    header = [renamed.get(column, column) for column in header]
     # A row that a kill cut short has fewer fields than the header.
     whole = (row for row in rows if len(row) == len(header))
     return header, [dict(zip(header, row, strict=True)) for row in whole if int(row[0]) <= last_step]

@@ -9,40 +9,29 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.quality.metrics import ADJUSTED, METRICS
 from pipeline.reporting.events import AggregateEvents, CsvLog, RankEvents
 from pipeline.reporting.run_folder import RunFolder
+from pipeline.reporting.tags import RENAMED, STEP_TAGS, VAL_TAGS, Averaged, over_ranks
 from pipeline.world import World
-
-LOSS_TAGS = ("train/loss", "train/mse", "train/mae", "train/ssim_loss", "train/sam_loss")
-# What a rank's store and cache went through so far.
-DATA_TAGS = ("data/retries", "data/read_again", "data/quarantined_chips")
-STEP_TAGS = (
-    *LOSS_TAGS,
-    "train/grad_norm",
-    "train/learning_rate",
-    "time/samples_per_second",
-    "time/data_wait_seconds",
-    *DATA_TAGS,
-)
-VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
 
 
 class RunLogs:
     """The open files of one rank; close it when training ends."""
 
     def __init__(self, run: RunFolder, world: World, config: TrainConfig, first_step: int) -> None:
-        """Open them to go on at ``first_step``; what a killed process wrote of later steps is dropped."""
+        """Open them to resume at ``first_step``; what a killed process wrote of later steps is dropped."""
         self._run = run
         self._rank = world.rank
         self._every = config.log_every
+        self._since = Averaged()
         self._events = RankEvents(run, world.rank, first_step)
         self._aggregate: AggregateEvents | None = None
         self._metrics: CsvLog | None = None
         self._batches: CsvLog | None = None
         if world.is_main:
             self._aggregate = AggregateEvents(run, first_step)
-            self._metrics = CsvLog(run.fetch("metrics.csv"), ["step", "epoch", *STEP_TAGS, *VAL_TAGS], first_step - 1)
+            columns = ["step", "epoch", *STEP_TAGS, *VAL_TAGS]
+            self._metrics = CsvLog(run.fetch("metrics.csv"), columns, first_step - 1, RENAMED)
             if config.log_batches:
                 self._batches = CsvLog(run.fetch("batches.csv"), ["step", "epoch", "chips"], first_step - 1)
 
@@ -56,21 +45,24 @@ class RunLogs:
         if self._batches:
             self._batches.row({"step": step, "epoch": epoch, "chips": ";".join(chips)})
 
-    def step(self, step: int, epoch: int, by_rank: Tensor, validation: Mapping[str, float]) -> None:
-        """Write a step's values.
+    def write_step(self, step: int, epoch: int, by_rank: Mapping[str, Tensor], validation: Mapping[str, float]) -> None:
+        """Take a step's values; every ``train.log_every`` steps, and where one was validated, write those since then.
 
         Args:
             step: Optimizer step, from 1.
             epoch: Epoch, from 0.
-            by_rank: [ranks, STEP_TAGS] values.
+            by_rank: Values [ranks] of each of STEP_TAGS.
             validation: Means by VAL_TAGS where this step was followed by a validation, else empty.
         """
+        self._since.add(by_rank)
         if step % self._every and not validation:
             return
-        self._events.scalars(step, dict(zip(STEP_TAGS, by_rank[self._rank].tolist(), strict=True)))
+        row = self._since.take()
+        self._events.scalars(step, {tag: values[self._rank].item() for tag, values in row.items()})
         if self._aggregate and self._metrics:
-            means = self._aggregate.scalars(step, STEP_TAGS, by_rank)
-            self._metrics.row({"step": step, "epoch": epoch, **means, **validation})
+            merged = over_ranks(row)
+            self._aggregate.scalars(step, row, merged)
+            self._metrics.row({"step": step, "epoch": epoch, **merged, **validation})
 
     def validation(self, step: int, metrics: Mapping[str, float], by_rank: Tensor) -> None:
         """Write a validation.
@@ -83,8 +75,9 @@ class RunLogs:
         if not by_rank[self._rank].isnan().any():
             self._events.scalars(step, dict(zip(VAL_TAGS, by_rank[self._rank].tolist(), strict=True)))
         if self._aggregate:
+            seen = by_rank[~by_rank.isnan().any(1)]
             # The mean of all is over chips, not over ranks.
-            self._aggregate.scalars(step, VAL_TAGS, by_rank[~by_rank.isnan().any(1)], means=metrics)
+            self._aggregate.scalars(step, dict(zip(VAL_TAGS, seen.unbind(1), strict=True)), metrics)
 
     def panel(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """Write an image panel [H, W, 3]; rank 0 only."""

@@ -26,7 +26,8 @@ from pipeline.quality.metrics import image_metrics
 from pipeline.reporting.events import rank_folder
 from pipeline.reporting.panels import panel
 from pipeline.reporting.run_folder import RunFolder
-from pipeline.reporting.run_logs import LOSS_TAGS, STEP_TAGS, VAL_TAGS, RunLogs
+from pipeline.reporting.run_logs import RunLogs
+from pipeline.reporting.tags import LOSS_TAGS, VAL_TAGS
 from pipeline.training.checkpoint import (
     Checkpoint,
     Position,
@@ -48,6 +49,8 @@ from sharding.storage.retries import RETRIES
 
 logger = logging.getLogger(__name__)
 
+COUNTED = "counted chips"
+"""Name of a step's value that is looked at, and not logged: how many chips of the global batch count."""
 Image = npt.NDArray[np.uint8]
 Report = Callable[[Mapping[str, float]], None]
 
@@ -169,12 +172,12 @@ class Trainer:
             # Nothing is kept or validated before it is known that all losses up to here are numbers.
             row = None
             for row in self._arrived(everything=validates or saves):
-                shown = {"loss": f"{row.by_rank[:, 0].mean():.4g}"}
+                shown = {"loss": f"{row.by_rank['train/loss'].mean():.4g}"}
                 if row.step < self.step:
-                    logs.step(row.step, row.epoch, row.by_rank, {})
+                    logs.write_step(row.step, row.epoch, row.by_rank, {})
             metrics = self.validate(logs) if validates else {}
             if row is not None and row.step == self.step:
-                logs.step(row.step, row.epoch, row.by_rank, metrics)
+                logs.write_step(row.step, row.epoch, row.by_rank, metrics)
             if logs.wants_batches:
                 in_epoch = (self.step - 1) % self.loader.steps_per_epoch
                 logs.batch(self.step, epoch, self.loader.global_batch(epoch, in_epoch))
@@ -198,32 +201,40 @@ class Trainer:
         sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
         for micro in batch.split(self.plan.micro_batch):
             parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss)
-            sums += torch.stack([(part.detach() * micro.weight).double().sum() for part in parts[: len(LOSS_TAGS)]])
+            logged = torch.stack([getattr(parts, field).detach() for field in LOSS_TAGS])
+            sums += (logged * micro.weight).double().sum(dim=1)
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
             self.engine.step(rate)
-        # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
-        values = sums * self.world.size / counted.clamp(min=1)
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
-        data = self.loader.wait_seconds, RETRIES.total, self.train_set.refetched, self.train_set.quarantined_chips
-        known = [rate, self.plan.global_batch / seconds, *data]
-        measured = torch.cat([counted.reshape(1), values, self.engine.grad_norm.double().reshape(1)])
+        # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
+        means = sums * (self.world.size / counted.clamp(min=1))
+        losses = dict(zip(LOSS_TAGS.values(), means.unbind(), strict=True))
+        measured = {COUNTED: counted, **losses, "train/grad_norm": self.engine.grad_norm}
+        known = {
+            "train/learning_rate": rate,
+            "time/chips_per_second": self.plan.global_batch / seconds,
+            "time/data_wait_seconds": self.loader.wait_seconds,
+            "data/retries": RETRIES.total,
+            "data/read_again": self.train_set.refetched,
+            "data/quarantined_chips": self.loader.quarantined_chips,
+        }
         self.values.put(self.step, epoch, measured, known)
 
     def _arrived(self, *, everything: bool) -> Iterator[StepRow]:
-        """Yield the steps whose values are there (`StepValues.arrived`), as [ranks, STEP_TAGS].
+        """Yield the steps whose values are there (`StepValues.arrived`), by STEP_TAGS.
 
         Raises:
             NonFiniteLossError: On every rank, if any rank's loss or the gradient of a step is no number.
             UserError: On every rank, if all chips of a step are quarantined.
         """
         for row in self.values.arrived(everything=everything):
-            counted, by_rank = row.by_rank[0, 0].item(), row.by_rank[:, 1:]
-            if counted == 0:
+            by_rank = {tag: values for tag, values in row.by_rank.items() if tag != COUNTED}
+            if row.by_rank[COUNTED][0] == 0:
                 raise UserError(
                     f"every chip of global batch {row.step} is quarantined: repair the dataset with `satfusion shard`,"
                     " which builds damaged shards again"
                 )
-            if not by_rank.isfinite().all():
+            if not all(values.isfinite().all() for values in by_rank.values()):
                 raise self._not_finite(row.step, row.epoch, by_rank)
             yield StepRow(row.step, row.epoch, by_rank)
 
@@ -240,10 +251,10 @@ class Trainer:
         share = self.plan.grad_accum * self.world.size / counted.clamp(min=1)
         return ((losses * weight).sum() * share).to(losses.dtype)
 
-    def _not_finite(self, step: int, epoch: int, by_rank: Tensor) -> NonFiniteLossError:
-        loss = by_rank[:, STEP_TAGS.index("train/loss")]
-        what = "gradient" if loss.isfinite().all() else "loss"
-        ranks = ", ".join(str(rank) for rank in (~by_rank.isfinite().all(1)).nonzero().flatten().tolist())
+    def _not_finite(self, step: int, epoch: int, by_rank: Mapping[str, Tensor]) -> NonFiniteLossError:
+        what = "gradient" if by_rank["train/loss"].isfinite().all() else "loss"
+        finite = torch.stack([values.isfinite() for values in by_rank.values()]).all(0)
+        ranks = ", ".join(str(rank) for rank in (~finite).nonzero().flatten().tolist())
         chips = self.loader.global_batch(epoch, (step - 1) % self.loader.steps_per_epoch)
         self._discard_diverged(step)
         return NonFiniteLossError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,8 @@ class StepRow:
     """Optimizer step, from 1."""
     epoch: int
     """Epoch, from 0."""
-    by_rank: Tensor
-    """[ranks, values] float64 on the CPU."""
+    by_rank: Mapping[str, Tensor]
+    """Values [ranks] by name, float64 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class _Window:
 
     steps: Sequence[tuple[int, int]]
     """Step and epoch of each row."""
+    names: Sequence[str]
+    """Of the values."""
     values: Tensor
     """[ranks, steps, values], page-locked where it comes from a GPU."""
     arrived: torch.cuda.Event | None
@@ -54,7 +56,8 @@ class _Window:
     def rows(self) -> Iterator[StepRow]:
         """Yield the rows, for which `wait` has waited."""
         for number, (step, epoch) in enumerate(self.steps):
-            yield StepRow(step, epoch, self.values[:, number])
+            by_rank = self.values[:, number].unbind(1)
+            yield StepRow(step, epoch, dict(zip(self.names, by_rank, strict=True)))
 
 
 class StepValues:
@@ -72,6 +75,7 @@ class StepValues:
         self._world = world
         self._window = min(log_every, LONGEST_WINDOW)
         self._lag = int(world.device.type == "cuda") if lag is None else lag
+        self._names: list[str] = []
         self._steps: list[tuple[int, int]] = []
         self._measured: list[Tensor] = []
         self._known: list[list[float]] = []
@@ -79,18 +83,19 @@ class StepValues:
         self.wait_seconds = 0.0
         """How long the last call of `arrived` waited for the device."""
 
-    def put(self, step: int, epoch: int, measured: Tensor, known: Sequence[float]) -> None:
-        """Add a step's values.
+    def put(self, step: int, epoch: int, measured: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
+        """Add a step's values; all steps and all ranks name the same ones in the same order.
 
         Args:
             step: Optimizer step, from 1.
             epoch: Epoch, from 0.
-            measured: [values] float64 that the device computes; read later, so it must not change.
-            known: What the host knows already; stands behind ``measured`` in the row.
+            measured: Scalars that the device computes; read later, so they must not change.
+            known: What the host knows already.
         """
+        self._names = [*measured, *known]
         self._steps.append((step, epoch))
-        self._measured.append(measured)
-        self._known.append(list(known))
+        self._measured.append(torch.stack([value.double() for value in measured.values()]))
+        self._known.append(list(known.values()))
         if step % self._window == 0:
             self._send()
 
@@ -117,7 +122,7 @@ class StepValues:
             arrived.record()
         else:
             values, arrived = everyone, None
-        self._sent.append(_Window(tuple(self._steps), values, arrived))
+        self._sent.append(_Window(tuple(self._steps), self._names, values, arrived))
         self._steps.clear()
         self._measured.clear()
         self._known.clear()

@@ -108,10 +108,19 @@ def test_tf32_is_off_unless_asked_for() -> None:
         use_tf32(False)
 
 
+def test_a_row_of_the_log_is_the_mean_of_the_steps_since_the_last(
+    usual: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_training(make_config(tmp_path, "train.max_steps=6", "train.log_every=2"))
+    each = losses(usual)
+    assert column(tmp_path, "step") == ["2", "4", "6"]
+    assert losses(tmp_path) == pytest.approx([(each[i] + each[i + 1]) / 2 for i in (0, 2, 4)], rel=1e-9)
+
+
 def test_a_csv_with_other_columns_keeps_every_row_by_name(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_text("step,old,loss\n1,a,0.5\n2,b,0.25\n3,c\n9,d,0.1\n")
-    log = CsvLog(path, ["step", "loss", "new"], last_step=8)
+    path.write_text("step,old,before\n1,a,0.5\n2,b,0.25\n3,c\n9,d,0.1\n")
+    log = CsvLog(path, ["step", "loss", "new"], last_step=8, renamed={"before": "loss"})
     log.row({"step": 3, "loss": 0.125, "new": "n"})
     log.close()
     with path.open(newline="") as file:

@@ -13,7 +13,8 @@ from tests.distributed import Rank, run_ranks
 
 
 def put(values: StepValues, step: int, rank: int = 0) -> None:
-    values.put(step, 0, torch.tensor([float(step), float(rank)], dtype=torch.float64), [10.0 * step])
+    measured = {"step": torch.tensor(float(step)), "rank": torch.tensor(float(rank))}
+    values.put(step, 0, measured, {"known": 10.0 * step})
 
 
 def steps(values: StepValues, *, everything: bool = False) -> list[int]:
@@ -49,14 +50,16 @@ def test_a_long_pause_between_log_rows_does_not_delay_what_stops_a_run(world: Wo
     assert steps(values) == list(range(1, LONGEST_WINDOW + 1))
 
 
-def gather(place: Rank) -> list[list[list[float]]]:
+def gather(place: Rank) -> list[dict[str, list[float]]]:
     world = World(place.rank, place.world_size, torch.device("cpu"))
     values = StepValues(world, 2, 1)
     for step in (1, 2, 3):
         put(values, step, place.rank)
-    return [row.by_rank.tolist() for row in values.arrived(everything=True)]
+    return [
+        {name: by_rank.tolist() for name, by_rank in row.by_rank.items()} for row in values.arrived(everything=True)
+    ]
 
 
 def test_a_row_holds_every_rank(tmp_path: Path) -> None:
-    expected = [[[float(step), float(rank), 10.0 * step] for rank in (0, 1)] for step in (1, 2, 3)]
+    expected = [{"step": [step] * 2, "rank": [0.0, 1.0], "known": [10.0 * step] * 2} for step in (1.0, 2.0, 3.0)]
     assert run_ranks(gather, 2, tmp_path, seconds=60) == [expected, expected]

@@ -176,7 +176,7 @@ def test_what_a_run_writes(world: World, make_config: MakeConfig, tmp_path: Path
     assert recorded["model"]["hidden"] == 8
     own = EventAccumulator(str(tmp_path / "events" / "rank-0")).Reload()
     joint = EventAccumulator(str(tmp_path / "events" / "aggregate"), size_guidance={"images": 0}).Reload()
-    tags = {"train/loss", "train/mse", "train/learning_rate", "train/grad_norm", "time/samples_per_second"}
+    tags = {"train/loss", "train/mse", "train/learning_rate", "train/grad_norm", "time/chips_per_second"}
     assert tags | {"time/data_wait_seconds", "val/psnr"} <= set(own.Tags()["scalars"])
     assert {"train/loss", "train/loss_min", "train/loss_max", "val/psnr_adjusted"} <= set(joint.Tags()["scalars"])
     assert joint.Tags()["images"] == ["val/0"]

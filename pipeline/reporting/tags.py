@@ -1,0 +1,80 @@
+"""What is logged of a step and of a validation: names, and how values of ranks and steps become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from pipeline.quality.metrics import ADJUSTED, METRICS
+
+
+@dataclass(frozen=True)
+class Tag:
+    """How one logged value is put together."""
+
+    over_ranks: Literal["mean", "sum"] = "mean"
+    """Of one step's values on all ranks."""
+    over_steps: Literal["mean", "last"] = "mean"
+    """Of the steps since the row before; counts and rates only tell where they stand."""
+
+
+COUNT = Tag("sum", "last")
+LOSS_TAGS: Mapping[str, str] = {
+    "total": "train/loss",
+    "mse": "train/mse",
+    "mae": "train/mae",
+    "ssim": "train/ssim_loss",
+    "sam": "train/sam_loss",
+}
+"""Tag of each field of `pipeline.quality.losses.LossParts` that is logged."""
+STEP_TAGS: Mapping[str, Tag] = {
+    **dict.fromkeys(LOSS_TAGS.values(), Tag()),
+    "train/grad_norm": Tag(),
+    "train/learning_rate": Tag(over_steps="last"),
+    "time/chips_per_second": Tag(),
+    "time/data_wait_seconds": Tag(),
+    "data/retries": COUNT,
+    "data/read_again": COUNT,
+    "data/quarantined_chips": COUNT,
+}
+"""Every value of a step, in the order of the columns of metrics.csv."""
+RENAMED: Mapping[str, str] = {"time/samples_per_second": "time/chips_per_second"}
+"""Columns of older runs by their name of today."""
+VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
+
+
+def over_ranks(by_rank: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return one value for each tag of a row of STEP_TAGS, whose values are [ranks]."""
+    return {
+        tag: (values.sum() if STEP_TAGS[tag].over_ranks == "sum" else values.mean()).item()
+        for tag, values in by_rank.items()
+    }
+
+
+class Averaged:
+    """The rows of the steps since the last one that was logged, as one."""
+
+    def __init__(self) -> None:
+        """Begin without a row."""
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, by_rank: Mapping[str, Tensor]) -> None:
+        """Add a step's row of STEP_TAGS, whose values are [ranks]."""
+        self._count += 1
+        for tag, values in by_rank.items():
+            if tag in self._sums and STEP_TAGS[tag].over_steps == "mean":
+                values = self._sums[tag] + values
+            self._sums[tag] = values
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the row, and begin again."""
+        row = {
+            tag: values if STEP_TAGS[tag].over_steps == "last" else values / self._count
+            for tag, values in self._sums.items()
+        }
+        self._sums, self._count = {}, 0
+        return row

@@ -1,0 +1,38 @@
+"""Values of ranks and steps become one: losses by their mean, counts by their sum over ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.quality.losses import LossParts
+from pipeline.reporting.tags import LOSS_TAGS, STEP_TAGS, Averaged, over_ranks
+
+
+def row(loss: list[float], retries: list[float], rate: list[float]) -> dict[str, torch.Tensor]:
+    return {
+        "train/loss": torch.tensor(loss),
+        "data/retries": torch.tensor(retries),
+        "train/learning_rate": torch.tensor(rate),
+    }
+
+
+def test_counts_are_summed_over_ranks_and_the_rest_averaged() -> None:
+    merged = over_ranks(row([0.25, 0.75], [9, 0], [0.5, 0.5]))
+    assert merged == {"train/loss": 0.5, "data/retries": 9, "train/learning_rate": 0.5}
+
+
+def test_steps_between_two_rows_are_averaged_and_counts_stand_where_they_are() -> None:
+    since = Averaged()
+    for step in (1, 2, 3):
+        since.add(row([step, 2 * step], [step, 0], [0.1 * step] * 2))
+    merged = since.take()
+    assert merged["train/loss"].tolist() == [2, 4]
+    assert merged["data/retries"].tolist() == [3, 0]
+    assert torch.allclose(merged["train/learning_rate"], torch.tensor([0.3, 0.3]))
+    since.add(row([7, 8], [4, 1], [0.4] * 2))
+    assert since.take()["train/loss"].tolist() == [7, 8]
+
+
+def test_every_logged_loss_is_a_field_of_the_loss() -> None:
+    assert set(LOSS_TAGS) == set(LossParts._fields) - {"shift"}
+    assert set(LOSS_TAGS.values()) <= set(STEP_TAGS)
