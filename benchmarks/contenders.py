@@ -93,7 +93,7 @@ class Ours:
         self.engine.backward(self.value)
 
     def optimizer(self) -> None:
-        self.engine.step(1e-4)
+        self.engine.update(1e-4)
         self._taken += 1
 
 

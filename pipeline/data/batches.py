@@ -95,7 +95,7 @@ class StoredBatch:
             scene.copy(self.variants[slot].window, self._stored, slot)
             return
         for images in self._stored.images:
-            images[slot] = BLANK / self.layout.step
+            images[slot] = BLANK / self.layout.unit
         self.weight[slot] = 0
 
 
@@ -116,7 +116,7 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
         draw: Seed and epoch of the simulation.
     """
     images = stored.layout.tensors(stored.memory.to(device, non_blocking=True))
-    lr, hr, pan = (image.to(torch.float32) * stored.layout.step for image in images)
+    lr, hr, pan = (image.to(torch.float32) * stored.layout.unit for image in images)
     groups: dict[tuple[int, bool], list[int]] = {}
     for slot, variant in enumerate(stored.variants):
         groups.setdefault((variant.quarter_turns, variant.flip), []).append(slot)

@@ -66,7 +66,7 @@ class Layout:
     """Bands, rows, columns; PAN has as many of the latter."""
     dtype: torch.dtype
     """Of the stored images."""
-    step: float
+    unit: float
     """Reflectance of 1 as it is stored."""
 
     @cached_property

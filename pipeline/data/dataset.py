@@ -147,7 +147,7 @@ class ChipDataset(Dataset[Batch]):
             lr=(self.revisits, len(preparation.band_numbers), window.size, window.size),
             hr=(HR_BANDS, window.hr_size, window.hr_size),
             dtype=getattr(torch, preparation.dtype),
-            step=preparation.step,
+            unit=preparation.step,
         )
 
     @property

@@ -119,7 +119,7 @@ class DeepSpeedEngine:
         """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
         self._network.at_step(step)
 
-    def step(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> None:
         """Count a micro-batch, and after the last of a global batch update the weights."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -53,7 +53,7 @@ class Engine(Protocol):
         """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
         ...
 
-    def step(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> None:
         """Count a micro-batch, and after the last of a global batch update the weights."""
         ...
 

@@ -204,7 +204,7 @@ class Trainer:
             logged = torch.stack([getattr(parts, field).detach() for field in LOSS_TAGS])
             sums += (logged * micro.weight).double().sum(dim=1)
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
-            self.engine.step(rate)
+            self.engine.update(rate)
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
         # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
         means = sums * (self.world.size / counted.clamp(min=1))

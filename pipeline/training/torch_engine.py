@@ -74,7 +74,7 @@ class TorchEngine:
         if self._is_last:
             self._grad_norm = clip_gradients(self._network, self._clip_norm)
 
-    def step(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> None:
         """Count a micro-batch, and after the last of a global batch update the weights."""
         last = self._is_last
         self._micro_steps += 1

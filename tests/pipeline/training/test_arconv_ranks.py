@@ -89,7 +89,7 @@ class Run:
                 self.target = targets[number]
                 loss = (self.engine.forward(batch).fused - batch.hr).square().mean()
                 self.engine.backward(loss)
-                self.engine.step(1e-3)
+                self.engine.update(1e-3)
                 losses.append(loss.item())
         self.step += 1
         return float(self.world.gather(losses).mean())

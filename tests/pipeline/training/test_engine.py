@@ -40,7 +40,7 @@ def take_step(engine: Engine, batch: Batch, micro: int, rate: float, loss: LossC
     for part in batch.split(micro):
         value = fusion_loss(engine.forward(part), part.hr, loss).total
         engine.backward(value.mean())
-        engine.step(rate)
+        engine.update(rate)
         total += value.detach().sum().item()
     return total / len(batch.chips)
 
