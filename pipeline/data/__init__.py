@@ -1,6 +1,6 @@
 """From a dataset's index to the batches that the network is given.
 
-Training and evaluation import it; it knows neither. Data passes through five steps, one module each:
+Training and evaluation import it; it knows neither. Data passes through these steps, one module each:
 
     index.json    order: which chips make up a global batch, which of them are this rank's
         |

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.blocks import resize
 from models.config import ModelConfig
 from models.encoders.srcnn import lower_median
-from models.registry import ENCODERS, HEADS, all_pairs, build_model
+from models.registry import ENCODERS, HEADS, all_pairs, build_model, check_config
 from models.satfusion import SatFusion
 
 STAGES = all_pairs()
@@ -157,7 +157,7 @@ def test_bfloat16_and_autocast_run() -> None:
 )
 def test_a_wrong_configuration_is_refused(changes: dict[str, int | str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**changes)
+        check_config(ModelConfig(**changes))
 
 
 def test_a_wrong_input_is_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.heads.pan_mamba.blocks import CrossMamba, Mamba
 from models.heads.pan_mamba.head import PanMamba
-from models.registry import check_sizes
+from models.registry import check_config, check_sizes
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
@@ -154,4 +154,4 @@ def test_what_it_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="156 x 156 px and cannot take a PAN of 160 x 156; with published = false"):
         check_sizes(published, (50, 50), (160, 156))
     with pytest.raises(ValueError, match="written for 3 bands and cannot take bands = 4; with published = false"):
-        ModelConfig("none", "pan_mamba", published=True, bands=4)
+        check_config(ModelConfig("none", "pan_mamba", published=True, bands=4))

@@ -9,7 +9,7 @@ from torch import nn
 from models.config import ModelConfig
 from models.encoders.rams import RAMS, AttentionBlock
 from models.published import load_published, to_published
-from models.registry import build_model
+from models.registry import build_model, check_config
 
 
 def rams(revisits: int, bands: int = 3, published: bool = False) -> RAMS:
@@ -108,7 +108,7 @@ def test_attention_weighs_whole_channels() -> None:
 )
 def test_the_published_limits(bands: int, revisits: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ModelConfig("rams", "none", bands, revisits, published=True)
+        check_config(ModelConfig("rams", "none", bands, revisits, published=True))
     assert run(rams(revisits, bands), bands).isfinite().all()
 
 

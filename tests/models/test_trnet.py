@@ -11,7 +11,7 @@ from models.config import ModelConfig
 from models.encoders import trnet
 from models.encoders.trnet import Attention, PanToken, RevisitFusion, TransformerLayer
 from models.published import load_published, to_published
-from models.registry import build_model
+from models.registry import build_model, check_config
 from models.satfusion import SatFusion
 
 BOTH = pytest.mark.parametrize("encoder", ["trnet", "trnet_pan"])
@@ -172,6 +172,6 @@ def test_the_published_size(encoder: str) -> None:
 
 def test_the_published_guided_encoder_is_bound_to_its_bands_and_revisits() -> None:
     with pytest.raises(ValueError, match=r"published SatFusion\* encoder .* bands = 4; with published = false"):
-        ModelConfig("trnet_pan", "none", bands=4, published=True)
+        check_config(ModelConfig("trnet_pan", "none", bands=4, published=True))
     with pytest.raises(ValueError, match=r"built for 8 revisits.* was given 4: with published = false"):
         build("trnet_pan", published=True)(*inputs(4, size=(50, 50)))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.config import ModelConfig
 from models.heads.u2net import U2Net, spatial_attention, spectral_attention
 from models.published import count_parameters
-from models.registry import build_model, check_sizes
+from models.registry import build_model, check_config, check_sizes
 
 
 class Largest(TorchDispatchMode):
@@ -96,7 +96,7 @@ def test_only_the_published_form_holds_what_it_does_not_use() -> None:
 
 def test_what_the_published_form_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="written for 3 bands and cannot take bands = 4; with published = false"):
-        ModelConfig("none", "u2net", bands=4, published=True)
+        check_config(ModelConfig("none", "u2net", bands=4, published=True))
     config = ModelConfig("none", "u2net", published=True)
     check_sizes(config, (50, 50), (156, 160))
     with pytest.raises(ValueError, match="cannot take a PAN of 156 x 158 px, whose sides 4 does not divide"):

@@ -38,7 +38,7 @@ def test_the_published_table() -> None:
         (("--only", "l2b"), ["unknown file 'l2b'; did you mean 'l2a'?"]),
         (("--only", ""), ["--only '' names an unknown file ''", "known: hr, l1c, l2a, metadata, split"]),
         (("--mirror", "ftp://host/x"), ["--mirror takes http(s)://HOST[:PORT]/FOLDER"]),
-        (("--mirror", "https://me:hush@host/x"), ["--mirror holds a user name, password or signature"]),
+        (("--mirror", "https://me:hush@host/x"), ["--mirror", "holds a user name, password or signature"]),
         (("--mirror", "http://host:port"), ["--mirror takes"]),
         (("--to", "{file}/below"), ["--to", "cannot be a folder (Not a directory)"]),
     ],
