@@ -17,7 +17,7 @@ from sharding.source import open_source
 from sharding.storage import Storage, open_storage
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import AoiFiles, find_aois
-from tests.conftest import TWO_A_SHARD
+from tests.datasets import TWO_A_SHARD
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # A quarter of the real side: scenes take a tenth of a second, and everything is resized anyway.

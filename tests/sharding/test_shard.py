@@ -22,7 +22,7 @@ from sharding.splits import SPLIT_SEED, seeded_split
 from sharding.storage import LocalStorage, Storage, StorageUnavailableError, open_storage
 from sharding.synthetic import write_worldstrat
 from sharding.worldstrat import SPLIT_FILE
-from tests.conftest import TWO_A_SHARD
+from tests.datasets import TWO_A_SHARD
 from tests.sharding.conftest import TINY, Dataset, World, aois_of
 
 HALF_STEP = STEP / 2
