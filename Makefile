@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo-output
+# For `make gpu-kit`: a wheel of mamba-ssm that was built before. Without one it is built, which takes eight minutes.
+MAMBA_WHEEL ?= $(firstword $(wildcard ../shared/gpu-kit/mamba_ssm-*.whl))
 # Two files of tests at a time, each on one thread: cores that are shared by more threads than there are stall each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test test-slow check gpu-kit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/satfusion demo --output $(OUTPUT) $(if $(WORLDSTRAT),--worldstrat "$(WORLDSTRAT)")
@@ -23,6 +25,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not gpu"
+
+gpu-kit: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_kit $(if $(MAMBA_WHEEL),--mamba-wheel "$(MAMBA_WHEEL)")
 
 install: $(INSTALLED)
 
