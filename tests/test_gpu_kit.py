@@ -165,8 +165,10 @@ def test_a_kit_of_another_python_is_not_installed(tmp_path: Path) -> None:
 def test_without_pip_the_kit_is_unzipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(tmp_path / "wheels", "kitprobe", [])
     (tmp_path / "kit.json").write_text(json.dumps({"python": ".".join(platform.python_version_tuple()[:2])}))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert gpu.install(tmp_path, tmp_path / "target")["installed"] == 1
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    said = gpu.install(tmp_path, tmp_path / "target")
+    assert said["installed"] == 1
+    assert str(said["with"]).startswith("zipfile")
     assert (tmp_path / "target" / "kitprobe.py").exists()
 
 

@@ -41,6 +41,12 @@ def run(device: torch.device, mode: str, config: RunConfig, *folders: Path) -> N
     assert f"computed on {device.type}" in ended.stdout
 
 
+def forbid_tf32() -> None:
+    """Keep TF32 out of products and convolutions, as bounds for float32 ask."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        backend.fp32_precision = "ieee"
+
+
 def carry(config: RunConfig, source: str, target: str) -> None:
     """Publish in ``target-<stage>`` what an engine of each stage makes of the checkpoint in ``source[-<stage>]``."""
     world = join_world()
@@ -58,6 +64,7 @@ def carry(config: RunConfig, source: str, target: str) -> None:
 
 
 def main(mode: str, config: str, *folders: str) -> None:
+    forbid_tf32()
     run_config = load_config(config)
     if mode == "train":
         run_training(run_config)

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, load_config
 from sharding.schema import Index
 from sharding.storage import open_storage
 from tests.conftest import TINY
+from tests.gpu.children import forbid_tf32
 
 ON_CPU = os.environ.get("SATFUSION_GPU_TESTS_ON") == "cpu"
 REASON = "needs CUDA, and torch sees none (SATFUSION_GPU_TESTS_ON=cpu runs the same bodies on the CPU)"
@@ -40,8 +41,7 @@ def full_float32() -> Iterator[None]:
     """Keep TF32 out of products and convolutions."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    forbid_tf32()
     yield
     for backend, precision in zip(backends, before, strict=True):
         backend.fp32_precision = precision
