@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo-output
+# For `make gpu-kit`: a wheel of mamba-ssm that was built before. Without one it is built, which takes eight minutes.
+MAMBA_WHEEL ?= $(firstword $(wildcard ../shared/gpu-kit/mamba_ssm-*.whl))
 # JOBS files of tests at a time, each on one thread: cores that are shared by more threads than there are stall each other.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 25
 
-.PHONY: demo test quick test-slow check install clean
+.PHONY: demo test quick test-slow check gpu-kit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/satfusion demo --output $(OUTPUT) $(if $(WORLDSTRAT),--worldstrat "$(WORLDSTRAT)")
@@ -30,6 +32,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not gpu"
+
+gpu-kit: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_kit $(if $(MAMBA_WHEEL),--mamba-wheel "$(MAMBA_WHEEL)")
 
 install: $(INSTALLED)
 

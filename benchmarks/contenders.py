@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.registry import build_model
+from models.registry import build_model, parse_pair
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.order import BatchPlan
@@ -125,7 +124,7 @@ class Published:
         self._adam.step()
 
 
-def model_config(pair: str) -> ModelConfig:
-    """Return the model of ``encoder+head`` at the published width."""
-    encoder, _, head = pair.partition("+")
-    return dataclasses.replace(ModelConfig(), encoder=encoder, head=head)
+def model_config(pair: str, width: int) -> ModelConfig:
+    """Return the model of ``encoder+head`` with that many features; 128 is the published width."""
+    encoder, head = parse_pair(pair)
+    return ModelConfig(encoder, head, hidden=width)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pipeline.config import load_config
 from pipeline.training.loop import run_training
+from sharding.format.index import Index
+from sharding.storage import open_storage
 
 
 def loop_figures(
-    model: str, engine: str, flags: Sequence[str], precision: str, batch: int, uri: str, steps: int
+    model: str, engine: str, flags: Sequence[str], precision: str, batch: int, uri: str, steps: int, width: int
 ) -> tuple[float, float]:
     """Train ``steps`` steps from ``uri``; return chips a second and the share of waiting for data.
 
@@ -26,6 +28,8 @@ def loop_figures(
         overrides = [
             f"model.encoder={encoder}",
             f"model.head={head}",
+            f"model.hidden={width}",
+            f"model.revisits={Index.load(open_storage(uri)).preparation.revisits}",
             f"data.uri={uri}",
             f"output.uri={folder}",
             f"train.engine={engine}",

@@ -1,6 +1,6 @@
 """What a training step costs, phase by phase, beside a floor, a plain PyTorch engine and the published code.
 
-``python -m benchmarks.step --models srcnn+pnn,trnet+innformer --batch 8`` takes whole steps of each contender in turn
+``python -m benchmarks.step --models srcnn+pnn trnet+innformer --batch 8`` takes whole steps of each contender in turn
 (A B A B ...) on random chips of WorldStrat's shape, and prints the median, the spread and the ratio to the first one,
 pair by pair. Then each phase is timed by itself, with the device idle in between. The floor is the time of the model's
 own convolutions and matrix products, each alone (`benchmarks.floors`); FLOP/s count these only.
@@ -43,6 +43,7 @@ PAIRS = (
     "srcnn+arconv",
 )
 WARM_UP = 2
+PUBLISHED_WIDTH, QUICK_WIDTH = 128, 8
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Bench:
         self.steps: dict[str, Contender] = {}
 
     def run(self) -> list[Row]:
-        model = model_config(self.pair)
+        model = model_config(self.pair, QUICK_WIDTH if self.options.quick else PUBLISHED_WIDTH)
         batch = random_batch(self.options.batch, model.revisits, model.bands, self.world.device)
         encoder, _, head = self.pair.partition("+")
         builders: dict[str, Callable[[], Contender]] = {
@@ -195,13 +196,13 @@ def take_step(contender: Contender) -> None:
         getattr(contender, phase)()
 
 
-def measure_loop(row: Row, uri: str, steps: int) -> None:
+def measure_loop(row: Row, uri: str, steps: int, width: int) -> None:
     """Train for a few steps by the real loop, and add its rate and its share of waiting to ``row``."""
     from benchmarks.loop import loop_figures
 
     engine, *flags = row.contender.split(":")
     row.loop_chips_per_second, row.data_wait_share = loop_figures(
-        row.model, engine, flags, row.precision, row.batch, uri, steps
+        row.model, engine, flags, row.precision, row.batch, uri, steps, width
     )
 
 
@@ -236,7 +237,7 @@ def table(rows: list[Row]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(PAIRS), help="encoder+head, separated by commas")
+    parser.add_argument("--models", nargs="*", default=PAIRS, metavar="PAIR", help="encoder+head")
     parser.add_argument("--contenders", default="torch,deepspeed", help="the first is what the others are held against")
     parser.add_argument("--published", type=Path, metavar="DIR", help="folder of the published code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -246,24 +247,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves them")
     parser.add_argument("--data", metavar="URI", help="a dataset for the real loop")
     parser.add_argument("--loop-steps", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="one small model, few repeats: only to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line per row")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    if options.quick:
+        options.batch, options.repeats, options.loop_steps = min(options.batch, 2), 2, 4
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     world = join_world()
     rows: list[Row] = []
-    for pair in options.models.split(","):
+    for pair in options.models[:1] if options.quick else options.models:
         found = Bench(pair, options, world).run()
         gc.collect()
         for row in found:
             if options.data and not row.error and row.contender != "published":
-                measure_loop(row, options.data, options.loop_steps)
+                measure_loop(row, options.data, options.loop_steps, QUICK_WIDTH if options.quick else PUBLISHED_WIDTH)
             if options.json:
                 with options.json.open("a") as file:
                     file.write(json.dumps(asdict(row)) + "\n")

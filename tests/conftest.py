@@ -6,17 +6,17 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.local.objectstore import ObjectStore
 from pipeline.config import RunConfig, load_config
 from pipeline.world import World, join_world, leave_world
 from sharding.prepare.options import SampleOptions
-from sharding.run.dataset import ShardOptions, shard_folder
-from sharding.run.plan import PlanOptions
-from sharding.sources.synthetic.rasters import write_worldstrat
-from sharding.storage import open_storage
+
+# What makes datasets and servers is imported where it is used: tests marked gpu run without rasterio and boto3.
+if TYPE_CHECKING:
+    from cluster.local.objectstore import ObjectStore
 
 TINY = (
     "model.hidden=8",
@@ -34,13 +34,20 @@ TINY = (
 SMALL = SampleOptions(revisits=2, lr_size=150, hr_size=200)
 """The smallest revisits that hold nine chips."""
 
-TWO_A_SHARD = ShardOptions(plan=PlanOptions(shard_bytes=7_000_000))
-"""Of scenes of 3.4 MB."""
+GPU_TESTS = Path(__file__).with_name("gpu")
+"""Where the tests marked gpu are, all of them."""
 
 
 def pytest_configure() -> None:
     # A run in a shell's background ignores interrupts, and so would the commands that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # ``-m gpu`` runs on machines that cannot import what the other tests do.
+    if config.option.markexpr != "gpu" or collection_path in (GPU_TESTS, *GPU_TESTS.parents):
+        return None
+    return None if GPU_TESTS in collection_path.parents else True
 
 
 class S3:
@@ -68,6 +75,8 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    from cluster.local.objectstore import ObjectStore
+
     with (
         ObjectStore(tmp_path_factory.mktemp("s3"), bucket="shared") as store,
         pytest.MonkeyPatch.context() as patch,
@@ -83,19 +92,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 @pytest.fixture(scope="session")
 def dataset_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Four training AOIs, one to validate, one to test."""
-    source, output = tmp_path_factory.mktemp("worldstrat"), tmp_path_factory.mktemp("dataset")
-    write_worldstrat(source, 6, seed=3, hr_side=264)
-    shard_folder(source, open_storage(output), TWO_A_SHARD, workers=1)
-    return str(output)
+    from tests.datasets import TWO_A_SHARD, make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("dataset"), TWO_A_SHARD, hr_side=264)
 
 
 @pytest.fixture(scope="session")
 def small_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Six other AOIs, split as those of `dataset_uri` and two a shard too, in a fifth of the pixels."""
-    source, output = tmp_path_factory.mktemp("small-worldstrat"), tmp_path_factory.mktemp("small-dataset")
-    write_worldstrat(source, 6, seed=3, revisits=2, hr_side=80)
-    shard_folder(source, open_storage(output), ShardOptions(SMALL, PlanOptions(shard_bytes=1_300_000)), workers=1)
-    return str(output)
+    from tests.datasets import SMALL_TWO_A_SHARD, make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("small-dataset"), SMALL_TWO_A_SHARD, revisits=2, hr_side=80)
 
 
 @pytest.fixture(scope="session")

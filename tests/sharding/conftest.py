@@ -18,7 +18,7 @@ from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.files import open_source
 from sharding.sources.worldstrat.layout import AoiFiles, find_aois
 from sharding.storage import Storage, open_storage
-from tests.conftest import TWO_A_SHARD
+from tests.datasets import TWO_A_SHARD
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # A quarter of the real side: scenes take a tenth of a second, and everything is resized anyway.

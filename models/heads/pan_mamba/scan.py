@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -77,9 +80,33 @@ def _fused_scan(device: str, dtype: torch.dtype) -> FusedScan | None:
 def _import_fused() -> FusedScan | None:
     """Return ``selective_scan_fn(u, delta, A, B, C, D)``, whose sequences are [batch, c, n]."""
     try:
-        return cast(FusedScan, importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn)
+        return import_mamba()
     except ImportError:
         return None
+
+
+def import_mamba() -> FusedScan:
+    """Import mamba_ssm's scan; without the rest of the package where that cannot be imported.
+
+    Raises:
+        ImportError: It is not installed, or not built for this Python and PyTorch.
+    """
+    name, package = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm"
+    try:
+        module = importlib.import_module(name)
+    except Exception:
+        # The package as a whole imports language models and their libraries, which may fail with any error.
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:
+            raise
+        bare = ModuleType(package)
+        bare.__path__ = list(spec.submodule_search_locations)
+        sys.modules[package] = bare
+        try:
+            module = importlib.import_module(name)
+        finally:
+            del sys.modules[package]
+    return cast(FusedScan, module.selective_scan_fn)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sharding.run.splits import SPLIT_SEED, seeded_split
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.layout import SPLIT_FILE
 from sharding.storage import LocalStorage, Storage, StorageUnavailableError, open_storage
-from tests.conftest import TWO_A_SHARD
+from tests.datasets import TWO_A_SHARD
 from tests.sharding.conftest import TINY, Dataset, World, aois_of, digests
 
 HALF_STEP = STEP / 2
