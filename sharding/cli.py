@@ -128,9 +128,9 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "download",
-        help="fetch WorldStrat's published files, and go on where it broke off",
+        help="fetch WorldStrat's published files, and resume where it broke off",
         description="Fetch files of WorldStrat v1.1 (https://zenodo.org/records/15382551) and check their SHA-256. "
-        "The same command goes on after an interruption.",
+        "After an interruption the same command resumes.",
     )
     verb.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder, made where there is none")
     verb.add_argument(

@@ -1,4 +1,4 @@
-"""Processes that run on this machine for us: free ports, identities that outlast a reused pid, sure ends."""
+"""Processes on this machine, by psutil: identities that tell a reused pid apart, descendants, ends; and free ports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 # Below the kernel's range for outgoing connections (32768 and up), so that no connection takes a port
 # between our look and the server's bind. Above 10000 nothing well known listens.
 _PORTS = range(10240, 32700)
 _PR_SET_PDEATHSIG = 1
+# Field 22 of `/proc/<pid>/stat` counts in these.
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+_ENDED = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class ProcessId:
     pid: int
     """Process number."""
     started: int
-    """Start time in clock ticks since the machine's boot (field 22 of ``/proc/<pid>/stat``)."""
+    """Start time in clock ticks since the machine's boot, which setting the clock does not change."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -43,7 +47,7 @@ def free_ports(count: int) -> list[int]:
 
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A closed connection's wait is no matter.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A port in TIME_WAIT is free.
         try:
             probe.bind(("", port))
         except OSError:
@@ -70,20 +74,20 @@ def dies_with_parent() -> Callable[[], None] | None:
 def identify(pid: int) -> ProcessId | None:
     """Return the identity of a running process, or None when there is none (a zombie counts as none)."""
     try:
-        fields = _stat_fields(pid)
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(pid)
+        return None if process.status() in _ENDED else _identity(process)
+    except psutil.NoSuchProcess:
         return None
-    return None if fields[0] in {"Z", "X"} else ProcessId(pid, int(fields[19]))
 
 
-def _stat_fields(pid: int) -> list[str]:
-    """Return the fields of ``/proc/<pid>/stat`` from the third (state) on."""
-    # The second is the name in parentheses and may itself hold spaces.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+def _identity(process: psutil.Process) -> ProcessId:
+    # psutil adds the boot time, which moves when the clock is set; what it added is taken off again.
+    since_boot = process.create_time() - psutil.boot_time()
+    return ProcessId(process.pid, round(since_boot * _TICKS_PER_SECOND))
 
 
 def is_running(process: ProcessId) -> bool:
-    """Say whether exactly this process still runs."""
+    """Tell whether exactly this process still runs."""
     return identify(process.pid) == process
 
 
@@ -92,44 +96,33 @@ def running_with(variable: str, value: str) -> list[ProcessId]:
 
     Children inherit it however they detach; descendants are added because a process that gives itself a long
     title overwrites what the kernel shows of its environment. Processes of other users, whose environment
-    cannot be read, are passed over.
+    cannot be read, are skipped.
     """
-    entry = f"{variable}={value}".encode()
     found: set[int] = set()
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            pid = int(folder.name)
-            parents[pid] = int(_stat_fields(pid)[1])
-            if entry in (folder / "environ").read_bytes().split(b"\0"):
-                found.add(pid)
-    while grown := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
-        found |= grown
-    return [process for process in map(identify, sorted(found)) if process]
+    for pid in set(psutil.pids()) - {os.getpid()}:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if pid not in found and process.environ().get(variable) == value:
+                found |= {pid, *(child.pid for child in process.children(recursive=True))}
+    return [process for process in map(identify, sorted(found - {os.getpid()})) if process]
 
 
 def stop(processes: Iterable[ProcessId], patience: float = 3.0) -> None:
-    """End exactly these processes: ask, wait up to ``patience`` seconds, then kill what is left.
+    """End exactly these processes: ask, wait up to ``patience`` seconds, then kill those that are left.
 
     Raises:
         OSError: A process could not be ended (it waits in the kernel, or is not ours to end).
     """
-    left = _signal_and_wait(list(processes), signal.SIGTERM, patience)
-    left = _signal_and_wait(left, signal.SIGKILL, patience)
+    left = list(processes)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in left:
+            with contextlib.suppress(psutil.Error):  # It ended meanwhile, or is not ours to end.
+                handle = psutil.Process(process.pid)
+                if is_running(process):
+                    handle.send_signal(number)
+        deadline = time.monotonic() + patience
+        # Not `psutil.wait_procs`: it waits for zombies, and reaps children whose status a `Popen` is to return.
+        while (left := [process for process in left if is_running(process)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
     if left:
         raise OSError(f"processes {[process.pid for process in left]} did not end")
-
-
-def _signal_and_wait(processes: list[ProcessId], number: signal.Signals, patience: float) -> list[ProcessId]:
-    for process in processes:
-        if is_running(process):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
-    deadline = time.monotonic() + patience
-    left = [process for process in processes if is_running(process)]
-    while left and time.monotonic() < deadline:
-        time.sleep(0.05)
-        left = [process for process in left if is_running(process)]
-    return left

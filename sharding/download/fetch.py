@@ -1,7 +1,8 @@
-"""One remote file to one local file, continued where it broke off, and whole or not there at all.
+"""One file from an HTTP server: resumed where it broke off, and given its name only when it is complete.
 
-Bytes go to ``<name>.part``; ``<name>.part.json`` beside it says what they are part of. Both stay behind a killed,
-interrupted or failed fetch, and the next one goes on from them. The part gets its name when its SHA-256 is right.
+Bytes go to ``<name>.part``; ``<name>.part.json`` says which version of the file they are from. Both stay after a
+failure or an interruption, and the next call resumes from them. Failures are retried as those of a store are, by
+`sharding.storage.retries`. A message says "Zenodo" or "the mirror": a mirror's address may be private.
 """
 
 from __future__ import annotations
@@ -13,286 +14,318 @@ import hashlib
 import json
 import logging
 import os
-import random
+import re
 import shutil
-import time
-from collections.abc import Iterator
+import ssl
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urljoin, urlsplit
 
-from sharding.download.remote import Answer, BrokenError, Server, Version
+import urllib3
+from urllib3.exceptions import HTTPError, InvalidHeader
+
 from sharding.errors import UserError
-from sharding.progress import Progress, progress
-from sharding.storage import LocalStorage
+from sharding.progress import progress
+from sharding.storage import LocalStorage, retries
 
 log = logging.getLogger(__name__)
 
+TIMEOUT_S = 30.0
+"""Seconds without a byte after which a request has failed."""
+KNOWN_S = 300.0
+"""Seconds without progress after which a server that has answered is given up; `retries.FIRST_CONTACT_S` before."""
 PROGRESS_BYTES = 1 << 20
-"""An attempt that gets this much further than any before it has not failed: the count of failures begins anew."""
-_BLOCK = 1 << 20
-_MB = 10**6
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Bytes beyond all earlier attempts that make an attempt count as progress."""
+_BLOCK, _MB, _MOST_REDIRECTS = 1 << 20, 10**6, 10
+# Zenodo asks programs to say who they are, and slows down anonymous Python clients.
+_USER_AGENT = "satfusion (https://zenodo.org/records/15382551)"
+# Retries and redirects are decided here, and bytes are stored as they come, up to where they end.
+_PLAIN: Mapping[str, Any] = dict(
+    retries=False, redirect=False, preload_content=False, decode_content=False, enforce_content_length=False
+)
+# Like any 5xx: the same request may succeed later.
+_BUSY_STATUSES = {408, 425, 429}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
+@dataclass
+class Server:
+    """Files below the URL ``origin``; ``query`` ends each file's URL, and messages say ``name``."""
+
+    origin: str
+    name: str
+    query: str = ""
+    answered: bool = False
+    """Whether it ever answered, even if it refused."""
+
+
 @dataclass(frozen=True)
-class Patience:
-    """How long a server that fails is waited for."""
+class Version:
+    """One content of a remote file. Another origin may have the same content under another ETag."""
 
-    tries: int = 12
-    """Failures in a row, without progress, that end a fetch; their pauses add up to about five minutes."""
-
-    first_tries: int = 3
-    """The same for a server that has never answered: its name may be wrong."""
-
-    pause_s: float = 1.0
-    """First pause; each further one is twice as long. A random quarter is taken off, lest many clients come at once."""
-
-    longest_pause_s: float = 60.0
-    """Most seconds of a pause that we choose."""
-
-    longest_asked_s: float = 600.0
-    """Most seconds of a pause that the server asks for (Retry-After)."""
-
-    def pause(self, failures: int, asked_s: float) -> float:
-        """Return the seconds to wait after so many failures in a row."""
-        own = min(self.longest_pause_s, self.pause_s * 2.0 ** (failures - 1)) * random.uniform(0.75, 1.0)
-        return max(own, min(asked_s, self.longest_asked_s))
+    origin: str
+    size: int
+    etag: str | None
 
 
-class Meter:
-    """Progress through a file of which the size may become known late, and of which some may be here already."""
+class FailedError(Exception):
+    """A request that may succeed when it is sent again, after ``asked_s`` seconds if the server asked for a pause."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._shown: Progress | None = None
-        self._done = 0
+    def __init__(self, reason: str, asked_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.asked_s = asked_s
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._shown is not None:
-            self._shown.__exit__(kind, error, trace)
+def part_path(target: Path) -> Path:
+    """Return where the bytes of an incomplete file are."""
+    return target.with_name(f"{target.name}.part")
 
-    def show(self, done: int, size: int) -> None:
-        """Show that ``done`` bytes of ``size`` are here. The first call says what was here before."""
-        megabytes = -(-done // _MB)
-        if self._shown is None:
-            self._shown = progress(-(-size // _MB), self._label, "MB", initial=megabytes).__enter__()
-        elif megabytes != self._done:
-            self._shown.update(megabytes - self._done)
-        self._done = megabytes
+
+def fetch(server: Server, target: Path, sha256: str) -> None:
+    """Fetch the file of ``target``'s name into it, from where an earlier call ended; its folder exists.
+
+    Raises:
+        UserError: The server refuses or does not answer, the file is another one, the disk is full, or another process
+            fetches the same file. The bytes stay, except when the digest is wrong.
+    """
+    with _explained(target), _locked(target) as file:
+        part = _Part(server, target, file)
+        part.complete()
+        file.flush()
+        os.fsync(file.fileno())  # It may fail, and then what is there must still be a part.
+        if (digest := part.digest.hexdigest()) == sha256:
+            part.path.replace(target)
+        else:
+            part.path.unlink()
+        part.folder.delete(part.note)
+    if digest != sha256:
+        raise UserError(
+            f"{target.name} from {server.name} has SHA-256 {digest} instead of {sha256}: it was removed; run the same "
+            "command again, with another --mirror if it happens again"
+        )
 
 
 class _Part:
-    """The bytes that are here of a file, their running digest, and what they are part of."""
+    """The bytes of a file that are here, their digest, and the version that they are from."""
 
-    def __init__(self, target: Path, file: BinaryIO) -> None:
-        self.target, self.file = target, file
-        self.path = part_path(target)
-        self._note = f"{self.path.name}.json"
-        self._folder = LocalStorage(target.parent)
-        self.length, self.digest = 0, hashlib.sha256()
+    def __init__(self, server: Server, target: Path, file: BinaryIO) -> None:
+        """Take over what an earlier call left; bytes of an unknown version are dropped."""
+        self.server, self.name, self.path, self.file = server, target.name, part_path(target), file
+        self.folder, self.note = LocalStorage(target.parent), f"{self.path.name}.json"
         self.version: Version | None = None
-        self._recall()
+        with contextlib.suppress(UserError, ValueError, TypeError):
+            self.version = Version(**json.loads(self.folder.read(self.note)))
+        self.length = os.fstat(file.fileno()).st_size
+        if self.version is None or self.length > self.version.size:
+            self._restart()
+        else:
+            self.digest = hash_file(file, f"reading {self.path.name}")
 
-    @property
-    def whole(self) -> bool:
-        return self.version is not None and self.length == self.version.size
-
-    def _recall(self) -> None:
-        """Take up what an earlier fetch left; bytes of which nothing is known are dropped."""
-        try:
-            self.version = Version(**json.loads(self._folder.read(self._note)))
-        except (UserError, ValueError, TypeError):
-            self.version = None
-        size = os.fstat(self.file.fileno()).st_size
-        if self.version is None or size > self.version.size:
-            self.restart()
-            return
-        self.digest, self.length = hash_file(self.file, size, f"reading {self.path.name}"), size
-
-    def restart(self) -> None:
-        """Drop all bytes."""
+    def _restart(self) -> None:
         self.file.seek(0)
         self.file.truncate()
         self.length, self.digest = 0, hashlib.sha256()
 
-    def take(self, version: Version) -> None:
-        """Say what the bytes are part of, before any of them is written."""
-        if version != self.version:
-            self._folder.write(self._note, json.dumps(asdict(version)).encode())
-            self.version = version
+    def complete(self) -> None:
+        """Request the rest of the file until all of it is here, or retries end."""
+        attempts, furthest = retries.Attempts(self.name), self.length
+        while self.version is None or self.length < self.version.size:
+            try:
+                self._receive()
+            except FailedError as error:
+                # A server that always sends from byte 0 and breaks off makes no progress, however much it sends.
+                if self.length >= furthest + PROGRESS_BYTES:
+                    attempts.progressed()
+                    furthest = self.length
+                known = self.server.answered
+                last = UserError(
+                    f"cannot fetch {self.name}: {error}, {attempts.in_a_row + 1} times in a row; check the network"
+                    f"{'' if known else ' and --mirror'}, then run the same command again: it resumes from byte "
+                    f"{self.length}"
+                )
+                attempts.pause(last, str(error), KNOWN_S if known else retries.FIRST_CONTACT_S, error.asked_s)
 
-    def append(self, chunk: bytes) -> None:
-        """Write the next bytes."""
-        assert self.version is not None
-        if self.length + len(chunk) > self.version.size:
-            raise BrokenError("more came than the file holds")
-        self.file.write(chunk)
-        self.digest.update(chunk)
-        self.length += len(chunk)
-
-    def settle(self) -> None:
-        """Bring all bytes to the disk, or fail while the part is still there."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def publish(self) -> None:
-        """Give the file its name."""
-        self.path.replace(self.target)
-        self._folder.delete(self._note)
-
-    def discard(self) -> None:
-        """Remove all that is here of it."""
-        self.path.unlink()
-        self._folder.delete(self._note)
-
-
-def part_path(target: Path) -> Path:
-    """Return where the bytes of an unfinished file lie."""
-    return target.with_name(f"{target.name}.part")
-
-
-def fetch(server: Server, target: Path, sha256: str, patience: Patience) -> None:
-    """Fetch the file of ``target``'s name into it, from where an earlier fetch ended; its folder exists.
-
-    Raises:
-        UserError: for a server that refuses or stays away, a file that is not the expected one, a full disk, and
-            where another process fetches the same file. What was fetched stays, except where the digest is wrong.
-    """
-    with _explained(target), _locked(target) as file:
-        part = _Part(target, file)
-        with Meter(f"fetching {target.name}") as meter:
-            _complete(part, server, patience, meter)
-        part.settle()
-        digest = part.digest.hexdigest()
-        if digest != sha256:
-            part.discard()
-            raise UserError(
-                f"{target.name} from {server.name} has SHA-256 {digest} instead of {sha256}: it was removed; run the "
-                "same command again, from another --mirror if it comes back"
-            )
-        part.publish()
-
-
-def _complete(part: _Part, server: Server, patience: Patience, meter: Meter) -> None:
-    """Request the rest of a file again and again until it is here, or nothing comes any more."""
-    name = part.target.name
-    failures, furthest = 0, part.length
-    while not part.whole:
+    def _receive(self) -> None:
+        """Request the rest once; FailedError where not all of it arrives."""
+        headers, known = {"User-Agent": _USER_AGENT}, self.version
+        if self.length and known:
+            headers["Range"] = f"bytes={self.length}-"
+            # A weak ETag must not stand in If-Range; `_accept` compares it.
+            if known.etag and known.origin == self.server.origin and not known.etag.startswith("W/"):
+                headers["If-Range"] = known.etag
         try:
-            with server.open(name, part.length, part.version) as answer:
-                _accept(part, server, answer)
-                meter.show(part.length, answer.version.size)
-                for chunk in answer.chunks:
-                    part.append(chunk)
-                    meter.show(part.length, answer.version.size)
-            if not part.whole:
-                raise BrokenError("the answer ended early")
-        except BrokenError as error:
-            # A server that begins anew each time and breaks off makes no progress, whatever it sends.
-            if part.length >= furthest + PROGRESS_BYTES:
-                failures, furthest = 0, part.length
-            failures += 1
-            if failures >= (patience.tries if server.answered else patience.first_tries):
+            with contextlib.closing(_open(self.server, self.name, headers)) as response:
+                size = self._accept(response)
+                with _meter(f"fetching {self.name}", size, self.length) as count:
+                    while chunk := response.read1(_BLOCK):
+                        if self.length + len(chunk) > size:
+                            raise FailedError("more bytes came than the file has")
+                        self.file.write(chunk)
+                        self.digest.update(chunk)
+                        self.length += len(chunk)
+                        count(len(chunk))
+                    if self.length < size:
+                        raise FailedError("the answer ended early")
+        except HTTPError as error:
+            raise _failure(self.server, error) from error
+
+    def _accept(self, response: urllib3.BaseHTTPResponse) -> int:
+        """Decide whether an answer continues the part, replaces it or is refused; return the file's size."""
+        server, known = self.server, self.version
+        start, size = _extent(server, self.name, response)
+        version = Version(server.origin, size, response.headers.get("ETag"))
+        if start not in (0, self.length):
+            raise FailedError(f"{server.name} sends another range than the requested one")
+        if self.length and known:
+            if size != known.size:
+                # Not dropped: the answer may be an error page, and the part hours of work.
                 raise UserError(
-                    f"cannot fetch {name}: {error}, {failures} times in a row; check the network"
-                    f"{' and --mirror' if not server.answered else ''}, then run the same command again: it goes on "
-                    f"from byte {part.length}"
-                ) from error
-            pause = patience.pause(failures, error.retry_after_s)
-            log.warning("%s: %s; again in %.0f s, from byte %d", name, error, pause, part.length)
-            time.sleep(pause)
+                    f"{self.name} at {server.name} has {size} bytes now, and {self.path} is part of one of "
+                    f"{known.size}: try again later, or remove the part to start from byte 0"
+                )
+            changed = version.origin == known.origin and version.etag != known.etag
+            if changed or start == 0:
+                reason = "has another version now" if changed else "does not know ranges"
+                log.warning("%s: %s %s; starting from byte 0", self.name, server.name, reason)
+                self._restart()
+                if start:
+                    raise FailedError(f"{server.name} {reason}")
+        need, free = size - self.length, shutil.disk_usage(self.path.parent).free
+        if need > free:
+            missing = f"{free / 1e9:.1f} GB free, and {self.name} needs {need / 1e9:.1f} GB more"
+            raise UserError(f"{self.path.parent} has {missing}: free some space, or give another --to")
+        if version != known:
+            self.folder.write(self.note, json.dumps(asdict(version)).encode())
+            self.version = version
+        return size
 
 
-def _accept(part: _Part, server: Server, answer: Answer) -> None:
-    """Decide whether an answer continues the part, begins it anew, or cannot be used; see that there is room."""
-    name, known = part.target.name, part.version
-    if answer.start not in (0, part.length):
-        raise BrokenError(f"{server.name} sends another range than it was asked for")
-    if part.length and known is not None:
-        if answer.version.size != known.size:
-            # Not dropped: the answer may be an error page, and the part hours of work.
-            raise UserError(
-                f"{name} at {server.name} has {answer.version.size} bytes now, and {part.path} is part of one of "
-                f"{known.size}: try again later, or remove the part to begin anew"
-            )
-        changed = answer.version.origin == known.origin and answer.version.etag != known.etag
-        if changed or answer.start == 0:
-            reason = "has another version now" if changed else "cannot continue a file"
-            log.warning("%s: %s %s; beginning anew", name, server.name, reason)
-            part.restart()
-            if answer.start:
-                raise BrokenError(f"{server.name} has another version now")
-    need, free = answer.version.size - part.length, shutil.disk_usage(part.target.parent).free
-    if need > free:
-        raise UserError(
-            f"{part.target.parent} has {free / 1e9:.1f} GB free, and {name} needs {need / 1e9:.1f} GB more: make room, "
-            "or give another --to"
+def _open(server: Server, name: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    """Send a request and follow redirects, but never from https to http, nor to another scheme."""
+    url = f"{server.origin}/{name}{server.query}"
+    for _ in range(_MOST_REDIRECTS):
+        response = _pool(url).request("GET", url, headers=headers, timeout=TIMEOUT_S, **_PLAIN)
+        server.answered = True
+        if not (location := response.get_redirect_location()):
+            break
+        response.close()
+        scheme, url = urlsplit(url).scheme, urljoin(url, location)
+        allowed = ("https",) if scheme == "https" else ("http", "https")
+        if urlsplit(url).scheme not in allowed:
+            target = f"a URL that is not {' or '.join(allowed)}"
+            raise UserError(f"{server.name} redirects from {scheme} to {target}: use another --mirror")
+    return response
+
+
+def _pool(url: str) -> urllib3.PoolManager:
+    """Return what connects to a URL: directly, or through the proxy that the environment names for it."""
+    parts = urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return urllib3.PoolManager()
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    login = urllib3.util.parse_url(proxy).auth
+    return urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=login and unquote(login)))
+
+
+def _extent(server: Server, name: str, response: urllib3.BaseHTTPResponse) -> tuple[int, int]:
+    """Return the first byte that an answer holds and the size of the whole file."""
+    status, length = response.status, response.headers.get("Content-Length", "")
+    if status in _BUSY_STATUSES or status >= 500:
+        asked_s = 0.0
+        with contextlib.suppress(InvalidHeader):
+            asked_s = urllib3.Retry().get_retry_after(response) or 0.0
+        raise FailedError(f"{server.name} answers HTTP {status}", asked_s)
+    if status == 206:
+        if found := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "")):
+            return int(found[1]), int(found[2])
+        raise FailedError(f"{server.name} sends a range and does not say which")
+    if status == 200 and length.isdigit():
+        return 0, int(length)
+    if status == 200:
+        raise UserError(f"{server.name} does not say how long {name} is (no Content-Length): use another --mirror")
+    if status == 416:
+        advice = f"remove {name}.part to start from byte 0"
+        raise UserError(f"{name} at {server.name} is shorter now than its part (HTTP 416): {advice}")
+    advice = "try again later, or name a --mirror that serves it"
+    raise UserError(f"{server.name} refuses {name} (HTTP {status}): {advice}")
+
+
+def _failure(server: Server, error: HTTPError) -> Exception:
+    """Explain a connection that failed, by the operating system's error inside of urllib3's."""
+    reason: BaseException | None = error
+    while reason and not isinstance(reason, OSError):
+        reason = reason.__cause__ or reason.__context__
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return UserError(
+            f"the certificate of {server.name} cannot be trusted ({reason.verify_message}): set SSL_CERT_FILE to the "
+            "certificates of your network, or use another --mirror"
         )
-    part.take(answer.version)
+    if isinstance(reason, TimeoutError):
+        return FailedError(f"{server.name} sent nothing for {TIMEOUT_S:g} s")
+    words = getattr(reason, "strerror", None) or type(reason or error).__name__
+    return FailedError(f"the connection to {server.name} failed ({words})")
 
 
-def hash_file(file: BinaryIO, size: int, label: str) -> hashlib._Hash:
-    """Return the digest of a file's next ``size`` bytes, all that it has; long reading shows its progress."""
-    digest, done = hashlib.sha256(), 0
-    with Meter(label) as meter:
+def hash_file(file: BinaryIO, label: str) -> hashlib._Hash:
+    """Return the SHA-256 of a file from its present position to its end, and show progress."""
+    digest = hashlib.sha256()
+    with _meter(label, os.fstat(file.fileno()).st_size, 0) as count:
         while block := file.read(_BLOCK):
             digest.update(block)
-            done += len(block)
-            meter.show(done, size)
+            count(len(block))
     return digest
+
+
+@contextlib.contextmanager
+def _meter(label: str, size: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Show progress in whole megabytes; yield a function that counts bytes."""
+    with progress(-(-size // _MB), label, "MB", initial=-(-done // _MB)) as shown:
+
+        def count(length: int) -> None:
+            nonlocal done
+            before, done = done, done + length
+            if more := -(-done // _MB) - -(-before // _MB):
+                shown.update(more)
+
+        yield count
 
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[BinaryIO]:
     """Open a file's part, made where there is none, for this process alone."""
     path = part_path(target)
+    busy = UserError(f"another download is at work on {target}: wait for its end, then run the same command again")
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=_BLOCK) as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _busy(target) from None
+            raise busy from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            log.warning("the file system of %s has no locks: do not download into it twice at once", target.parent)
-        # Whoever held the lock before may have given the part its name, or removed it, since it was opened here.
-        if not _same_file(file, path):
-            raise _busy(target)
+            log.warning("the file system of %s has no locks: run one download at a time into it", target.parent)
+        # The process that held the lock before may have renamed or removed the part since it was opened here.
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise busy
         if target.exists():
             path.unlink()
-            raise _busy(target)
+            raise busy
         yield file
-
-
-def _same_file(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _busy(target: Path) -> UserError:
-    return UserError(f"another download is at work on {target}: let it end, then run the same command again")
 
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Turn what the local disk refuses into a sentence; a connection's errors never come this far."""
+    """Turn errors of the local disk into a sentence; those of a connection are no `OSError` here."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise UserError(
-                f"no room left for {part_path(target)} ({error.strerror}): make room and run the same command again; "
-                "what was fetched is kept"
-            ) from error
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"cannot write {part_path(target)} ({reason}): check --to and its permissions") from error
+        reason = f"{part_path(target)} ({error.strerror or type(error).__name__})"
+        if error.errno in _NO_SPACE:
+            advice = "free some and run the same command again; what was fetched is kept"
+            raise UserError(f"no space left for {reason}: {advice}") from error
+        raise UserError(f"cannot write {reason}: check --to and its permissions") from error

@@ -1,9 +1,8 @@
-"""The published files of WorldStrat v1.1 (record 15382551 on Zenodo, or a mirror of it) to a folder."""
+"""The published files of WorldStrat v1.1 (record 15382551 on Zenodo, or a mirror of it), fetched to a folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
-from sharding.download.fetch import Patience, fetch, hash_file, part_path
-from sharding.download.remote import Server
+from sharding.download.fetch import Server, fetch, hash_file, part_path
 from sharding.errors import UserError, nearest
 from sharding.storage import LocalStorage
 
 ZENODO = "https://zenodo.org/records/15382551/files"
-TIMEOUT_S = 30.0
-"""Seconds without a byte after which a connection is given up and made anew."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +22,11 @@ class Published:
     """One file of the record."""
 
     name: str
-    """Its name there and here."""
-
+    """File name, there and here."""
     sha256: str
-    """Of its content."""
-
+    """Digest of its content."""
     gigabytes: int
-    """Rounded, to ask for room ahead of time; 0 for a small table. The server tells the exact size."""
+    """Rounded size, to check free space beforehand; 0 for a small table. The server tells the exact size."""
 
 
 WORLDSTRAT: Mapping[str, Published] = MappingProxyType(
@@ -48,9 +42,9 @@ WORLDSTRAT: Mapping[str, Published] = MappingProxyType(
         "l1c": Published("lr_dataset_l1c.zip", "a74ef88b04c0ce1b036510f3cd8a8533708d9c915fb5ecbab5869fded17625d3", 26),
     }
 )
-"""The record by the words of ``--only``, in the order in which the files are fetched."""
+"""Files of the record by the words of ``--only``, in the order in which they are fetched."""
 DEFAULT_KEYS = ("metadata", "split", "hr", "l2a")
-"""What `shard` needs by default."""
+"""Files that `shard` needs by default."""
 
 
 def parse_only(text: str) -> tuple[str, ...]:
@@ -68,42 +62,38 @@ def download(
     *,
     mirror: str | None = None,
     published: Mapping[str, Published] = WORLDSTRAT,
-    patience: Patience | None = None,
-    timeout_s: float = TIMEOUT_S,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Fetch published files into a folder, and go on where an earlier call ended.
+    """Fetch published files into a folder, and resume where an earlier call ended.
 
-    A file that is there already is fetched no more. Its digest is read once: ``<name>.verified`` then holds its size
-    and time of change, and while these hold the file is not read again.
+    A file that is there already is not fetched again. Its digest is computed once: ``<name>.verified`` then holds its
+    size and modification time, and while these are the same the file is not read again.
 
     Args:
-        folder: made where it does not exist.
-        keys: which files, words of ``published``.
+        folder: Made where it does not exist.
+        keys: Words of ``published``.
         mirror: ``http(s)://`` folder that serves the same names, in place of Zenodo.
-        published: the files with their digests.
-        patience: with a server that fails; by default minutes.
-        timeout_s: seconds without a byte after which a connection is given up.
-        say: prints a line for the user.
+        published: The files with their digests.
+        say: Prints a line for the user.
 
     Raises:
-        UserError: with the reason why a file cannot be fetched; see `sharding.download.fetch.fetch`.
+        UserError: A file cannot be fetched; see `sharding.download.fetch.fetch`.
     """
-    if mirror is None:
-        server = Server(ZENODO, "Zenodo", query="?download=1", timeout_s=timeout_s)
-    else:
-        server = Server(_checked(mirror), "the mirror", timeout_s=timeout_s)
+    server = Server(ZENODO, "Zenodo", "?download=1") if mirror is None else Server(_checked(mirror), "the mirror")
     files = [file for key, file in published.items() if key in keys]
-    _make(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {folder} cannot be a folder ({error.strerror}): give another one") from error
     wanted = [file for file in files if not _verified(folder / file.name, file.sha256)]
-    _check_room(folder, wanted)
+    _check_space(folder, wanted)
     for file in files:
         target = folder / file.name
         if file in wanted:
-            fetch(server, target, file.sha256, patience or Patience())
-            _remember(target, file.sha256)
-        what = "fetched" if file in wanted else "already there"
-        say(f"{file.name}: {target.stat().st_size / 1e6:,.1f} MB, {what}, SHA-256 as published")
+            fetch(server, target, file.sha256)
+            LocalStorage(folder).write(*_note(target, file.sha256))
+        done = "fetched" if file in wanted else "already there"
+        say(f"{file.name}: {target.stat().st_size / 1e6:,.1f} MB, {done}, SHA-256 as published")
 
 
 def _checked(mirror: str) -> str:
@@ -118,58 +108,38 @@ def _checked(mirror: str) -> str:
     return mirror.rstrip("/")
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--to {folder} cannot be a folder ({error.strerror}): give another one") from error
-
-
 def _verified(target: Path, sha256: str) -> bool:
-    """Say whether a finished file is there; UserError where another file has its name."""
+    """Tell whether a finished file is there; UserError where another file has its name."""
     if not target.exists():
         return False
-    notes = LocalStorage(target.parent)
-    if notes.exists(_note(target)) and notes.read(_note(target)) == _state(target, sha256):
+    notes, (key, state) = LocalStorage(target.parent), _note(target, sha256)
+    if notes.exists(key) and notes.read(key) == state:
         return True
     try:
         with target.open("rb") as file:
-            digest = hash_file(file, os.fstat(file.fileno()).st_size, f"reading {target.name}").hexdigest()
+            digest = hash_file(file, f"reading {target.name}").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {target} ({error.strerror}): check it, or give another --to") from error
     if digest != sha256:
-        raise UserError(
-            f"{target} is not the published file (SHA-256 {digest} instead of {sha256}): move it away, or give "
-            "another --to"
-        )
-    _remember(target, sha256)
+        wrong = f"SHA-256 {digest} instead of {sha256}"
+        raise UserError(f"{target} is not the published file ({wrong}): move it away, or give another --to")
+    notes.write(key, state)
     return True
 
 
-def _note(target: Path) -> str:
-    return f"{target.name}.verified"
-
-
-def _state(target: Path, sha256: str) -> bytes:
-    """Return what a file's note says while nothing has touched the file."""
+def _note(target: Path, sha256: str) -> tuple[str, bytes]:
+    """Return the key and the content of the note that a file, as it is now, has this digest."""
     stat = target.stat()
-    return json.dumps({"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}).encode()
+    state = {"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return f"{target.name}.verified", json.dumps(state).encode()
 
 
-def _remember(target: Path, sha256: str) -> None:
-    LocalStorage(target.parent).write(_note(target), _state(target, sha256))
-
-
-def _check_room(folder: Path, wanted: Sequence[Published]) -> None:
-    """Refuse a folder without room for all that is to come; what is there of a file counts."""
-    need = 0
-    for file in wanted:
-        part = part_path(folder / file.name)
-        here = part.stat().st_size if part.exists() else 0
-        need += max(0, file.gigabytes * 10**9 - here)
+def _check_space(folder: Path, wanted: Sequence[Published]) -> None:
+    """Refuse a folder without space for the bytes that are still to be fetched."""
+    parts = {file: part_path(folder / file.name) for file in wanted}
+    here = {file: part.stat().st_size if part.exists() else 0 for file, part in parts.items()}
+    need = sum(max(0, file.gigabytes * 10**9 - here[file]) for file in wanted)
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise UserError(
-            f"--to {folder} has {free / 1e9:.0f} GB free, and the files need about {need / 1e9:.0f} GB more: make "
-            "room, give another folder, or choose with --only"
-        )
+        missing = f"{free / 1e9:.0f} GB free, and the files need about {need / 1e9:.0f} GB more"
+        raise UserError(f"--to {folder} has {missing}: free some space, give another folder, or choose with --only")

@@ -1,4 +1,4 @@
-"""How long a store that fails is waited for, and the count of what was tried again."""
+"""The one retry policy of storage and download: how often, how long, after which pauses; and a count of retries."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ KNOWN_S = 120.0
 LEAST_ATTEMPTS = 2
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 8.0
+# A server may ask for longer pauses (Retry-After). Of each, only so much counts as lost patience: else one long pause
+# would be the last.
+LONGEST_ASKED_S = 600.0
+ASKED_COUNTS_S = 30.0
 # Single failures are daily life of an object store; a person should see those that last.
 QUIET_S = 5.0
 # Not the `random` that others seed: a failure of the store must not change what they draw.
@@ -53,7 +57,7 @@ RETRIES = RetryCounter()
 
 
 class Attempts:
-    """The attempts of one call: pauses that grow, with full jitter, until patience is at its end.
+    """The attempts of one call: pauses that grow, with full jitter, until patience ends.
 
     The last attempt begins at the latest when patience ends, so a call may last that long and one attempt more.
     """
@@ -67,35 +71,42 @@ class Attempts:
         """
         self.failures = 0
         """How many attempts failed and were followed by another."""
+        self.in_a_row = 0
+        """How many of them failed since the last progress."""
 
         self._what = what
         self._stop = stop or threading.Event()
         self.progressed()
 
     def progressed(self) -> None:
-        """Begin to count anew: a body that goes on arriving is no failing store."""
-        self._in_a_row = 0
+        """Reset patience and pauses: a body that keeps arriving is no failing store."""
+        self.in_a_row = 0
         self._since = time.monotonic()
 
-    def pause(self, error: Exception, reason: str, patience_s: float) -> None:
+    def pause(self, error: Exception, reason: str, patience_s: float, asked_s: float = 0.0) -> None:
         """Wait before the next attempt.
 
         Args:
             error: why the last one failed.
             reason: the same in a word, without endpoint or key, for the log and the count.
             patience_s: seconds from the first attempt, or from the last progress, in which another may begin.
+            asked_s: seconds that the server asks to wait, at most ``LONGEST_ASKED_S`` of which are waited.
 
         Raises:
-            Exception: ``error``, when patience is at its end.
+            Exception: ``error``, when patience ends.
         """
-        self._in_a_row += 1
+        self.in_a_row += 1
         waited = time.monotonic() - self._since
-        enough = waited >= patience_s and self._in_a_row >= LEAST_ATTEMPTS
+        enough = waited >= patience_s and self.in_a_row >= LEAST_ATTEMPTS
         if enough or self._stop.is_set():
             raise error
-        longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._in_a_row - 1, 30))
+        longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.in_a_row - 1, 30))
         # Full jitter: many readers that were turned away together must not come back together.
         seconds = min(_JITTER.uniform(0, longest), max(0.0, patience_s - waited))
+        asked_s = min(asked_s, LONGEST_ASKED_S)
+        if asked_s > seconds:
+            seconds = asked_s
+            self._since += max(0.0, asked_s - ASKED_COUNTS_S)
         level = logging.INFO if waited < QUIET_S else logging.WARNING
         log.log(level, "%s: %s; attempt %d follows in %.1f s", self._what, reason, self.failures + 2, seconds)
         self.failures += 1

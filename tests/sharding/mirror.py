@@ -44,6 +44,8 @@ class Request:
     range: str | None
     if_range: str | None
     agent: str | None
+    login: str | None
+    """For a proxy."""
     status: int = 0
     sent: int = 0
     """Bytes of the body."""
@@ -110,7 +112,8 @@ def serving(mirror: Mirror, certificate: Path | None = None) -> Iterator[Mirror]
 def _answer(handler: http.server.BaseHTTPRequestHandler, mirror: Mirror) -> None:
     name = handler.path.partition("?")[0].lstrip("/")
     asked, if_range = handler.headers.get("Range"), handler.headers.get("If-Range")
-    request = Request(handler.path, asked, if_range, handler.headers.get("User-Agent"))
+    agent, login = handler.headers.get("User-Agent"), handler.headers.get("Proxy-Authorization")
+    request = Request(handler.path, asked, if_range, agent, login)
     mirror.requests.append(request)
     fault = mirror.faults.popleft() if mirror.faults else Fault()
     if fault.status or name not in mirror.files:

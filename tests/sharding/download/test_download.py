@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import errno
 import hashlib
@@ -20,12 +21,12 @@ from types import SimpleNamespace
 import pytest
 
 from sharding.download import fetch
-from sharding.download.fetch import Patience
 from sharding.download.worldstrat import DEFAULT_KEYS, WORLDSTRAT, ZENODO, Published, download
 from sharding.errors import UserError
+from sharding.storage import retries
 from tests.sharding.mirror import Fault, Mirror, serving
 
-QUICK = Patience(tries=5, first_tries=2, pause_s=0.01, longest_pause_s=0.02)
+TRIES = 5
 NAME = WORLDSTRAT["hr"].name
 BODY = random.Random(1).randbytes(3_000_000)
 FAST_SERVER_S = 5.0
@@ -39,17 +40,18 @@ def table(*bodies: bytes) -> dict[str, Published]:
     }
 
 
-def get(mirror: Mirror, folder: Path, body: bytes = BODY, timeout_s: float = FAST_SERVER_S) -> None:
+def get(mirror: Mirror, folder: Path, body: bytes = BODY) -> None:
     """Download ``hr``, of which the published content is ``body``."""
-    download(
-        folder,
-        ["hr"],
-        mirror=mirror.url,
-        published=table(body),
-        patience=QUICK,
-        timeout_s=timeout_s,
-        say=lambda _: None,
-    )
+    download(folder, ["hr"], mirror=mirror.url, published=table(body), say=lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries end after ``TRIES`` failures in a row, without pauses."""
+    monkeypatch.setattr(fetch, "TIMEOUT_S", FAST_SERVER_S)
+    monkeypatch.setattr(retries, "LEAST_ATTEMPTS", TRIES)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 0.0)
+    monkeypatch.setattr(fetch, "KNOWN_S", 0.0)
 
 
 @pytest.fixture
@@ -61,16 +63,21 @@ def mirror() -> Iterator[Mirror]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between attempts, which then take no time."""
+    """The pauses between attempts by the true policy; they take no time but that of its clock."""
     slept: list[float] = []
-    monkeypatch.setattr(fetch, "time", SimpleNamespace(sleep=slept.append))
+    event = SimpleNamespace(is_set=lambda: False, wait=slept.append)
+    monkeypatch.setattr(retries, "threading", SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
+    monkeypatch.setattr(retries, "LEAST_ATTEMPTS", 2)
+    monkeypatch.setattr(fetch, "KNOWN_S", 300.0)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 10.0)
     return slept
 
 
 def begun(mirror: Mirror, folder: Path, length: int = 1_000_000) -> Path:
     """Leave a part of ``length`` bytes behind, as an interrupted download does, and return its path."""
-    mirror.faults.extend([Fault(after=length), *[Fault(status=503)] * (QUICK.tries - 1)])
-    with pytest.raises(UserError, match=f"it goes on from byte {length}"):
+    mirror.faults.extend([Fault(after=length), *[Fault(status=503)] * (TRIES - 1)])
+    with pytest.raises(UserError, match=f"it resumes from byte {length}"):
         get(mirror, folder)
     mirror.requests.clear()
     part = folder / f"{NAME}.part"
@@ -152,16 +159,17 @@ def test_bodies_that_break_off_anywhere_are_continued(
     mirror.faults.extend(Fault(after=choose.randrange(300_000), how=how) for _ in range(12))
     get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
-    assert len(mirror.requests) == 13 > QUICK.tries
+    assert len(mirror.requests) == 13 > TRIES
     starts = [int((asked or "bytes=0-")[6:-1]) for asked in mirror.ranges_asked()]
     assert starts == sorted(starts)
     if how == "cut":  # what a reset throws away has to be sent again
         assert mirror.sent == len(BODY)
 
 
-def test_a_stalled_body_is_left_and_continued(mirror: Mirror, tmp_path: Path) -> None:
+def test_a_stalled_body_is_left_and_continued(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.3)
     mirror.faults.append(Fault(after=500_000, how="stall"))
-    get(mirror, tmp_path, timeout_s=0.3)
+    get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
     assert mirror.ranges_asked() == [None, "bytes=500000-"]
 
@@ -174,29 +182,48 @@ def test_busy_answers_are_waited_for_as_long_as_they_ask(mirror: Mirror, tmp_pat
     assert (tmp_path / NAME).read_bytes() == BODY
     assert pauses[0] == 7
     assert 90 < pauses[1] <= 100
-    assert pauses[2] == Patience().longest_asked_s
-    assert pauses[3] <= QUICK.longest_pause_s
+    assert pauses[2] == retries.LONGEST_ASKED_S == 600
+    assert pauses[3] <= retries.LONGEST_PAUSE_S
 
 
 def test_pauses_grow_and_end(mirror: Mirror, tmp_path: Path, pauses: list[float]) -> None:
-    mirror.faults.extend([Fault(status=500)] * 99)
-    patience = Patience()
-    with pytest.raises(UserError, match="HTTP 500, 12 times in a row; check the network, then run the same command"):
-        download(tmp_path, ["hr"], mirror=mirror.url, published=table(BODY), patience=patience)
-    assert len(mirror.requests) == patience.tries
-    assert all(
-        0.75 * pause <= slept <= pause for slept, pause in zip(pauses, [1, 2, 4, 8, 16, 32] + [60] * 5, strict=True)
-    )
+    mirror.faults.extend([Fault(status=500)] * 999)
+    with pytest.raises(UserError, match=r"HTTP 500, .* times in a row; check the network, then run the same") as caught:
+        get(mirror, tmp_path)
+    assert f"HTTP 500, {len(mirror.requests)} times in a row" in str(caught.value)
+    assert sum(pauses) == pytest.approx(300)
+    assert len(mirror.requests) == len(pauses) + 1
+    assert 40 < len(pauses) < 200
+    longest = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4] + [8.0] * (len(pauses) - 7)
+    assert all(0 <= slept <= most for slept, most in zip(pauses, longest, strict=True))
+    assert max(pauses) > 6
 
 
-def test_progress_resets_the_count_of_failures(mirror: Mirror, tmp_path: Path, pauses: list[float]) -> None:
+def test_pauses_that_a_server_asks_for_end_too(mirror: Mirror, tmp_path: Path, pauses: list[float]) -> None:
+    mirror.faults.extend([Fault(status=503, headers={"Retry-After": "60"})] * 99)
+    with pytest.raises(UserError, match="HTTP 503, 11 times in a row"):
+        get(mirror, tmp_path)
+    assert pauses == [60] * 10
+
+
+def test_a_server_that_never_answered_is_given_up_sooner(tmp_path: Path, pauses: list[float]) -> None:
+    with serving(Mirror({})) as gone:
+        pass
+    with pytest.raises(UserError, match=r"failed \(Connection refused\), .* check the network and --mirror"):
+        get(gone, tmp_path)
+    assert sum(pauses) == pytest.approx(retries.FIRST_CONTACT_S)
+    assert len(pauses) >= 1
+
+
+def test_progress_resets_the_count_of_failures(mirror: Mirror, tmp_path: Path) -> None:
     mirror.faults.extend([Fault(status=503)] * 4 + [Fault(after=fetch.PROGRESS_BYTES)] + [Fault(status=503)] * 3)
     get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
-    assert len(pauses) == 8 > QUICK.tries
+    assert len(mirror.requests) == 9
+    assert len(mirror.requests) - 1 > TRIES
 
 
-def test_a_server_without_ranges_begins_anew_and_not_for_ever(mirror: Mirror, tmp_path: Path) -> None:
+def test_a_server_without_ranges_starts_from_byte_0_and_not_for_ever(mirror: Mirror, tmp_path: Path) -> None:
     mirror.ranges = False
     mirror.faults.append(Fault(after=2_000_000))
     get(mirror, tmp_path / "once")
@@ -206,11 +233,11 @@ def test_a_server_without_ranges_begins_anew_and_not_for_ever(mirror: Mirror, tm
     mirror.faults.extend([Fault(after=2_000_000)] * 99)
     with pytest.raises(UserError, match="the answer ended early, 5 times in a row"):
         get(mirror, tmp_path / "always")
-    assert len(mirror.requests) <= QUICK.tries + 1
+    assert len(mirror.requests) <= TRIES + 1
 
 
 @pytest.mark.parametrize(("etag", "check"), [('"two"', True), ('"two"', False), ('W/"two"', False)])
-def test_another_version_begins_anew(etag: str, check: bool, mirror: Mirror, tmp_path: Path) -> None:
+def test_another_version_is_fetched_from_byte_0(etag: str, check: bool, mirror: Mirror, tmp_path: Path) -> None:
     """Whether the server heeds If-Range or not."""
     begun(mirror, tmp_path)
     new = BODY[::-1]
@@ -270,7 +297,7 @@ def test_a_whole_part_needs_no_request(mirror: Mirror, tmp_path: Path) -> None:
     assert mirror.requests == []
 
 
-def test_a_mirror_goes_on_where_another_ended(mirror: Mirror, tmp_path: Path) -> None:
+def test_a_mirror_resumes_where_another_ended(mirror: Mirror, tmp_path: Path) -> None:
     begun(mirror, tmp_path)
     with serving(Mirror({NAME: BODY})) as other:
         other.etags[NAME] = '"elsewhere"'
@@ -339,7 +366,7 @@ def test_a_full_disk_keeps_the_part(mirror: Mirror, tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", script, str(tmp_path), mirror.url, NAME]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("sharding.errors.UserError: no room left for"), ended.stderr
+    assert last.startswith("sharding.errors.UserError: no space left for"), ended.stderr
     assert (tmp_path / f"{NAME}.part").read_bytes() == BODY[:2_000_000]
     get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
@@ -359,7 +386,7 @@ def test_redirects_are_followed_with_the_range(mirror: Mirror, tmp_path: Path) -
     ("location", "words"),
     [
         ("ftp://127.0.0.1/x", "redirects from http to a URL that is not http or https"),
-        ("file:///etc/passwd", "HTTP 302"),
+        ("file:///etc/passwd", "redirects from http to a URL that is not http or https"),
     ],
 )
 def test_redirects_out_of_http_are_refused(location: str, words: str, mirror: Mirror, tmp_path: Path) -> None:
@@ -387,6 +414,33 @@ def test_tls_is_verified_and_never_left(mirror: Mirror, tmp_path: Path, monkeypa
         assert mirror.requests == []
         get(secure, tmp_path / "to")
     assert (tmp_path / "to" / NAME).read_bytes() == BODY
+
+
+def test_a_proxy_of_the_environment_is_used_with_its_login(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mirror stands in for the proxy, which is asked for whole URLs."""
+    url = f"http://data.invalid/{NAME}"
+    mirror.files[url] = mirror.files.pop(NAME)
+    monkeypatch.setenv("http_proxy", mirror.url.replace("//", "//me:hu%40sh@"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    download(tmp_path, ["hr"], mirror="http://data.invalid", published=table(BODY))
+    assert (tmp_path / NAME).read_bytes() == BODY
+    (request,) = mirror.requests
+    assert request.path == url
+    assert request.login == f"Basic {base64.b64encode(b'me:hu@sh').decode()}"
+    monkeypatch.setenv("no_proxy", "data.invalid")
+    with pytest.raises(UserError, match="the connection to the mirror failed"):
+        download(tmp_path / "direct", ["hr"], mirror="http://data.invalid", published=table(BODY))
+    assert len(mirror.requests) == 1
+
+
+def test_too_many_redirects_are_refused(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.faults.extend([Fault(status=302, headers={"Location": f"/{NAME}"})] * 99)
+    with pytest.raises(UserError, match="HTTP 302"):
+        get(mirror, tmp_path)
+    assert len(mirror.requests) == 10
 
 
 def test_what_the_server_refuses_is_not_asked_twice(mirror: Mirror, tmp_path: Path) -> None:
