@@ -1,4 +1,4 @@
-"""Run a function on several real ranks: spawned processes, gloo, a file for rendezvous, no process left behind."""
+"""Run a function on several real ranks: forked processes, gloo, a file for rendezvous, no process left behind."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ def run_ranks(
     """Call ``function(Rank, *arguments)`` on each rank of a gloo group and return the results in rank order.
 
     Args:
-        function: A module's own function, since the processes are spawned; its result must pickle.
+        function: A module's own function, which the processes import; its result must pickle.
         world_size: Number of processes.
         folder: An empty folder, such as `tmp_path`.
         arguments: Passed on; must pickle.
@@ -58,10 +58,15 @@ def run_ranks(
         RanksFailedError: A rank raised, died or ran past the limit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Heeded by the first call alone, since the process that ranks are forked from then stands.
+    context.set_forkserver_preload(["tests.preload"])
+    environment = dict(os.environ)
     processes = [
         context.Process(
-            target=_rank_main, args=(function, Rank(rank, world_size), folder, arguments, threads), daemon=True
+            target=_rank_main,
+            args=(function, Rank(rank, world_size), folder, arguments, threads, environment),
+            daemon=True,
         )
         for rank in range(world_size)
     ]
@@ -83,11 +88,18 @@ def run_ranks(
 
 
 def _rank_main(
-    function: Callable[..., object], place: Rank, folder: Path, arguments: tuple[object, ...], threads: int
+    function: Callable[..., object],
+    place: Rank,
+    folder: Path,
+    arguments: tuple[object, ...],
+    threads: int,
+    environment: Mapping[str, str],
 ) -> None:
     torch.set_num_threads(threads)
+    os.environ.clear()
     # What torchrun and Ray set; code under test may read it.
     os.environ |= {
+        **environment,
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.rank),
         "WORLD_SIZE": str(place.world_size),
@@ -111,7 +123,7 @@ def _rank_main(
         os._exit(1)
 
 
-def _wait(processes: list[SpawnProcess], seconds: float) -> bool:
+def _wait(processes: list[ForkServerProcess], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     failed = False
     while any(process.is_alive() for process in processes):
@@ -123,7 +135,7 @@ def _wait(processes: list[SpawnProcess], seconds: float) -> bool:
     return True
 
 
-def _problem(rank: int, process: SpawnProcess, folder: Path, in_time: bool) -> str:
+def _problem(rank: int, process: ForkServerProcess, folder: Path, in_time: bool) -> str:
     error = folder / f"error-{rank}"
     if error.exists():
         return f"rank {rank} raised:\n{error.read_text()}"
