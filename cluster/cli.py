@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import pipeline.cli
 import sharding.cli
 from cluster import __version__
+from cluster.jobs.train_job import Placement
 from cluster.logs import configure_logging
+from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.storage import open_storage
 from sharding.storage.names import refuse_secrets
-from sharding.storage.options import storage_options
 
 if TYPE_CHECKING:
     from cluster.local import nodes as local
@@ -113,25 +114,7 @@ def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     pipeline.cli.add_config_arguments(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="Ray's job server, http://HOST:8265")
-    submit.add_argument("--workers", type=int, required=True, metavar="N", help="ranks, spread over the nodes")
-    submit.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="C", help="default 1")
-    submit.add_argument(
-        "--gpus-per-worker", type=float, default=0.0, metavar="G", help="whole; default 0: train on CPU over gloo"
-    )
-    submit.add_argument(
-        "--max-failures",
-        type=int,
-        default=2,
-        metavar="N",
-        help="restarts after a lost or failed rank, or a store that stopped answering in training (default 2)",
-    )
-    submit.add_argument(
-        "--wait-for-resources",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="for a cluster that grows: time to have room for all ranks, at each start (default 0: refuse at once)",
-    )
+    add_options(submit, Placement)
     submit.add_argument("--no-wait", action="store_true", help="print the job's id and how to follow it, and end")
     submit.set_defaults(run=_submit)
 
@@ -146,12 +129,9 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 def _submit(args: argparse.Namespace) -> int:
     from cluster.jobs.submit import build_request, how_to_follow, run, send  # Ray is slow to import
-    from cluster.jobs.train_job import Placement
     from pipeline.config import load_config
 
-    placement = Placement(
-        args.workers, args.cpus_per_worker, args.gpus_per_worker, args.max_failures, args.wait_for_resources
-    )
+    placement = read_options(Placement, vars(args))
     config = load_config(args.config, args.overrides)
     request = build_request(config, placement, os.environ, Path.cwd())
     if not args.no_wait:
@@ -164,15 +144,13 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _shard(args: argparse.Namespace) -> int:
     """Shard in processes of this machine, or as a job of a Ray cluster."""
+    job = sharding.cli.shard_job(args)  # refuses what cannot be, before anything is sent
     if args.address is None:
-        return sharding.cli.run_shard(args)
-    from cluster.jobs.shard_job import ShardJob  # Ray is slow to import
-    from cluster.jobs.submit import build_shard_request, run
+        return sharding.cli.run_shard(job)
+    from cluster.jobs.submit import build_shard_request, run  # Ray is slow to import
 
-    # Refused here, before anything is sent.
-    sharding.cli.shard_options(args)
-    open_storage(args.output, storage_options(args))
-    return run(build_shard_request(ShardJob.of(args, Path.cwd()), os.environ), args.address, sys.stdout)
+    open_storage(job.output, job.storage)  # refuses as well
+    return run(build_shard_request(job, os.environ, Path.cwd()), args.address, sys.stdout)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -8,23 +8,22 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.arguments import add_options, read_options
 from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.format.index import Index
 from sharding.format.sample import read_sample
-from sharding.prepare.options import HR_SIZE, LR_SIZE, SampleOptions
+from sharding.prepare.options import SampleOptions
 from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
-from sharding.run.plan import SHARD_BYTES, PlanOptions
-from sharding.run.splits import FRACTIONS, SPLIT_SEED
+from sharding.run.job import ShardJob, ShardOptions
+from sharding.run.plan import PlanOptions
 from sharding.run.workers import processes
-from sharding.storage import open_storage
-from sharding.storage.options import add_storage_arguments, storage_options
+from sharding.storage import StorageOptions, open_storage
 
 if TYPE_CHECKING:
-    from sharding.run.dataset import Report, Runner, ShardOptions
+    from sharding.run.dataset import Report, Runner
 
 MAX_DEFAULT_WORKERS = 8
-MB = 1_000_000
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,63 +39,16 @@ def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "shard",
         help="make a dataset of WebDataset shards from WorldStrat rasters",
         description="Prepare every AOI of a WorldStrat folder, or of its zips in place, and write shards and an index "
-        "to a folder or bucket. The same command goes on after an interruption, and mends what is damaged.",
+        "to a folder or bucket. The same command resumes after an interruption, and repairs what is damaged.",
     )
-    verb.add_argument(
-        "--input", required=True, type=Path, metavar="DIR", help="holds hr_dataset/ and lr_dataset/, or their zips"
-    )
-    verb.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
-    verb.add_argument(
-        "--workers", type=int, metavar="N", help=f"shards side by side (default: the CPUs, here {_workers()})"
-    )
-    verb.add_argument("--aois", type=Path, metavar="FILE", help="take only the AOIs that FILE names, one a line")
-    verb.add_argument("--strict", action="store_true", help="refuse an input with an unusable AOI")
-    verb.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset of another source or other options in --output"
-    )
-    verb.add_argument("--report", type=Path, metavar="FILE", help="write what was done as JSON")
+    add_options(verb, ShardJob)
+    add_options(verb, ShardOptions)
     sample = verb.add_argument_group("samples")
-    sample.add_argument("--level", default="l2a", metavar="{l2a,l1c}", help="Sentinel-2 product (default: %(default)s)")
-    sample.add_argument(
-        "--bands", default="true_color", metavar="{true_color,all}", help="of Sentinel-2 (default: %(default)s)"
-    )
-    sample.add_argument("--revisits", type=int, default=8, metavar="R", help="images a sample (default: %(default)s)")
-    sample.add_argument(
-        "--select", default="first", metavar="{first,clearest}", help="which revisits (default: %(default)s)"
-    )
-    sample.add_argument(
-        "--max-cloud", type=float, metavar="PERCENT", help="leave out AOIs whose revisits are cloudier on average"
-    )
-    sample.add_argument(
-        "--hr",
-        default="ps",
-        metavar="{ps,rgbn}",
-        help="SPOT raster of the targets: 1.5 m or 6 m (default: %(default)s)",
-    )
-    sample.add_argument("--lr-size", type=int, metavar="PX", help=f"side of the LR grid (default: {LR_SIZE})")
-    sample.add_argument("--hr-size", type=int, metavar="PX", help=f"side of the HR grid (default: {HR_SIZE})")
+    add_options(sample, SampleOptions)
     sample.add_argument("--native", action="store_true", help="keep the sources' grids, whose sizes differ")
-    sample.add_argument(
-        "--dtype", default="uint16", metavar="{uint16,float32}", help="of stored images (default: %(default)s)"
-    )
-    plan = verb.add_argument_group("splits and shards")
-    plan.add_argument(
-        "--splits", default="auto", metavar="{auto,published,seeded}", help="auto (the default): the split file if any"
-    )
-    plan.add_argument(
-        "--fractions", type=_fractions, default=FRACTIONS, metavar="TRAIN,VAL,TEST", help="default: 0.8,0.1,0.1"
-    )
-    plan.add_argument(
-        "--seed", type=int, default=SPLIT_SEED, metavar="N", help="of the seeded split (default: %(default)s)"
-    )
-    plan.add_argument(
-        "--shard-size", type=float, default=SHARD_BYTES / MB, metavar="MB", help="at most (default: %(default)g)"
-    )
-    plan.add_argument(
-        "--for-ranks", type=int, default=1, metavar="N", help="make a multiple of N training shards (default: 1)"
-    )
-    add_storage_arguments(verb)
-    verb.set_defaults(run=run_shard)
+    add_options(verb.add_argument_group("splits and shards"), PlanOptions)
+    add_options(verb.add_argument_group("s3:// output"), StorageOptions)
+    verb.set_defaults(run=lambda args: run_shard(shard_job(args)))
 
 
 def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -150,54 +102,34 @@ def run_download(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_shard(args: argparse.Namespace, runner: Runner | None = None) -> int:
-    """Run `shard`; ``runner`` does the work elsewhere than in processes of this machine."""
-    # Before the rest, which loads torch here: other processes load it at the same time.
-    runner = runner or processes(_or(args.workers, _workers()))
-    # Here, not above: every other verb must run without rasterio.
-    from sharding.run.dataset import shard_folder
-
-    storage = open_storage(args.output, storage_options(args))
-    report = shard_folder(args.input, storage, shard_options(args), say=print, runner=runner, overwrite=args.overwrite)
-    for line in (*describe(report.index, storage), *report.lines()):
-        print(line)
-    if args.report:
-        _write_report(args.report, report)
-    return 0
-
-
-def shard_options(args: argparse.Namespace) -> ShardOptions:
-    """Return what the arguments of `shard` say.
+def shard_job(args: argparse.Namespace) -> ShardJob:
+    """Return the arguments of `shard` as typed options.
 
     Raises:
         UserError: naming the one that cannot be.
     """
-    from sharding.run.dataset import ShardOptions  # needs rasterio, which other verbs must do without
+    given = vars(args)
+    if given["native"]:
+        if given.keys() & {"lr_size", "hr_size"}:
+            raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
+        given = {**given, "lr_size": None, "hr_size": None}
+    return read_options(ShardJob, given)
 
-    if args.native and (args.lr_size or args.hr_size):
-        raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
-    return ShardOptions(
-        sample=SampleOptions(
-            level=args.level,
-            bands=args.bands,
-            revisits=args.revisits,
-            select=args.select,
-            hr=args.hr,
-            lr_size=None if args.native else _or(args.lr_size, LR_SIZE),
-            hr_size=None if args.native else _or(args.hr_size, HR_SIZE),
-            dtype=args.dtype,
-            max_cloud=args.max_cloud,
-        ),
-        plan=PlanOptions(
-            splits=args.splits,
-            fractions=args.fractions,
-            seed=args.seed,
-            shard_bytes=int(args.shard_size * MB),
-            for_ranks=args.for_ranks,
-        ),
-        aois=_read_names(args.aois) if args.aois else None,
-        strict=args.strict,
-    )
+
+def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
+    """Run `shard` and report; ``runner`` builds the shards elsewhere than in processes of this machine."""
+    # Before the rest, which loads torch here: other processes load it at the same time.
+    runner = runner or processes(job.workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1))
+    # Here, not above: every other verb must run without rasterio.
+    from sharding.run.dataset import shard_folder
+
+    storage = open_storage(job.output, job.storage)
+    report = shard_folder(job.input, storage, job.options, say=print, runner=runner, overwrite=job.overwrite)
+    for line in (*describe(report.index, storage), *report.lines()):
+        print(line)
+    if job.report:
+        _write_report(job.report, report)
+    return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -230,32 +162,6 @@ def run_inspect(args: argparse.Namespace) -> int:
         draw(index, storage, args.png, args.aoi)
         print(f"contact sheet: {args.png} (* marks the clearest revisit)")
     return 0
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-def _workers() -> int:
-    return min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--fractions {text} cannot be: give three numbers, such as 0.8,0.1,0.1") from None
-
-
-def _read_names(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--aois {path} cannot be read ({error}): give a text file with an AOI a line") from error
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not names:
-        raise UserError(f"--aois {path} names no AOI: give a text file with an AOI a line")
-    return names
 
 
 def _write_report(path: Path, report: Report) -> None:

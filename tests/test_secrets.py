@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import socket
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.jobs.shard_job import ShardJob
-from cluster.jobs.submit import build_request, send
+from cluster.jobs.submit import build_request, build_shard_request, send
 from cluster.jobs.train_job import Placement
 from pipeline.config import OutputConfig, RunConfig, load_config
 from sharding.errors import UserError
+from sharding.run.job import ShardJob
 from tests.test_shard_cli import refused
 
 S3 = "s3://AKIAKEY:hush@bucket/x"
@@ -119,7 +118,8 @@ def test_a_job_takes_the_submitters_home_and_what_may_be_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = argparse.Namespace(input=Path("in"), output="~/out", aois=None, report=None, overwrite=True)
-    job = ShardJob.from_json(ShardJob.of(args, Path("/here")).to_json())
-    assert job.namespace().output == str(tmp_path / "out")
-    assert job.namespace().overwrite is True
+    request = build_shard_request(ShardJob(Path("in"), "~/out", overwrite=True), {}, Path("/here"))
+    job = ShardJob.from_json(request.job.to_json())
+    assert job.output == str(tmp_path / "out")
+    assert job.input == Path("/here/in")
+    assert job.overwrite is True

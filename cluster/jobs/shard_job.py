@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cluster.logs import configure_logging
 from sharding.errors import UserError
 from sharding.run.build import ShardResult, ShardTask, build_shard
+from sharding.run.job import ShardJob
 from sharding.storage import StorageUnavailableError
-from sharding.storage.names import expanded
 
 logger = logging.getLogger(__name__)
 
 RETRIES = 3
 """How often a task is done again whose node was lost or whose store did not answer."""
-
-_PATHS = ("input", "aois", "report")
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """The arguments of `shard`, as they travel in a file beside the code."""
-
-    arguments: Mapping[str, object]
-    """By name; what the job does not need is left out."""
-
-    def to_json(self) -> str:
-        """Return it as JSON that `from_json` reads back unchanged."""
-        return json.dumps(dict(self.arguments), indent=1)
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, folder: Path) -> ShardJob:
-        """Take the arguments of the command; relative paths in them are taken from ``folder``."""
-        values = {name: value for name, value in vars(args).items() if name not in ("run", "address")}
-        for name in _PATHS:
-            if values[name] is not None:
-                values[name] = str(folder / values[name])
-        if "://" not in args.output:
-            values["output"] = str(folder / expanded(args.output))
-        return cls(values)
-
-    @classmethod
-    def from_json(cls, text: str) -> ShardJob:
-        """Read what `to_json` wrote."""
-        return cls(json.loads(text))
-
-    def namespace(self) -> argparse.Namespace:
-        """Return the arguments as the command has them."""
-        paths = {name: Path(str(self.arguments[name])) for name in _PATHS if self.arguments[name] is not None}
-        return argparse.Namespace(**{**self.arguments, **paths})
 
 
 def tasks_on_ray(workers: int | None) -> Callable[[Sequence[ShardTask]], Iterator[ShardResult]]:
@@ -112,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from sharding.cli import run_shard  # after logging is set up, which it uses
 
-    args = ShardJob.from_json(Path(path).read_text()).namespace()
-    ray.init(address="auto", logging_level=logging.WARNING)
     try:
-        return run_shard(args, tasks_on_ray(args.workers))
+        job = ShardJob.from_json(Path(path).read_text())
+        ray.init(address="auto", logging_level=logging.WARNING)
+        return run_shard(job, tasks_on_ray(job.workers))
     except UserError as error:
         print(f"satfusion: error: {error}", file=sys.stderr)
         return 2

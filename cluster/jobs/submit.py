@@ -29,8 +29,8 @@ from sharding.storage.names import refuse_secret
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from cluster.jobs.shard_job import ShardJob
     from pipeline.config import RunConfig
+    from sharding.run.job import ShardJob
 
 logger = logging.getLogger(__name__)
 
@@ -98,20 +98,22 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
     )
 
 
-def build_shard_request(job: ShardJob, environment: Mapping[str, str]) -> JobRequest:
+def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: Path) -> JobRequest:
     """Decide what is sent to shard on a cluster.
 
     Args:
-        job: The command's arguments.
+        job: The command's options; relative local paths in it are taken from ``folder``.
         environment: The submitter's variables, of which endpoint and region travel.
+        folder: The submitter's working directory.
 
     Raises:
         UserError: An endpoint holds a password.
     """
+    job = job.with_absolute_paths(folder)
     return JobRequest(
         job=job,
         environment={**_travelling(environment), "CUDA_VISIBLE_DEVICES": "", **_RAY_HABITS},
-        metadata={"shard": str(job.arguments["output"])},
+        metadata={"shard": job.output},
         entrypoint=f"python -m cluster.jobs.shard_job {_JOB_FILE}",
     )
 

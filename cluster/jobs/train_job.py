@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ class Placement:
 
     workers: int
     """Ranks, at least 1; spread over the nodes."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = field(default=1.0, metadata={"metavar": "C"})
     """CPUs that Ray sets aside for each rank, above 0. Threads are `train.threads_per_rank`'s matter."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = field(default=0.0, metadata={"metavar": "G"})
     """GPUs of each rank, a whole number: 0 trains on CPU over gloo, more on CUDA over NCCL."""
     max_failures: int = 2
     """Restarts after a lost or failed rank or a store that went away, 0 or more; each from the newest checkpoint."""
-    wait_for_resources: float = 0.0
-    """Seconds for a cluster that is too small to grow, before the first attempt and before each restart."""
+    wait_for_resources: float = field(default=0.0, metadata={"metavar": "SECONDS"})
+    """Time for a cluster that is too small to grow, before the first attempt and each restart; 0 refuses at once."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
+from sharding.arguments import check_choices
 from sharding.errors import UserError
 
 STEP = 3e-5
 """Reflectance of one step of the stored uint16, whose largest value is then 65535 x 3e-5 = 1.966."""
 RGB_BANDS = (4, 3, 2)
 """Red, green, blue as positions from 1 in Sentinel-2 rasters."""
-LEVELS = ("l2a", "l1c")
 NUM_BANDS = {"l2a": 12, "l1c": 13}
 """Bands of each product's rasters: all of Sentinel-2's, but L2A has no cirrus (B10)."""
-BANDS = ("true_color", "all")
-SELECTIONS = ("first", "clearest")
-HR_SOURCES = ("ps", "rgbn")
-DTYPES = ("uint16", "float32")
 LR_SIZE, HR_SIZE = 160, 500
 """Sides of the grids that the published pipeline trains on, px."""
 
@@ -33,39 +28,35 @@ class SampleOptions:
         UserError: Naming the option, its value and what it may be.
     """
 
-    level: str = "l2a"
-    """Sentinel-2 product: ``l2a`` (surface reflectance, 12 bands) or ``l1c`` (top of atmosphere, 13 bands)."""
+    level: Literal["l2a", "l1c"] = "l2a"
+    """Product of Sentinel-2: ``l2a`` (surface reflectance, 12 bands) or ``l1c`` (top of atmosphere, 13 bands)."""
 
-    bands: str = "true_color"
-    """Sentinel-2 bands: ``true_color`` (4, 3, 2) or ``all`` of the product in its order."""
+    bands: Literal["true_color", "all"] = "true_color"
+    """Bands of Sentinel-2: ``true_color`` (4, 3, 2) or ``all`` of the product in its order."""
 
-    revisits: int = 8
-    """Revisits a sample; AOIs with fewer are left out."""
+    revisits: int = field(default=8, metadata={"metavar": "R"})
+    """Revisits of a sample; AOIs with fewer are left out."""
 
-    select: str = "first"
+    select: Literal["first", "clearest"] = "first"
     """Which revisits: the ``first`` in numeric order, or the ``clearest`` of all."""
 
-    hr: str = "ps"
+    hr: Literal["ps", "rgbn"] = "ps"
     """SPOT raster of the targets: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
 
-    lr_size: int | None = LR_SIZE
-    """Side of the LR grid, px; None keeps each AOI's own."""
+    lr_size: int | None = field(default=LR_SIZE, metadata={"metavar": "PX"})
+    """Side of the LR grid, px. None keeps each AOI's own."""
 
-    hr_size: int | None = HR_SIZE
-    """Side of the HR and PAN grid, px; None keeps each AOI's own."""
+    hr_size: int | None = field(default=HR_SIZE, metadata={"metavar": "PX"})
+    """Side of the HR and PAN grid, px. None keeps each AOI's own."""
 
-    dtype: str = "uint16"
-    """Of stored images: ``uint16`` in steps of 3e-5, or ``float32`` reflectance."""
+    dtype: Literal["uint16", "float32"] = "uint16"
+    """Type of stored images: ``uint16`` in steps of 3e-5, or ``float32`` reflectance."""
 
-    max_cloud: float | None = None
-    """Leave out AOIs whose chosen revisits are cloudier on average, percent; None leaves out none."""
+    max_cloud: float | None = field(default=None, metadata={"metavar": "PERCENT"})
+    """Leave out AOIs whose chosen revisits are cloudier on average than this, in percent. None leaves out none."""
 
     def __post_init__(self) -> None:
-        _among("--level", self.level, LEVELS)
-        _among("--bands", self.bands, BANDS)
-        _among("--select", self.select, SELECTIONS)
-        _among("--hr", self.hr, HR_SOURCES)
-        _among("--dtype", self.dtype, DTYPES)
+        check_choices(self)
         for option, number in (("--revisits", self.revisits), ("--lr-size", self.lr_size), ("--hr-size", self.hr_size)):
             if number is not None and number < 1:
                 raise UserError(f"{option} {number} is too small: the least is 1")
@@ -119,8 +110,3 @@ class SampleOptions:
         if options.to_json() != table:
             raise ValueError("its bands or its step are not those of its options")
         return options
-
-
-def _among(option: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{option} {value!r} is unknown: it may be {', '.join(known)}")

@@ -30,7 +30,7 @@ SIDECAR_SUFFIX = ".json"
 MEASURED = ("lr", "hr", "pan")
 """Images that statistics are made of."""
 
-Outcome = Literal["made", "kept", "mended", "shared"]
+Outcome = Literal["made", "kept", "mended"]
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class ShardResult:
     """AOIs that could not be read."""
 
     outcome: Outcome = "made"
-    """``made``; ``kept`` (was there already); ``mended`` (was there, damaged); ``shared`` (another run was quicker)."""
+    """``made``; ``kept`` (was there already, or another run made it meanwhile); ``mended`` (was there, damaged)."""
 
     why: str = ""
-    """For ``mended`` and ``shared``, what was met, in words."""
+    """For ``mended``, what was met, in words."""
 
     bytes_in: int = 0
     """Bytes of source files that were read."""
@@ -185,27 +185,23 @@ def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | Non
     """Describe the packed shard in its sidecar, then give it its name.
 
     In this order a shard never stands beside a sidecar that does not account for it, whenever the run is killed.
+    Another run of the same plan may publish the shard between the look and the upload: both write the same bytes.
     """
     entry = result.entry
     sidecar, description = task.name + SIDECAR_SUFFIX, _to_sidecar(task, result)
     if damage is not None and entry is not None and task.replaces:
-        task.output.write(sidecar, description)
-        task.output.upload(task.name, path)
-        return replace(result, outcome="mended", why=f"{damage}: it was made again")
-    same = replace(result, outcome="shared", why="was made by another run meanwhile, the same bytes", bytes_out=0)
-    if task.output.exists(task.name):
+        result = replace(result, outcome="mended", why=f"{damage}: it was made again")
+    elif task.output.exists(task.name):
         if entry is not None and damage_of(task.output, entry) is None:
             task.output.write(sidecar, description)
-            return same
+            return replace(result, outcome="kept", bytes_out=0)
         if not task.replaces:
             raise _foreign(task)
         task.output.delete(task.name)
     task.output.write(sidecar, description)
-    if entry is None or task.output.create(task.name, path):
-        return result
-    if damage_of(task.output, entry) is None:
-        return same
-    raise _foreign(task)
+    if entry is not None:
+        task.output.upload(task.name, path)
+    return result
 
 
 def _foreign(task: ShardTask) -> UserError:

@@ -15,18 +15,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.errors import UnusableError, UserError
 from sharding.format.index import INDEX_NAME, SPLITS, Index, ShardEntry, Skipped
 from sharding.format.statistics import Histogram
-from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.progress import progress
 from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
+from sharding.run.job import ShardOptions
 from sharding.run.output import look
-from sharding.run.plan import Plan, PlanOptions, make_plan
+from sharding.run.plan import Plan, make_plan
 from sharding.run.splits import describe_split, natural_key
 from sharding.run.workers import processes
 from sharding.sources.worldstrat.files import open_source
@@ -43,23 +43,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ShardOptions:
-    """How a source becomes a dataset. The same source and options give the same bytes."""
-
-    sample: SampleOptions = field(default_factory=SampleOptions)
-    """What a sample is made of."""
-
-    plan: PlanOptions = field(default_factory=PlanOptions)
-    """How samples are shared out."""
-
-    aois: tuple[str, ...] | None = None
-    """The only AOIs to take; None takes all."""
-
-    strict: bool = False
-    """Refuse the source when an AOI in it is unusable, instead of leaving the AOI out."""
-
-
-@dataclass(frozen=True)
 class Report:
     """What a run of `shard` did."""
 
@@ -67,7 +50,7 @@ class Report:
     """The index that was written."""
 
     shards: dict[str, int]
-    """How many shards were made, kept, mended (their bytes were damaged), or shared (made by another run meanwhile)."""
+    """How many shards were made, kept, or mended (their bytes were damaged)."""
 
     notes: tuple[str, ...]
     """Lines on splits and shards that the user should read."""
@@ -280,7 +263,7 @@ class _Sharding:
                 written += result.bytes_out
                 rates = {"in": f"{read / seconds / 1e6:.0f} MB/s", "out": f"{written / seconds / 1e6:.0f} MB/s"}
                 shown.update(sizes[result.name], **rates, skipped=len(self.skipped) + skipped)
-                if result.outcome in ("mended", "shared"):
+                if result.why:
                     self._note(f"{result.name} {result.why}")
         return [by_name[task.name] for task in tasks], counted
 

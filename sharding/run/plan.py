@@ -6,16 +6,25 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+from sharding.arguments import check_choices
 from sharding.errors import UserError
 from sharding.format.index import SPLITS
 from sharding.run.splits import FRACTIONS, SPLIT_SEED, Split, published_split, seeded_split
 
-SPLIT_RULES = ("auto", "published", "seeded")
 SPLIT_FILE = "stratified_train_val_test_split.csv"
-SHARD_BYTES = 64_000_000
+MB = 1_000_000
+SHARD_BYTES = 64 * MB
 """Large enough to stream well; 3,889 AOIs make some 210 shards to spread over readers."""
+
+
+def _parse_fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--fractions {text} cannot be: give three numbers, such as 0.8,0.1,0.1") from None
 
 
 @dataclass(frozen=True)
@@ -26,24 +35,27 @@ class PlanOptions:
         UserError: Naming the option, its value and what it may be.
     """
 
-    splits: str = "auto"
-    """``published`` (the split file), ``seeded``, or ``auto``: published where the file is."""
+    splits: Literal["auto", "published", "seeded"] = "auto"
+    """Rule of the split: ``published`` (the split file), ``seeded``, or ``auto``: published where the file is."""
 
-    fractions: tuple[float, float, float] = FRACTIONS
+    fractions: tuple[float, float, float] = field(
+        default=FRACTIONS, metadata={"metavar": "TRAIN,VAL,TEST", "parse": _parse_fractions}
+    )
     """Shares of train, val and test in the seeded split; what they leave goes to train."""
 
     seed: int = SPLIT_SEED
-    """Of the seeded split and of the order within splits."""
+    """Seed of the seeded split and of the order within splits."""
 
-    shard_bytes: int = SHARD_BYTES
-    """Bytes that a shard should have at most; it has at least one AOI."""
+    shard_bytes: int = field(
+        default=SHARD_BYTES, metadata={"option": "--shard-size", "metavar": "MB", "parse": float, "unit": MB}
+    )
+    """Largest size of a shard, which has at least one AOI. In bytes; the option is in MB."""
 
     for_ranks: int = 1
     """Ranks of later training: the number of training shards is a multiple of it where there are AOIs enough."""
 
     def __post_init__(self) -> None:
-        if self.splits not in SPLIT_RULES:
-            raise UserError(f"--splits {self.splits!r} is unknown: it may be {', '.join(SPLIT_RULES)}")
+        check_choices(self)
         if len(self.fractions) != len(SPLITS) or min(self.fractions) < 0 or not 0 < sum(self.fractions) <= 1 + 1e-9:
             given = ",".join(f"{fraction:g}" for fraction in self.fractions)
             raise UserError(f"--fractions {given} cannot be: give three numbers from 0 that sum to 1 at most")

@@ -103,8 +103,8 @@ class Storage(Protocol):
         """Store a local file's content as an object, whole or not at all."""
         ...
 
-    def create(self, key: str, content: bytes | Path) -> bool:
-        """Store bytes or a local file's content as a new object, whole or not at all; False where there is one already.
+    def create(self, key: str, content: bytes) -> bool:
+        """Store a new small object, whole or not at all; return False where there is one already.
 
         Of several that create one key at once, one is told True. Only a place that cannot promise it (a file system
         without hard links, an S3 store without conditional writes) looks first and then stores, so that two at the

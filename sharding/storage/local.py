@@ -85,16 +85,13 @@ class LocalStorage:
         with self._explained(key), self._replacing(key) as temporary:
             shutil.copyfile(path, temporary)
 
-    def create(self, key: str, content: bytes | Path) -> bool:
+    def create(self, key: str, content: bytes) -> bool:
         """Write beside the target, then link: of several links to one name the first succeeds."""
         target = self._path(key)
         with self._explained(key), self._beside(key) as temporary:
             if target.exists():
                 return False
-            if isinstance(content, bytes):
-                temporary.write_bytes(content)
-            else:
-                shutil.copyfile(content, temporary)
+            temporary.write_bytes(content)
             return _publish_new(temporary, target)
 
     def list(self, prefix: str = "") -> list[StoredObject]:

@@ -1,10 +1,9 @@
-"""How objects are stored in S3: parts, encryption, storage class; and the command line's words for it."""
+"""How objects are stored in S3: parts, encryption, storage class."""
 
 from __future__ import annotations
 
-import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sharding.errors import UserError
 
@@ -22,17 +21,17 @@ _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 class StorageOptions:
     """What is asked of an S3 store with each object that is written. Reading needs none of it."""
 
-    part_size: int = 16 * MIB
-    """Bytes of a part, 5 MiB to 1 GiB. A larger object goes in parts, a smaller one in one request."""
+    part_size: int = field(default=16 * MIB, metadata={"metavar": "MIB", "unit": MIB})
+    """Larger objects are sent in parts of this size. In bytes, 5 MiB to 1 GiB; the option is in MiB."""
 
     concurrency: int = 4
-    """Parts of one object that are sent side by side, 1 to 64. Each is held in memory while it is sent."""
+    """Parts of an object that are sent side by side, 1 to 64. Each is held in memory while it is sent."""
 
-    sse: str | None = None
-    """Encryption in the store: ``AES256``, ``aws:kms`` or ``aws:kms:KEY-ID``; None leaves it to the bucket."""
+    sse: str | None = field(default=None, metadata={"metavar": "KIND"})
+    """Encryption in the store: ``AES256``, ``aws:kms`` or ``aws:kms:KEY-ID``. None leaves it to the bucket."""
 
-    storage_class: str | None = None
-    """Such as ``STANDARD_IA``; None leaves it to the store."""
+    storage_class: str | None = field(default=None, metadata={"metavar": "CLASS"})
+    """Class of the store, such as ``STANDARD_IA``. None leaves it to the store."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -69,39 +68,3 @@ class StorageOptions:
         if self.storage_class is not None:
             wanted["StorageClass"] = self.storage_class
         return wanted
-
-
-def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--sse``, ``--storage-class``, ``--part-size`` and ``--concurrency`` to a verb that writes objects."""
-    default = StorageOptions()
-    group = parser.add_argument_group("s3:// output")
-    group.add_argument("--sse", metavar="KIND", help="encryption in the store: AES256, aws:kms or aws:kms:KEY-ID")
-    group.add_argument("--storage-class", metavar="CLASS", help="the store's class, such as STANDARD_IA")
-    group.add_argument(
-        "--part-size",
-        type=int,
-        default=default.part_size // MIB,
-        metavar="MIB",
-        help="larger objects go in parts of this size (default: %(default)s)",
-    )
-    group.add_argument(
-        "--concurrency",
-        type=int,
-        default=default.concurrency,
-        metavar="N",
-        help="parts of an object side by side (default: %(default)s)",
-    )
-
-
-def storage_options(args: argparse.Namespace) -> StorageOptions:
-    """Return what the arguments of ``add_storage_arguments`` say.
-
-    Raises:
-        UserError: naming the argument that is out of range.
-    """
-    return StorageOptions(
-        part_size=args.part_size * MIB,
-        concurrency=args.concurrency,
-        sse=args.sse,
-        storage_class=args.storage_class,
-    )

@@ -73,19 +73,22 @@ class S3Storage:
 
     def write(self, key: str, data: bytes) -> None:
         """PUT the object, in parallel parts where it is large; S3 publishes it at the end of the last request."""
-        self._put(key, data, new=False)
+        self._put(key, data)
 
     def upload(self, key: str, path: Path) -> None:
         """PUT a file's content in the same way."""
-        self._put(key, path, new=False)
+        self._put(key, path)
 
-    def create(self, key: str, content: bytes | Path) -> bool:
-        """PUT with ``If-None-Match: *`` on the request that publishes.
+    def create(self, key: str, content: bytes) -> bool:
+        """PUT in one request with ``If-None-Match: *``.
 
         A HEAD comes first: it saves sending what is not wanted, and it is all there is with a store that ignores the
         condition or does not know it (HTTP 501).
         """
-        return not self.exists(key) and self._put(key, content, new=True)
+        if self.exists(key):
+            return False
+        with self._explained(key):
+            return self._upload(key).create(content)
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """List all pages under the prefix."""
@@ -119,9 +122,12 @@ class S3Storage:
         """Return the storage of a longer prefix."""
         return S3Storage(self._bucket, self._key(name).rstrip("/"))
 
-    def _put(self, key: str, source: bytes | Path, *, new: bool) -> bool:
+    def _put(self, key: str, source: bytes | Path) -> None:
         with opened(source) as content, self._explained(key):
-            return Upload(self._bucket, self._key(key), self._where(key), new=new).put(content)
+            self._upload(key).put(content)
+
+    def _upload(self, key: str) -> Upload:
+        return Upload(self._bucket, self._key(key), self._where(key))
 
     def _call(self, key: str, operation: str, **request: Any) -> dict[str, Any]:
         with self._explained(key):

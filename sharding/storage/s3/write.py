@@ -86,35 +86,52 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 class Upload:
     """One object on its way into a bucket."""
 
-    def __init__(self, bucket: Bucket, key: str, where: str, *, new: bool) -> None:
+    def __init__(self, bucket: Bucket, key: str, where: str) -> None:
         """Prepare it.
 
         Args:
             bucket: where it goes, and how.
             key: its key in the bucket.
             where: its URI, for the log.
-            new: store it only where there is none yet.
         """
-        self._bucket, self._key, self._where, self._new = bucket, key, where, new
+        self._bucket, self._key, self._where = bucket, key, where
         self._writer = uuid.uuid4().hex
         self._wanted = {"Metadata": {WRITER: self._writer}, **bucket.options.request()}
 
-    def put(self, content: Content) -> bool:
-        """Store the content; say whether it is there now, False only for ``new``."""
+    def put(self, content: Content) -> None:
+        """Store the content, in place of an older object."""
         if content.size <= self._bucket.options.part_size:
-            return self._publish("put_object", Body=content.part(0, content.size), **self._wanted)
+            body = content.part(0, content.size)
+            self._bucket.call(Attempts(self._where), "put_object", Key=self._key, Body=body, **self._wanted)
+            return
         checksum = {"ChecksumAlgorithm": "CRC32"} if self._bucket.sends_checksums else {}
         answer = self._bucket.call(
             Attempts(self._where), "create_multipart_upload", Key=self._key, **self._wanted, **checksum
         )
-        upload, published = answer["UploadId"], False
+        upload = answer["UploadId"]
         try:
-            parts = self._send_parts(upload, content)
-            published = self._publish("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
-        finally:
-            if not published:
-                self._abort(upload)
-        return published
+            self._complete(upload, self._send_parts(upload, content))
+        except BaseException:
+            self._abort(upload)
+            raise
+
+    def create(self, content: bytes) -> bool:
+        """Store the content where there is no object yet; return whether it is there now."""
+        from botocore.exceptions import ClientError  # slow to import, and folders need none
+
+        condition = {"IfNoneMatch": "*"} if self._bucket.conditional else {}
+        attempts = Attempts(self._where)
+        try:
+            self._bucket.call(attempts, "put_object", Key=self._key, Body=content, **self._wanted, **condition)
+        except ClientError as error:
+            if condition and status_of(error) == _NOT_IMPLEMENTED:
+                self._bucket.conditional = False
+                return self._writer_there() is None and self.create(content)
+            if code_of(error) != "PreconditionFailed":
+                raise
+            # An earlier attempt may have succeeded and its answer been lost: this one then met our own object.
+            return attempts.failures > 0 and self._writer_there() == self._writer
+        return True
 
     def _send_parts(self, upload: str, content: Content) -> Sequence[dict[str, Any]]:
         size = max(self._bucket.options.part_size, -(-content.size // MOST_PARTS))
@@ -140,28 +157,19 @@ class Upload:
             finally:
                 stop.set()  # on Ctrl-C too, parts that wait must not wait on
 
-    def _publish(self, operation: str, **request: Any) -> bool:
-        """Send the request that makes the object visible; say whether the one that is there is ours."""
+    def _complete(self, upload: str, parts: Sequence[dict[str, Any]]) -> None:
+        """Send the request that makes the parts one visible object."""
         from botocore.exceptions import ClientError  # slow to import, and folders need none
 
-        condition = {"IfNoneMatch": "*"} if self._new and self._bucket.conditional else {}
         attempts = Attempts(self._where)
+        request = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
         try:
-            self._bucket.call(attempts, operation, Key=self._key, **request, **condition)
+            self._bucket.call(attempts, "complete_multipart_upload", Key=self._key, **request)
         except ClientError as error:
-            if condition and status_of(error) == _NOT_IMPLEMENTED:
-                self._bucket.conditional = False
-                return self._writer_there() is None and self._publish(operation, **request)
-            exists = code_of(error) == "PreconditionFailed"
-            # An earlier attempt may have succeeded and its answer been lost: this one then met our own object, or
-            # an upload that is complete already.
-            lost = attempts.failures > 0 and (exists or code_of(error) == "NoSuchUpload")
-            if lost and self._writer_there() == self._writer:
-                return True
-            if exists:
-                return False
-            raise
-        return True
+            # An earlier attempt may have completed it and its answer been lost.
+            lost = attempts.failures > 0 and code_of(error) == "NoSuchUpload"
+            if not lost or self._writer_there() != self._writer:
+                raise
 
     def _writer_there(self) -> str | None:
         """Return who wrote the object that is there, empty where it does not say; None where there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME, Index
 from sharding.prepare.options import SampleOptions
-from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.run.dataset import shard_folder
+from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
-from sharding.storage import LocalStorage, Storage, open_storage
+from sharding.run.verify import verify
+from sharding.storage import LocalStorage, NotFoundError, Storage, open_storage
 from tests.conftest import S3
 from tests.sharding.conftest import TINY, World, aois_of, digests
 
@@ -101,7 +104,7 @@ def test_an_interrupted_run_is_resumed(tiny: World, made: Path, copy: Path, lost
     if lost != "sidecar":
         (copy / "val-00000.tar").unlink()
     report = shard_folder(tiny.folder, open_storage(copy), TINY)
-    assert report.shards == {"kept": 2, "shared" if lost == "sidecar" else "made": 1}
+    assert report.shards == ({"kept": 3} if lost == "sidecar" else {"kept": 2, "made": 1})
     assert digests(open_storage(copy)) == digests(open_storage(made))
 
 
@@ -234,7 +237,7 @@ class Killed(LocalStorage):
         self._change()
         super().upload(key, path)
 
-    def create(self, key: str, content: bytes | Path) -> bool:
+    def create(self, key: str, content: bytes) -> bool:
         self._change()
         return super().create(key, content)
 
@@ -253,7 +256,7 @@ def test_overwriting_resumes_from_wherever_it_was_killed(tiny: World, made: Path
         except KeyboardInterrupt:
             pass
         else:
-            assert changes > 9  # index, and each of three shards deleted, described and created
+            assert changes > 9  # index, and each of three shards deleted, described and uploaded
             break
         # Until it is published, nothing needs to be overwritten.
         shard_folder(tiny.folder, open_storage(folder), FEWER, overwrite=changes == 0)
@@ -274,6 +277,42 @@ def test_a_shard_that_another_run_published_meanwhile_is_not_replaced(tiny: Worl
     with pytest.raises(UserError, match="is not what this command makes"):
         shard_folder(tiny.folder, Late(copy), FEWER)
     assert digests(open_storage(copy)) == before
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # ours is silenced for one thread only
+def test_two_runs_at_once_end_with_one_whole_dataset(tiny: World, made: Path, output: Storage) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        reports = list(threads.map(lambda _: shard_folder(tiny.folder, output, TINY), range(2)))
+    assert {report.index.digest for report in reports} == {Index.load(open_storage(made)).digest}
+    assert digests(output) == digests(open_storage(made))
+    assert verify(output, deep=True).problems == ()
+
+
+def test_a_shard_that_another_run_of_the_plan_publishes_meanwhile_stays_whole(
+    tiny: World, made: Path, copy: Path
+) -> None:
+    """Between the look for it and the upload: it is replaced by the same bytes."""
+    uploaded = []
+
+    class Early(LocalStorage):
+        def list(self, prefix: str = "") -> list:  # type: ignore[type-arg]
+            return []
+
+        def read(self, key: str) -> bytes:
+            raise NotFoundError(key)
+
+        def exists(self, key: str) -> bool:
+            return False
+
+        def upload(self, key: str, path: Path) -> None:
+            uploaded.append(key)
+            super().upload(key, path)
+
+    (copy / INDEX_NAME).unlink()
+    assert shard_folder(tiny.folder, Early(copy), TINY).shards == {"made": 3}
+    assert {f"{key}.json" for key in uploaded} | set(uploaded) | {INDEX_NAME} == KEYS
+    assert digests(open_storage(copy)) == digests(open_storage(made))
+    assert verify(open_storage(copy), deep=True).problems == ()
 
 
 def test_a_missing_bucket_is_said(tiny: World, s3: S3) -> None:

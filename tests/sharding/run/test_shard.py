@@ -16,8 +16,9 @@ from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME, SPLITS, Index
 from sharding.format.sample import Sample, decode_sample, read_sample
 from sharding.prepare.options import STEP, SampleOptions
-from sharding.run.dataset import Report, ShardOptions
+from sharding.run.dataset import Report
 from sharding.run.dataset import shard_folder as run_sharding
+from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.splits import SPLIT_SEED, seeded_split
 from sharding.sources.synthetic.rasters import write_worldstrat
@@ -273,17 +274,17 @@ def test_fewer_than_three_usable_aois_are_refused(tmp_path: Path) -> None:
 
 
 class Breaking(LocalStorage):
-    """Fails at the n-th new object, as a full disk or a lost network would."""
+    """Fails at the n-th upload, as a full disk or a lost network would."""
 
     def __init__(self, root: Path, uploads: int) -> None:
         super().__init__(root)
         self.left = uploads
 
-    def create(self, key: str, content: bytes | Path) -> bool:
+    def upload(self, key: str, path: Path) -> None:
         if self.left == 0:
             raise UserError("no space left")
         self.left -= 1
-        return super().create(key, content)
+        super().upload(key, path)
 
 
 def test_an_interrupted_overwriting_leaves_no_dataset(tiny: World, tmp_path: Path) -> None:

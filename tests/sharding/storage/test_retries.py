@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError, open_storage, retries
-from sharding.storage.options import MIB, StorageOptions, add_storage_arguments, storage_options
+from sharding.storage.options import MIB, StorageOptions
 from sharding.storage.retries import Attempts, RetryCounter
 from sharding.storage.s3 import client as s3_requests
 from tests.conftest import S3
@@ -127,10 +128,10 @@ def test_options_that_cannot_be_are_refused(make: Callable[[], object], words: s
 
 def test_options_come_from_the_command_line() -> None:
     parser = argparse.ArgumentParser()
-    add_storage_arguments(parser)
-    assert storage_options(parser.parse_args([])) == StorageOptions()
+    add_options(parser, StorageOptions)
+    assert read_options(StorageOptions, vars(parser.parse_args([]))) == StorageOptions()
     words = ["--sse", "aws:kms:my/key", "--storage-class", "STANDARD_IA", "--part-size", "64", "--concurrency", "2"]
-    options = storage_options(parser.parse_args(words))
+    options = read_options(StorageOptions, vars(parser.parse_args(words)))
     assert options == StorageOptions(64 * MIB, 2, "aws:kms:my/key", "STANDARD_IA")
     assert options.request() == {
         "ServerSideEncryption": "aws:kms",

@@ -67,7 +67,7 @@ def test_calls_outlive_busy_and_broken_answers(
         folder = storage.child(str(number))
         folder.write("written", DATA[number:])
         folder.upload("uploaded", path)
-        assert folder.create("created", path)
+        assert folder.create("created", DATA)
         assert not folder.create("created", b"another")
         assert folder.read("written") == DATA[number:]
         assert folder.read("created") == folder.read("uploaded") == DATA
@@ -264,14 +264,12 @@ def test_large_objects_go_in_parts_through_a_busy_store(
     proxy.faults = Faults(busy=0.2, reset=0.1, lose=0.1)
     storage.upload("big", path)
     storage.write("also", path.read_bytes())
-    assert storage.create("new", path)
-    assert not storage.create("new", path)
     proxy.faults = Faults()
-    assert {hashlib.sha256(storage.read(key)).digest() for key in ("big", "also", "new")} == {
+    assert {hashlib.sha256(storage.read(key)).digest() for key in ("big", "also")} == {
         hashlib.sha256(path.read_bytes()).digest()
     }
     sent = [request for request in proxy.seen("PUT", "partNumber=") if not request.fault]
-    assert len(sent) == 15
+    assert len(sent) == 10
     assert {"x-amz-checksum-crc32"} <= set(sent[0].headers)
 
 
@@ -303,6 +301,7 @@ def test_a_creation_that_another_overtakes_is_theirs(
     assert not storage.create("x", DATA * size)
     assert direct.read("x") == b"theirs"
     assert not unfinished(s3, storage)
+    assert not proxy.seen("POST")  # whatever its size, it is one request
 
 
 def test_an_upload_whose_last_answer_is_lost_is_complete(proxy: FaultProxy, storage: Storage) -> None:
@@ -403,7 +402,7 @@ def test_encryption_and_storage_class_are_asked_for(
         storage.write("x", DATA * size)
         assert storage.create("y", DATA * size)
         first = proxy.seen("PUT", "/x")[:1] if size == 1 else proxy.seen("POST", "/x?uploads")
-        first += proxy.seen("PUT", "/y")[:1] if size == 1 else proxy.seen("POST", "/y?uploads")
+        first += proxy.seen("PUT", "/y")[:1]
         assert len(first) == 2
         for request in first:
             assert request.headers["x-amz-server-side-encryption"] == "AES256"

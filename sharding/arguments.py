@@ -1,0 +1,158 @@
+"""Options written once: a field of a frozen dataclass is an argument of the command line, or a key of a job's file.
+
+Name, type, choices (a `Literal`) and default of an argument are the field's, and the first sentence of the field's
+docstring is its help. What these cannot say stands in the field's ``metadata``:
+
+- ``option``: the name on the command line, where it is not the field's
+- ``metavar``: what stands for the value in the help; by default the choices, or N for a number
+- ``parse``: turns the text into a value; by default the field's type
+- ``unit``: how many of the field's units are one on the command line, for example MB of a field in bytes
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from sharding.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    T = TypeVar("T", bound=DataclassInstance)
+
+
+def add_options(parser: argparse._ActionsContainer, kind: type[DataclassInstance]) -> None:
+    """Add an argument for each field of a dataclass, except fields that are dataclasses themselves."""
+    helps = _first_sentences(kind)
+    for item, hint in _typed_fields(kind):
+        if _is_nested(hint):
+            continue
+        more, choices, text = item.metadata, _choices(hint), helps[item.name]
+        unit = more.get("unit", 1)
+        if hint is not bool and item.default is not MISSING and item.default is not None:
+            text += f" (default: {_shown(item.default, unit)})"
+        values: dict[str, Any] = {"action": "store_true"}
+        if hint is not bool:
+            usual = f"{{{','.join(choices)}}}" if choices else "N"
+            parse = more.get("parse", str if choices else hint)
+            values = {"type": _scaled(parse, unit), "metavar": more.get("metavar", usual)}
+        # Without a default: the dataclass has it.
+        values |= {"dest": item.name, "default": argparse.SUPPRESS, "required": item.default is MISSING}
+        parser.add_argument(_option_of(item), help=text.replace("%", "%%"), **values)
+
+
+def read_options(kind: type[T], values: Mapping[str, object]) -> T:
+    """Build a dataclass, and those in it, from the arguments that were given: ``vars()`` of a parsed namespace.
+
+    Raises:
+        UserError: from the dataclass, which names the argument that cannot be.
+    """
+    found: dict[str, Any] = {}
+    for item, hint in _typed_fields(kind):
+        if _is_nested(hint):
+            found[item.name] = read_options(hint, values)
+        elif item.name in values:
+            found[item.name] = values[item.name]
+    return kind(**found)
+
+
+def from_table(kind: type[T], table: Mapping[str, Any]) -> T:
+    """Build a dataclass, and those in it, from the table that `dataclasses.asdict` and JSON made of it.
+
+    Raises:
+        UserError: naming a key that is no field, or from the dataclass.
+    """
+    hints = {item.name: hint for item, hint in _typed_fields(kind)}
+    for name in table:
+        if name not in hints:
+            raise UserError(f"unknown key {name!r}{nearest(name, hints)}")
+    return kind(**{name: _typed(hints[name], value) for name, value in table.items()})
+
+
+def check_choices(options: DataclassInstance) -> None:
+    """Compare each field whose type is a `Literal` with its choices.
+
+    Raises:
+        UserError: naming the option, its value and the choices.
+    """
+    for item, hint in _typed_fields(type(options)):
+        value, choices = getattr(options, item.name), _choices(hint)
+        if choices and value not in choices:
+            raise UserError(f"{_option_of(item)} {value!r} is unknown: it may be {', '.join(choices)}")
+
+
+@functools.cache
+def _typed_fields(kind: type[DataclassInstance]) -> tuple[tuple[Field[Any], Any], ...]:
+    """Return the fields with their types; of ``X | None``, X."""
+    hints = typing.get_type_hints(kind)
+    return tuple((item, _without_none(hints[item.name])) for item in fields(kind))
+
+
+def _without_none(hint: Any) -> Any:
+    parts = typing.get_args(hint)
+    return next(part for part in parts if part is not NoneType) if NoneType in parts else hint
+
+
+def _is_nested(hint: Any) -> bool:
+    return is_dataclass(hint)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _option_of(item: Field[Any]) -> str:
+    option: str = item.metadata.get("option") or f"--{item.name.replace('_', '-')}"
+    return option
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """Return a value of JSON as its field's type."""
+    if _is_nested(hint):
+        return from_table(hint, value)
+    if value is not None and (hint is Path or typing.get_origin(hint) is tuple):
+        return (typing.get_origin(hint) or hint)(value)
+    return value
+
+
+def _scaled(parse: Callable[[str], Any], unit: int) -> Callable[[str], Any]:
+    if unit == 1:
+        return parse
+
+    def scaled(text: str) -> int:
+        try:
+            return int(parse(text) * unit)
+        except OverflowError as error:  # infinity
+            raise ValueError(str(error)) from error
+
+    scaled.__name__ = parse.__name__  # argparse says "invalid float value"
+    return scaled
+
+
+def _shown(default: Any, unit: int) -> str:
+    if isinstance(default, tuple):
+        return ",".join(f"{part:g}" for part in default)
+    return f"{default / unit:g}" if isinstance(default, float) or unit != 1 else str(default)
+
+
+def _first_sentences(kind: type[DataclassInstance]) -> dict[str, str]:
+    """Return the first sentence of each field's docstring, which Python keeps in the source alone."""
+    (body,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for statement, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(after, ast.Expr), f"{kind.__name__}.{statement.target.id} has no docstring"
+            text = " ".join(str(ast.literal_eval(after.value)).split()).replace("``", "")
+            sentence = text.partition(". ")[0].removesuffix(".")
+            found[statement.target.id] = sentence if sentence[1].isupper() else sentence[0].lower() + sentence[1:]
+    return found
