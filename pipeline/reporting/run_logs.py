@@ -15,8 +15,8 @@ from pipeline.reporting.run_folder import RunFolder
 from pipeline.world import World
 
 LOSS_TAGS = ("train/loss", "train/mse", "train/mae", "train/ssim_loss", "train/sam_loss")
-# What a rank's store and cache went through so far.
-DATA_TAGS = ("data/retries", "data/read_again", "data/quarantined_chips")
+# Counts of a rank so far: of its dataset, and last of its run folder's store.
+DATA_TAGS = ("data/retries", "data/read_again", "data/quarantined_chips", "store/retries")
 STEP_TAGS = (
     *LOSS_TAGS,
     "train/grad_norm",

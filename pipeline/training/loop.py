@@ -44,7 +44,6 @@ from pipeline.training.step_values import StepRow, StepValues
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
-from sharding.storage.retries import RETRIES
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +203,9 @@ class Trainer:
         # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
         values = sums * self.world.size / counted.clamp(min=1)
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
-        data = self.loader.wait_seconds, RETRIES.total, self.train_set.refetched, self.train_set.quarantined_chips
-        known = [rate, self.plan.global_batch / seconds, *data]
+        data = self.train_set.storage.retries.total, self.train_set.refetched, self.train_set.quarantined_chips
+        store = self.run.storage.retries.total
+        known = [rate, self.plan.global_batch / seconds, self.loader.wait_seconds, *data, store]
         measured = torch.cat([counted.reshape(1), values, self.engine.grad_norm.double().reshape(1)])
         self.values.put(self.step, epoch, measured, known)
 

@@ -1,4 +1,4 @@
-"""How long a store that fails is waited for, and the count of what was tried again."""
+"""Retries of a store that fails: how long, with which pauses, and how many there were."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class RetryCounter:
-    """How often a request was sent again, or a body continued, by reason. Safe in threads."""
+    """Counts how often a request was sent again, or a body continued, by reason. Safe in threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,10 +48,6 @@ class RetryCounter:
             return dict(self._counts)
 
 
-RETRIES = RetryCounter()
-"""Of this process, over all stores."""
-
-
 class Attempts:
     """The attempts of one call: pauses that grow, with full jitter, until patience is at its end.
 
@@ -66,14 +62,14 @@ class Attempts:
             stop: ends a pause early; the next failure is then the last.
         """
         self.failures = 0
-        """How many attempts failed and were followed by another."""
+        """Attempts that failed and were followed by another."""
 
         self._what = what
         self._stop = stop or threading.Event()
         self.progressed()
 
     def progressed(self) -> None:
-        """Begin to count anew: a body that goes on arriving is no failing store."""
+        """Restart patience: a body that keeps arriving is no failing store."""
         self._in_a_row = 0
         self._since = time.monotonic()
 
@@ -82,7 +78,7 @@ class Attempts:
 
         Args:
             error: why the last one failed.
-            reason: the same in a word, without endpoint or key, for the log and the count.
+            reason: the same in a word, without endpoint or key, for the log.
             patience_s: seconds from the first attempt, or from the last progress, in which another may begin.
 
         Raises:
@@ -99,5 +95,4 @@ class Attempts:
         level = logging.INFO if waited < QUIET_S else logging.WARNING
         log.log(level, "%s: %s; attempt %d follows in %.1f s", self._what, reason, self.failures + 2, seconds)
         self.failures += 1
-        RETRIES.add(reason)
         self._stop.wait(seconds)

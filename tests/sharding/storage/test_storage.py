@@ -45,14 +45,14 @@ def test_objects_come_back_whole_and_by_range(storage: Storage) -> None:
 def test_one_range_fills_one_buffer_after_the_other(storage: Storage) -> None:
     storage.write("x", b"0123456789")
     buffers = [memoryview(bytearray(length)) for length in (3, 1, 4)]
-    with storage.reading("x", 1, 7) as read:
+    with storage.open_range("x", 1, 7) as read:
         assert [read(buffer) for buffer in buffers] == [3, 1, 3]  # of what was asked for no more comes
     assert b"".join(buffers) == b"1234567\0"
-    with storage.reading("x", 6, 100) as read:
+    with storage.open_range("x", 6, 100) as read:
         assert [read(buffer) for buffer in buffers] == [3, 1, 0]
-    with storage.reading("x", 0, 10) as read:
+    with storage.open_range("x", 0, 10) as read:
         assert read(buffers[0]) == 3  # the rest is given up
-    with storage.reading("gone", 0, 10) as read, pytest.raises(NotFoundError, match="gone"):
+    with storage.open_range("gone", 0, 10) as read, pytest.raises(NotFoundError, match="gone"):
         read(buffers[0])
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import logging
+import pickle
 import random
 import re
 import time
@@ -22,7 +23,7 @@ from urllib3 import HTTPResponse
 from cluster.local.objectstore import ObjectStore
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage, retries
 from sharding.storage.options import MIB, StorageOptions
-from sharding.storage.retries import RETRIES
+from sharding.storage.retries import RetryCounter
 from sharding.storage.s3 import client as s3_requests
 from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.read import READS, read_range
@@ -63,7 +64,6 @@ def test_calls_outlive_busy_and_broken_answers(
     proxy.faults = Faults(**fault)  # type: ignore[arg-type]
     path = tmp_path / "file"
     path.write_bytes(DATA)
-    before = RETRIES.total
 
     def work(number: int) -> None:
         folder = storage.child(str(number))
@@ -83,7 +83,7 @@ def test_calls_outlive_busy_and_broken_answers(
         list(pool.map(work, range(6)))
     faults = sum(map(proxy.done, fault))
     assert faults > len(proxy.requests) * 0.2
-    assert RETRIES.total - before == faults
+    assert storage.retries.total == faults
 
 
 @pytest.mark.parametrize("align", [1, 512])
@@ -114,7 +114,7 @@ def test_a_body_that_breaks_off_is_continued(
 def read_in_turn(storage: Storage, offset: int, lengths: list[int]) -> bytes:
     """Return stretches of ``x``, one after the other, that one request asked for; each in a buffer of its own."""
     buffers = [memoryview(bytearray(length)) for length in lengths]
-    with storage.reading("x", offset, sum(lengths)) as read:
+    with storage.open_range("x", offset, sum(lengths)) as read:
         counts = list(map(read, buffers))
     return b"".join(buffer[:count] for buffer, count in zip(buffers, counts, strict=True))
 
@@ -152,11 +152,24 @@ def test_a_continuation_begins_at_the_byte_that_was_reached(proxy: FaultProxy, s
     storage.write("x", DATA)
     proxy.requests.clear()
     proxy.faults = Faults(cut=1.0, at=300_123, times=1)
-    before = RETRIES.by_reason()
     assert storage.read("x") == DATA
     assert [item.headers.get("range") for item in proxy.requests] == [None, "bytes=300123-999999"]
     assert proxy.requests[1].headers["if-match"] == f'"{hashlib.md5(DATA).hexdigest()}"'
-    assert RETRIES.by_reason()["IncompleteReadError"] == before.get("IncompleteReadError", 0) + 1
+    assert storage.retries.by_reason() == {"IncompleteReadError": 1}
+
+
+def test_each_storage_counts_its_own_retries(proxy: FaultProxy, storage: Storage, tmp_path: Path) -> None:
+    """A child counts with the storage that it came of; a pickled copy, as another process gets, by itself."""
+    other, folder = open_storage(storage.uri), open_storage(tmp_path)
+    proxy.faults = Faults(busy=1.0, times=2)
+    storage.child("a").write("x", DATA)
+    proxy.faults = Faults()
+    for reader in (other, folder):
+        reader.write("y", DATA)
+        assert reader.read("y") == DATA
+    assert [counted.retries.total for counted in (storage, storage.child("b"), other, folder)] == [2, 2, 0, 0]
+    assert pickle.loads(pickle.dumps(storage)).retries.total == 0  # noqa: S301
+    assert pickle.loads(pickle.dumps(folder)).read("y") == DATA  # noqa: S301
 
 
 def test_a_listing_that_is_cut_is_asked_for_again(proxy: FaultProxy, storage: Storage) -> None:
@@ -206,6 +219,7 @@ class Answers:
 
     def __init__(self, *bodies: bytes) -> None:
         self.bodies = list(bodies)
+        self.retries = RetryCounter()
 
     def send(self, operation: str, **request: str) -> dict[str, object]:
         raw = HTTPResponse(io.BytesIO(self.bodies.pop(0)), preload_content=False)
@@ -221,6 +235,7 @@ def test_a_range_that_arrives_with_its_checksum_is_compared() -> None:
     assert read_range(cast(Bucket, bucket), "x", "x", 0, buffer) == len(DATA)
     assert buffer == DATA
     assert bucket.bodies == []
+    assert bucket.retries.by_reason() == {"CorruptedError": 1}
     with pytest.raises(CorruptedError, match="x does not match the checksum"):
         read_range(cast(Bucket, Answers(*[damaged] * READS)), "x", "x", 0, buffer)
 
@@ -429,7 +444,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     s3: S3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refusals() -> int:
-        return RETRIES.by_reason().get("EndpointConnectionError", 0)
+        return storage.retries.by_reason().get("EndpointConnectionError", 0)
 
     caplog.set_level(logging.INFO, "sharding")
     endpoint = s3.environment["AWS_ENDPOINT_URL"]
