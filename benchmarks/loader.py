@@ -32,7 +32,7 @@ from benchmarks.loader_forms import Epoch, Images, Place, peer
 from benchmarks.trees import plant
 from cluster.local.objectstore import ObjectStore
 from sharding.format.index import IMAGES, Index
-from sharding.format.sample import Sample, read_sample
+from sharding.format.sample import Sample, fetch_sample
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.storage import open_storage
 
@@ -154,7 +154,7 @@ def prepare(folder: Path, worldstrat: Path | None, aois: int) -> None:
     places = Index.load(dataset).samples("train")
     if 9 * len(places) % forms.BATCH:
         sys.exit(f"{len(places)} AOIs to train fill no whole batches: let --aois be a multiple of 40")
-    samples = (read_sample(dataset, *place) for place in places)
+    samples = (fetch_sample(dataset, *place) for place in places)
     write_peers(folder, samples)
     made.write_text(wanted)
 

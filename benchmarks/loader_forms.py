@@ -25,9 +25,9 @@ from zlib_ng.zlib_ng import crc32
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.chips import chip_window
-from pipeline.data.scene_cache import Scenes
+from pipeline.data.scene_cache import SceneCache
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan
-from sharding.format.index import Index, SampleEntry, Span
+from sharding.format.index import ByteRange, Index, SampleEntry
 from sharding.storage import open_storage
 
 BATCH = 32
@@ -102,7 +102,7 @@ class Gather:
 def views(entry: SampleEntry, memory: bytearray) -> list[NDArray[np.uint16]]:
     """Return LR, HR and PAN of a span, whose arrays stand at the end of their members."""
 
-    def view(span: Span, size: tuple[int, ...]) -> NDArray[np.uint16]:
+    def view(span: ByteRange, size: tuple[int, ...]) -> NDArray[np.uint16]:
         values = int(np.prod(size))
         return np.frombuffer(memory, np.uint16, values, sum(span) - 2 * values).reshape(size)
 
@@ -190,15 +190,15 @@ def ours(place: Place, uri: str = "", *, anew: bool = False, turns: bool = False
     return epoch
 
 
-def forget(scenes: Scenes) -> None:
-    """Hold nothing, with all memory free."""
-    scenes._free.extend(slot.memory for slot in scenes._held.values() if slot.memory is not None)
-    scenes._held.clear()
+def forget(scenes: SceneCache) -> None:
+    """Evict all scenes; their memory is then free."""
+    scenes._free.extend(cached.memory for cached in scenes._cached.values() if cached.memory is not None)
+    scenes._cached.clear()
 
 
 def ours_unchecked(place: Place) -> Epoch:
     """Make the loader take all bytes for good."""
-    patch("pipeline.data.byte_ranges.check_span", lambda *_: None).start()
+    patch("pipeline.data.sample_reader.check_sample", lambda *_: None).start()
     return ours(place, anew=True)
 
 
@@ -309,7 +309,7 @@ def ranged_gets(place: Place) -> Epoch:
     def epoch(_: int, see: See) -> int:
         with ThreadPoolExecutor(THREADS) as pool:
             if sum(pool.map(get, range(len(samples)))) != sum(entry.size for _, entry in samples):
-                raise RuntimeError("spans were cut")
+                raise RuntimeError("ranges were cut")
         return CHIPS_PER_SCENE * len(samples)
 
     return epoch

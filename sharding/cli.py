@@ -12,7 +12,7 @@ from sharding.arguments import add_options, read_options
 from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.format.index import Index
-from sharding.format.sample import read_sample
+from sharding.format.sample import fetch_sample
 from sharding.prepare.options import SampleOptions
 from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
 from sharding.run.job import ShardJob, ShardOptions
@@ -153,7 +153,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     index = Index.load(storage)
     if args.aoi is not None:
         split, shard, entry = find(index, args.aoi)
-        lines = describe_sample(split, shard, read_sample(storage, shard, entry))
+        lines = describe_sample(split, shard, fetch_sample(storage, shard, entry))
     else:
         lines = describe(index, storage)
     for line in lines:

@@ -1,4 +1,4 @@
-"""Batches: chips as they are stored, gathered into memory that is used again, and what the network is given."""
+"""Batches: chips as they are stored, in memory that is reused, and as the network is given them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.chips import Layout, StoredChips, Variant, turn_and_flip
+from pipeline.data.chips import ChipLayout, StoredChips, Variant, turn_and_flip
 from pipeline.data.scene_layout import Scene
 from pipeline.data.simulate import SIMULATORS, chip_generator
 
@@ -65,7 +65,7 @@ def collate(batches: Sequence[Batch]) -> Batch:
 class StoredBatch:
     """Memory for the chips of one batch, as they are stored; page-locked where a GPU copies from it."""
 
-    def __init__(self, layout: Layout, size: int, *, pin: bool = False) -> None:
+    def __init__(self, layout: ChipLayout, size: int, *, pin: bool = False) -> None:
         """Take memory for ``size`` chips."""
         self.layout = layout
         shape = (size, layout.chip_bytes)
@@ -85,7 +85,7 @@ class StoredBatch:
         self._stored = StoredChips(layout, self.memory)
 
     def begin(self, chips: Sequence[int], variants: Sequence[Variant]) -> None:
-        """Say which chips come."""
+        """Set the chips that `put` will copy."""
         self.chips, self.variants = tuple(chips), tuple(variants)
         self.weight.fill_(1)
 

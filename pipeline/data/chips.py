@@ -44,10 +44,10 @@ class Window(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """How training varies a chip."""
+    """The variant of a chip that training sees."""
 
     window: Window
-    """Where it is cut."""
+    """Where it is cropped."""
     quarter_turns: int
     """Counter-clockwise quarter turns, 0 to 3."""
     flip: bool
@@ -57,8 +57,8 @@ class Variant(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the chips of a dataset are, and how one lies in memory: revisits, target and PAN, one after the other."""
+class ChipLayout:
+    """Shapes of a dataset's chips, and the layout of one in memory: revisits, target and PAN, one after the other."""
 
     lr: tuple[int, int, int, int]
     """Revisits, bands, rows, columns."""
@@ -92,7 +92,7 @@ class Layout:
 class StoredChips:
     """Chips as they are stored, one after the other in one piece of memory."""
 
-    def __init__(self, layout: Layout, memory: Tensor) -> None:
+    def __init__(self, layout: ChipLayout, memory: Tensor) -> None:
         """Take uint8 memory [N, chip_bytes] for them."""
         # As numpy's: its slices cost a fifth of torch's.
         self.rows: Memory = memory.numpy()
@@ -100,7 +100,7 @@ class StoredChips:
         self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
         """LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W], views of the rows."""
 
-    def cut(self, slot: int, scene: Sequence[Stored], window: Window) -> None:
+    def crop(self, slot: int, scene: Sequence[Stored], window: Window) -> None:
         """Copy a window of a scene's LR, HR and PAN."""
         x, y, size, hr_x, hr_y, hr_size = window
         lr, hr, pan = self.images

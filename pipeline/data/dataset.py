@@ -18,11 +18,11 @@ from models.config import ModelConfig
 from models.registry import check_sizes
 from pipeline.config import DataConfig
 from pipeline.data.batches import Batch, StoredBatch, to_batch
-from pipeline.data.byte_ranges import Spans
-from pipeline.data.chips import COLUMNS, LR_CHIP, Layout, Variant, chip_window, training_draws, training_variant
+from pipeline.data.chips import COLUMNS, LR_CHIP, ChipLayout, Variant, chip_window, training_draws, training_variant
 from pipeline.data.disk_cache import DiskCache
-from pipeline.data.scene_cache import Scenes
-from pipeline.data.scene_layout import Cut, Whole, clearest
+from pipeline.data.sample_reader import SampleReader
+from pipeline.data.scene_cache import SceneCache
+from pipeline.data.scene_layout import CutScenes, WholeScenes, clearest
 from pipeline.order import CHIPS_PER_SCENE, evaluation_slots
 from sharding.errors import UserError
 from sharding.format.index import HR_BANDS, SPLITS, Index
@@ -38,7 +38,7 @@ class ChipDataset(Dataset[Batch]):
     """One split of a dataset, addressed by chip number; also a map-style dataset of torch.
 
     ``dataset[chip]`` is the chip as evaluation sees it, a `Batch` of one; `batches.collate` joins several. A pickled
-    copy, as torch's worker processes get, reads and holds scenes by itself.
+    copy, as torch's worker processes get, reads and caches scenes by itself.
     """
 
     def __init__(self, uri: str, split: str, config: DataConfig) -> None:
@@ -68,9 +68,9 @@ class ChipDataset(Dataset[Batch]):
         disk = DiskCache(Path(config.cache_dir), int(config.cache_dir_gib * 2**30)) if config.cache_dir else None
         largest = max((entry.size for split in SPLITS for _, entry in self.index.samples(split)), default=0)
         windows = [chip_window(chip, self.scale) for chip in range(CHIPS_PER_SCENE)]
-        self.scenes = Scenes(
-            Spans(self.storage, disk),
-            Whole(largest) if config.random_windows else Cut(self.layout, windows, largest),
+        self.scenes = SceneCache(
+            SampleReader(self.storage, disk),
+            WholeScenes(largest) if config.random_windows else CutScenes(self.layout, windows, largest),
             config.cache_mib << 20,
             # A pool that trains, one that evaluates, and who asks for a chip by its number.
             2 * config.loader_threads + 1,
@@ -140,10 +140,10 @@ class ChipDataset(Dataset[Batch]):
             raise UserError(f"chips of {uri} do not fit: {error}") from None
 
     @property
-    def layout(self) -> Layout:
-        """What a chip is."""
+    def layout(self) -> ChipLayout:
+        """Layout of a chip in memory."""
         preparation, window = self.index.preparation, chip_window(0, self.scale)
-        return Layout(
+        return ChipLayout(
             lr=(self.revisits, len(preparation.band_numbers), window.size, window.size),
             hr=(HR_BANDS, window.hr_size, window.hr_size),
             dtype=getattr(torch, preparation.dtype),
@@ -152,7 +152,7 @@ class ChipDataset(Dataset[Batch]):
 
     @property
     def simulation(self) -> str:
-        """How revisits are made from the target, or ``off``."""
+        """Kind of revisits that are simulated from the target, or ``off``."""
         return self.config.simulate
 
     @property
@@ -162,8 +162,8 @@ class ChipDataset(Dataset[Batch]):
 
     @property
     def refetched(self) -> int:
-        """Samples that this process read once more, because they were damaged."""
-        return self.scenes.spans.refetched
+        """Samples that this process read a second time, because they were damaged."""
+        return self.scenes.reader.refetched
 
     @property
     def quarantined_chips(self) -> int:
@@ -210,11 +210,11 @@ class ChipDataset(Dataset[Batch]):
     def training_chip(self, chip: int, seed: int, epoch: int) -> Batch:
         """Return ``chip`` as training sees it in ``epoch``, a batch of one."""
         stored = StoredBatch(self.layout, 1)
-        self.gather([chip], [self.variant(chip, training_draws(self.num_chips, seed, epoch))], stored)
+        self.crop([chip], [self.variant(chip, training_draws(self.num_chips, seed, epoch))], stored)
         return to_batch(stored, CPU, self.simulation, (seed, epoch))
 
-    def gather(self, chips: Sequence[int], variants: Sequence[Variant], into: StoredBatch) -> None:
-        """Cut chips out of their scenes, reading those that are not held."""
+    def crop(self, chips: Sequence[int], variants: Sequence[Variant], into: StoredBatch) -> None:
+        """Crop chips out of their scenes, reading those that are not in memory."""
         into.begin(chips, variants)
         for slot, chip in enumerate(chips):
             with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
@@ -222,18 +222,18 @@ class ChipDataset(Dataset[Batch]):
 
     @property
     def scene_capacity(self) -> int:
-        """Scenes that memory holds at once."""
+        """Scenes that fit in memory."""
         return self.scenes.capacity
 
-    def load(self, scenes: Sequence[int]) -> None:
+    def prefetch(self, scenes: Sequence[int]) -> None:
         """Read scenes of one shard that will be used soon, in their order there."""
         shard, _ = self._places[scenes[0]]
-        self.scenes.load(shard, [self._places[scene][1] for scene in scenes])
+        self.scenes.prefetch(shard, [self._places[scene][1] for scene in scenes])
 
     def neighbourhood(self, scene: int) -> tuple[str, int]:
-        """Return what a scene has in common with those that are worth reading by the same request."""
+        """Return the shard and the part of it that one request may read: the same for all scenes of that part."""
         shard, entry = self._places[scene]
-        return shard.name, entry.offset // (self.scenes.spans.request_bytes or 1)
+        return shard.name, entry.offset // (self.scenes.reader.request_bytes or 1)
 
 
 def evaluation_batches(

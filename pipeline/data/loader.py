@@ -59,7 +59,7 @@ class TrainLoader:
         self.quarantined_chips = 0
         """Chips of the batches taken so far that are quarantined, and weigh nothing."""
         self.wait_seconds = 0.0
-        """How long the last batch was waited for."""
+        """Wait for the last batch."""
         self.step = 0
         """Global batches that were taken, over all epochs."""
         self._dataset = dataset
@@ -113,7 +113,7 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader stood, of any rank of any world.
+        """Resume where another loader stood, of any rank of any world.
 
         Raises:
             UserError: Its order was another; the difference is named.
@@ -151,13 +151,13 @@ class TrainLoader:
         """Return the batches of ``batches`` as a map-style dataset, for torch's own loader and its processes.
 
         ``DataLoader(loader.epoch_batches(0), batch_size=None, num_workers=4)`` yields them in their order. Each worker
-        process reads and holds scenes by itself, up to ``data.cache_mib``.
+        process reads and caches scenes by itself, up to ``data.cache_mib``.
         """
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         return _EpochBatches(self._dataset, slots, self._seed, epoch)
 
     def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
-        """Yield ``finish`` of each batch, called in threads that are ahead of whoever takes them."""
+        """Yield ``finish`` of each batch, called in threads that prepare batches before they are asked for."""
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         draws = training_draws(self._dataset.num_chips, self._seed, epoch)
         memory = self._memory
@@ -167,7 +167,7 @@ class TrainLoader:
 
         def prepare(chips: list[int]) -> tuple[T, int]:
             stored = memory.get()
-            self._dataset.gather(chips, [self._dataset.variant(chip, draws) for chip in chips], stored)
+            self._dataset.crop(chips, [self._dataset.variant(chip, draws) for chip in chips], stored)
             quarantined = int((stored.weight == 0).sum())
             done = finish(stored)
             if done is not stored:
@@ -209,5 +209,5 @@ class _EpochBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         chips = self._slots[step].tolist()
         stored = StoredBatch(self._dataset.layout, len(chips))
-        self._dataset.gather(chips, [self._dataset.variant(chip, self._draws) for chip in chips], stored)
+        self._dataset.crop(chips, [self._dataset.variant(chip, self._draws) for chip in chips], stored)
         return to_batch(stored, CPU, self._dataset.simulation, self._draw)

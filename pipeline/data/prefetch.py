@@ -1,4 +1,4 @@
-"""Scenes are read ahead of the batches that need them, neighbours in a shard together."""
+"""The plan of prefetching: which scenes are read before the batches that need them, neighbours in a shard together."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pipeline.order import CHIPS_PER_SCENE, Chips
 
 
 class SceneSource(Protocol):
-    """What prefetching needs to know of a dataset."""
+    """Facts of a dataset that prefetching needs."""
 
     @property
     def scene_capacity(self) -> int:
-        """Scenes that memory holds at once."""
+        """Scenes that fit in memory."""
         ...
 
     def neighbourhood(self, scene: int) -> tuple[str, int]:
-        """Return what a scene has in common with those that are worth reading by the same request."""
+        """Return the shard and the part of it that one request may read: the same for all scenes of that part."""
         ...
 
-    def load(self, scenes: Sequence[int]) -> None:
+    def prefetch(self, scenes: Sequence[int]) -> None:
         """Read scenes of one neighbourhood into memory, in their order in the shard."""
         ...
 
 
 class Prefetcher:
-    """Reads scenes ahead of the batches that need them, in the order in which they will be needed."""
+    """Prefetches scenes in the order in which batches will need them."""
 
     def __init__(self, slots: Chips, source: SceneSource, pool: ThreadPoolExecutor, threads: int) -> None:
         """Plan the reading.
@@ -51,7 +51,7 @@ class Prefetcher:
             self._neighbours.setdefault(source.neighbourhood(scene), []).append(scene)
         self._begun: set[int] = set()
         self._source, self._pool = source, pool
-        # What is read ahead must not push out what is in use.
+        # Prefetched scenes must not evict those in use.
         self._reach = source.scene_capacity // 2
         self._busy = 2 * max(threads, slots.shape[1])
         self._reading: deque[tuple[Future[None], int]] = deque()
@@ -83,7 +83,7 @@ class Prefetcher:
         if self._coming[self._next] not in self._begun:
             together = self._together(self._coming[self._next], last)
             self._begun.update(together)
-            self._reading.append((self._pool.submit(self._source.load, together), len(together)))
+            self._reading.append((self._pool.submit(self._source.prefetch, together), len(together)))
         self._next += 1
 
     def _together(self, scene: int, last: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The scenes of a dataset in memory: each is read once, and held while there is room."""
+"""The scenes of a dataset in memory: each is read once, and kept while there is room."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.data.byte_ranges import ReadSample, Spans
 from pipeline.data.chips import Memory
-from pipeline.data.scene_layout import Form, Scene
+from pipeline.data.sample_reader import SampleReader
+from pipeline.data.scene_layout import Scene, SceneLayout
 from sharding.format.index import SampleEntry, ShardEntry
-from sharding.format.sample import DamagedError
-from sharding.storage import StorageUnavailableError
+from sharding.storage import CorruptedError, Fill, StorageUnavailableError
 
 logger = logging.getLogger(__name__)
 
-# Scenes whose memory is taken at once: from 4 MiB up numpy asks for huge pages, which cost a hundredth of the faults.
+# Scenes whose memory is allocated at once: from 4 MiB up numpy asks for huge pages, which cost a hundredth of the
+# faults.
 BLOCK = 16
 
 
 @dataclass
-class _Slot:
-    """A scene that is held, or being read."""
+class _CachedScene:
+    """A scene that is cached, or being read."""
 
     memory: Memory | None = None
     users: int = 0
@@ -37,145 +37,149 @@ class _Slot:
     error: BaseException | None = None
 
 
-class Scenes:
-    """Scenes by their place in a dataset, in memory that is taken once and used again. Safe in threads.
+class SceneCache:
+    """Scenes by their key, in memory that is allocated once and reused; the least recently used is evicted.
 
-    Threads that want the same scene share one read. What is damaged in the store stops whoever asks for it, or is
-    quarantined: remembered, told once, and given as None from then on.
+    Safe in threads: those that want the same scene share one read. A sample that is damaged in the store is an error
+    for each thread that asks for it, or is quarantined: logged once, and given as None from then on.
     """
 
-    def __init__(self, spans: Spans, form: Form, limit_bytes: int, threads: int, *, quarantine: bool) -> None:
-        """Hold nothing yet.
+    def __init__(
+        self, reader: SampleReader, layout: SceneLayout, limit_bytes: int, threads: int, *, quarantine: bool
+    ) -> None:
+        """Begin with an empty cache.
 
         Args:
-            spans: Reads samples.
-            form: What is held of a scene.
-            limit_bytes: Bound of the memory; it has room for what ``threads`` work on all the same.
+            reader: Reads samples.
+            layout: How a scene lies in memory.
+            limit_bytes: Bound of the memory; it has room for what ``threads`` work on in any case.
             threads: Most threads that use scenes at once.
-            quarantine: Whether damage leaves a scene out, and is no error.
+            quarantine: Whether a damaged sample is quarantined, and is no error.
         """
-        self.spans = spans
-        self._form = form
+        self.reader = reader
+        self._layout = layout
         # Each thread may use one scene and read another.
-        self.capacity = max(limit_bytes // max(1, form.bytes), 2 * threads)
-        """Scenes that can be held."""
+        self.capacity = max(limit_bytes // max(1, layout.scene_bytes), 2 * threads)
+        """Scenes that fit."""
         self._quarantine = quarantine
         self._changed = threading.Condition()
-        self._held: OrderedDict[str, _Slot] = OrderedDict()
+        self._cached: OrderedDict[str, _CachedScene] = OrderedDict()
+        """By key of a sample, the least recently used first."""
         self._free: list[Memory] = []
-        self._taken = 0
-        self._away = False
+        self._allocated = 0
+        self._timed_out = False
         self.quarantined: dict[str, str] = {}
         """By key of a sample that is damaged in the store, what is wrong with it."""
 
-    def load(self, shard: ShardEntry, entries: Iterable[SampleEntry]) -> None:
+    def prefetch(self, shard: ShardEntry, entries: Iterable[SampleEntry]) -> None:
         """Read scenes of a shard that will be used soon, by one request where they lie one after the other.
 
-        If that fails, whoever uses one then reads it again, and is told. A store that was waited for in vain is not
-        asked again until somebody needs a scene and gets it: who needs one now must not wait behind many that are
+        A scene that fails is read again by the thread that uses it, which gets the error. After a timeout, prefetching
+        stops until one on-demand read succeeds: a thread that needs a scene now must not wait behind many that are
         needed later.
         """
-        rest = deque(entries)
-        while not self._away and (claimed := self._claim(rest)):
-            away: StorageUnavailableError | None = None
-            with self.spans.together(shard, [entry for entry, _ in claimed]) as read:
-                # Memory is taken for one at a time, so that nobody waits for memory and keeps some; the store may wait.
-                for entry, slot in claimed:
-                    if away:
-                        self._fail(slot, entry, away)
-                    else:
-                        self._read(slot, entry, read)
-                    self._leave(slot)
-                    if isinstance(slot.error, StorageUnavailableError):
-                        away, self._away = slot.error, True
-                    elif slot.error is not None:
-                        logger.info("not read ahead: %s", slot.error)
+        remaining = deque(entries)
+        while not self._timed_out and (claimed := self._claim(remaining)):
+            timeout: StorageUnavailableError | None = None
+            fills = self.reader.fills(shard, [entry for entry, _ in claimed])
+            # Memory is allocated for one at a time, so that no thread waits for memory and keeps some; the store may
+            # wait.
+            for fill, (entry, cached) in zip(fills, claimed, strict=True):
+                if timeout:
+                    self._fail(cached, entry, timeout)
+                else:
+                    self._read(cached, entry, fill)
+                self._release(cached)
+                if isinstance(cached.error, StorageUnavailableError):
+                    timeout, self._timed_out = cached.error, True
+                elif cached.error is not None:
+                    logger.info("not prefetched: %s", cached.error)
 
-    def _claim(self, entries: deque[SampleEntry]) -> list[tuple[SampleEntry, _Slot]]:
-        """Take the next scenes that nobody holds or reads, and that lie one after the other, off ``entries``."""
-        claimed: list[tuple[SampleEntry, _Slot]] = []
+    def _claim(self, entries: deque[SampleEntry]) -> list[tuple[SampleEntry, _CachedScene]]:
+        """Take the next scenes that are neither cached nor being read, and are neighbours, off ``entries``."""
+        claimed: list[tuple[SampleEntry, _CachedScene]] = []
         with self._changed:
             while entries:
                 entry = entries[0]
                 if claimed and entry.offset != claimed[-1][0].offset + claimed[-1][0].size:
                     break
                 entries.popleft()
-                if entry.key not in self._held and entry.key not in self.quarantined:
-                    slot = self._held[entry.key] = _Slot(users=1)
-                    claimed.append((entry, slot))
+                if entry.key not in self._cached and entry.key not in self.quarantined:
+                    cached = self._cached[entry.key] = _CachedScene(users=1)
+                    claimed.append((entry, cached))
         return claimed
 
     @contextlib.contextmanager
     def use(self, shard: ShardEntry, entry: SampleEntry) -> Iterator[Scene | None]:
-        """Give a scene, read if it is not held; None if it is quarantined.
+        """Yield a scene, read if it is not cached; None if it is quarantined.
 
         Raises:
-            UserError: The store does not answer, or the scene is damaged and not to be quarantined.
+            UserError: The store does not answer, or the sample is damaged and not to be quarantined.
         """
-        slot = self._enter(shard, entry)
+        cached = self._acquire(shard, entry)
         try:
-            if slot.error is not None:
-                raise slot.error
-            yield slot.scene
+            if cached.error is not None:
+                raise cached.error
+            yield cached.scene
         finally:
-            self._leave(slot)
+            self._release(cached)
 
-    def _enter(self, shard: ShardEntry, entry: SampleEntry) -> _Slot:
+    def _acquire(self, shard: ShardEntry, entry: SampleEntry) -> _CachedScene:
         with self._changed:
             if entry.key in self.quarantined:
-                return _Slot(users=1)
-            slot = self._held.get(entry.key)
-            if slot is not None:
-                slot.users += 1
-                self._held.move_to_end(entry.key)
+                return _CachedScene(users=1)
+            cached = self._cached.get(entry.key)
+            if cached is not None:
+                cached.users += 1
+                self._cached.move_to_end(entry.key)
             else:
-                mine = self._held[entry.key] = _Slot(users=1)
-        if slot is None:
-            self._read(mine, entry, partial(self.spans.read, shard))
-            return mine
-        slot.ready.wait()
-        return slot
+                own = self._cached[entry.key] = _CachedScene(users=1)
+        if cached is None:
+            self._read(own, entry, partial(self.reader.read, shard, entry))
+            return own
+        cached.ready.wait()
+        return cached
 
-    def _leave(self, slot: _Slot) -> None:
+    def _release(self, cached: _CachedScene) -> None:
         with self._changed:
-            slot.users -= 1
-            if slot.users == 0:
-                if slot.scene is None and slot.memory is not None:
-                    self._free.append(slot.memory)
+            cached.users -= 1
+            if cached.users == 0:
+                if cached.scene is None and cached.memory is not None:
+                    self._free.append(cached.memory)
                 self._changed.notify()
 
-    def _memory(self) -> Memory:
-        """Return memory that is free, new, or of the scene that was not used for the longest time."""
+    def _take_memory(self) -> Memory:
+        """Return memory that is free, new, or of the least recently used scene, which is evicted."""
         while True:
             if self._free:
                 return self._free.pop()
-            if self._taken < self.capacity:
-                block = np.empty((min(BLOCK, self.capacity - self._taken), self._form.bytes), np.uint8)
-                self._taken += len(block)
+            if self._allocated < self.capacity:
+                block = np.empty((min(BLOCK, self.capacity - self._allocated), self._layout.scene_bytes), np.uint8)
+                self._allocated += len(block)
                 self._free.extend(block)
                 continue
-            for key, slot in self._held.items():
-                if slot.users == 0 and slot.memory is not None:
-                    del self._held[key]
-                    return slot.memory
+            for key, cached in self._cached.items():
+                if cached.users == 0 and cached.memory is not None:
+                    del self._cached[key]
+                    return cached.memory
             self._changed.wait()
 
-    def _read(self, slot: _Slot, entry: SampleEntry, read: ReadSample) -> None:
+    def _read(self, cached: _CachedScene, entry: SampleEntry, fill: Fill) -> None:
         try:
             with self._changed:
-                memory = slot.memory = self._memory()
-            slot.scene = self._form.read(entry, memory, partial(read, entry))
-            self._away = False
-            slot.ready.set()
+                memory = cached.memory = self._take_memory()
+            cached.scene = self._layout.read(entry, memory, fill)
+            self._timed_out = False
+            cached.ready.set()
         except BaseException as error:
-            self._fail(slot, entry, error)
+            self._fail(cached, entry, error)
 
-    def _fail(self, slot: _Slot, entry: SampleEntry, error: BaseException) -> None:
+    def _fail(self, cached: _CachedScene, entry: SampleEntry, error: BaseException) -> None:
         with self._changed:
-            del self._held[entry.key]
-            if self._quarantine and isinstance(error, DamagedError):
+            del self._cached[entry.key]
+            if self._quarantine and isinstance(error, CorruptedError):
                 self.quarantined[entry.key] = str(error)
                 logger.warning("quarantined, its chips count nothing: %s", error)
             else:
-                slot.error = error
-        slot.ready.set()
+                cached.error = error
+        cached.ready.set()

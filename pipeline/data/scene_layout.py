@@ -1,21 +1,19 @@
-"""What is held of a scene in memory: all of it, where training cuts any window, else its chips, cut when it is read."""
+"""Layouts of a scene in memory: whole, where training crops any window, else its chips, cropped when it is read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import numpy as np
 import torch
 
-from pipeline.data.chips import Layout, Memory, Stored, StoredChips, Window
+from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
 from sharding.format.index import JSON_SUFFIX, SampleEntry
 from sharding.format.sample import images_of
-
-Read = Callable[[memoryview], None]
-"""Fills memory as long as the sample with its bytes, and has checked them."""
+from sharding.storage import Fill
 
 
 class Scene(Protocol):
@@ -36,22 +34,22 @@ def clearest(scene: Scene) -> int:
     return cast(int, json.loads(scene.text)["clearest"])
 
 
-class Form(Protocol):
-    """A way to hold scenes."""
+class SceneLayout(Protocol):
+    """A layout of scenes in memory."""
 
     @property
-    def bytes(self) -> int:
+    def scene_bytes(self) -> int:
         """Memory of a scene."""
         ...
 
-    def read(self, entry: SampleEntry, memory: Memory, read: Read) -> Scene:
-        """Read a scene into memory of that size."""
+    def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> Scene:
+        """Read a scene into memory of that size; ``fill`` gives the sample's bytes, checked."""
         ...
 
 
 @dataclass(frozen=True)
 class WholeScene:
-    """A sample as it is stored, of which any window can be cut."""
+    """A sample as it is stored, of which any window can be cropped."""
 
     images: tuple[Stored, Stored, Stored]
     """LR [R, C, h, w], HR [3, H, W] and PAN [1, H, W]."""
@@ -59,22 +57,20 @@ class WholeScene:
     """The sample's JSON."""
 
     def copy(self, window: Window, into: StoredChips, slot: int) -> None:
-        """Cut the chip out."""
-        into.cut(slot, self.images, window)
+        """Crop the chip."""
+        into.crop(slot, self.images, window)
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Samples as they are stored."""
+class WholeScenes:
+    """The layout that keeps samples as they are stored."""
 
-    bytes: int
+    scene_bytes: int
     """Bytes of the largest sample."""
 
-    def read(self, entry: SampleEntry, memory: Memory, read: Read) -> WholeScene:
+    def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> WholeScene:
         """Read the sample to where it stays."""
-        span = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
-        read(span)
-        return _whole(entry, span)
+        return _read_whole(entry, memory, fill)
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class CutScene:
     chips: StoredChips
     """All that will be asked for."""
     numbers: Mapping[Window, int]
-    """Which of them is a window's."""
+    """Number of each window's chip."""
     text: bytes
     """The sample's JSON."""
 
@@ -93,43 +89,43 @@ class CutScene:
         into.rows[slot] = self.chips.rows[self.numbers[window]]
 
 
-class Cut:
-    """Chips of the same windows of every scene.
+class CutScenes:
+    """The layout that keeps chips of the same windows of every scene.
 
-    The sample is read into memory that serves for one after the other, so that it is checked and cut while it is in
-    the processor's cache; a chip in one piece is then copied at the speed of memory.
+    The sample is read into a buffer that is used for one after the other, so that it is checked and cropped while it
+    is in the processor's cache; a chip in one piece is then copied at the speed of memory.
     """
 
-    def __init__(self, layout: Layout, windows: Sequence[Window], largest: int) -> None:
-        """Prepare to cut ``windows`` out of samples of up to ``largest`` bytes."""
+    def __init__(self, layout: ChipLayout, windows: Sequence[Window], largest: int) -> None:
+        """Prepare to crop ``windows`` out of samples of up to ``largest`` bytes."""
         self._layout, self._largest = layout, largest
         self._numbers = {window: number for number, window in enumerate(windows)}
-        self._spare: list[Memory] = []
+        self._free_buffers: list[Memory] = []
 
     @property
-    def bytes(self) -> int:
+    def scene_bytes(self) -> int:
         """Bytes of a scene's chips."""
         return len(self._numbers) * self._layout.chip_bytes
 
-    def read(self, entry: SampleEntry, memory: Memory, read: Read) -> CutScene:
-        """Read the sample beside ``memory``, and cut its chips into that."""
+    def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> CutScene:
+        """Read the sample into a buffer, and crop its chips into ``memory``."""
         try:
-            buffer = self._spare.pop()
+            buffer = self._free_buffers.pop()
         except IndexError:
             buffer = np.empty(self._largest, np.uint8)
         try:
-            span = memoryview(buffer)[: entry.size]  # type: ignore[arg-type]
-            read(span)
-            scene = _whole(entry, span)
+            scene = _read_whole(entry, buffer, fill)
             chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
             for window, number in self._numbers.items():
-                chips.cut(number, scene.images, window)
+                chips.crop(number, scene.images, window)
             return CutScene(chips, self._numbers, scene.text)
         finally:
-            self._spare.append(buffer)
+            self._free_buffers.append(buffer)
 
 
-def _whole(entry: SampleEntry, span: memoryview) -> WholeScene:
-    images = images_of(entry, span)
+def _read_whole(entry: SampleEntry, memory: Memory, fill: Fill) -> WholeScene:
+    sample = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
+    fill(sample)
+    images = images_of(entry, sample)
     offset, length = entry.members[JSON_SUFFIX]
-    return WholeScene((images["lr"], images["hr"], images["pan"]), bytes(span[offset : offset + length]))
+    return WholeScene((images["lr"], images["hr"], images["pan"]), bytes(sample[offset : offset + length]))

@@ -39,6 +39,7 @@ STEP_TAGS: Mapping[str, Tag] = {
     "data/retries": COUNT,
     "data/read_again": COUNT,
     "data/quarantined_chips": COUNT,
+    "store/retries": COUNT,
 }
 """Every value of a step, in the order of the columns of metrics.csv."""
 RENAMED: Mapping[str, str] = {"time/samples_per_second": "time/chips_per_second"}

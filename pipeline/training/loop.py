@@ -45,7 +45,6 @@ from pipeline.training.step_values import StepRow, StepValues
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
-from sharding.storage.retries import RETRIES
 
 logger = logging.getLogger(__name__)
 
@@ -214,9 +213,10 @@ class Trainer:
             "train/learning_rate": rate,
             "time/chips_per_second": self.plan.global_batch / seconds,
             "time/data_wait_seconds": self.loader.wait_seconds,
-            "data/retries": RETRIES.total,
+            "data/retries": self.train_set.storage.retries.total,
             "data/read_again": self.train_set.refetched,
             "data/quarantined_chips": self.loader.quarantined_chips,
+            "store/retries": self.run.storage.retries.total,
         }
         self.values.put(self.step, epoch, measured, known)
 

@@ -25,7 +25,7 @@ IMAGES = ("lr", "clm", "hr", "pan")
 JSON_SUFFIX = "json"
 SUFFIXES = (*(f"{name}.npy" for name in IMAGES), JSON_SUFFIX)
 
-Span = tuple[int, int]
+ByteRange = tuple[int, int]
 """(offset, length) in bytes."""
 
 
@@ -59,7 +59,7 @@ class SampleEntry:
     crc32: int
     """CRC-32 of these bytes."""
 
-    members: Mapping[str, Span]
+    members: Mapping[str, ByteRange]
     """Per suffix (``lr.npy`` ...), (offset, length) of the payload; offsets count from the sample's own."""
 
 
@@ -252,5 +252,5 @@ def shard_from_json(data: dict[str, object]) -> ShardEntry:
 
 def _sample_from_json(data: dict[str, object]) -> SampleEntry:
     members = cast(dict[str, list[int]], _table(data["members"], SUFFIXES))
-    spans = {suffix: (offset, size) for suffix, (offset, size) in members.items()}
-    return SampleEntry(**{**data, "members": spans})  # type: ignore[arg-type]
+    ranges = {suffix: (offset, size) for suffix, (offset, size) in members.items()}
+    return SampleEntry(**{**data, "members": ranges})  # type: ignore[arg-type]

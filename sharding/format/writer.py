@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
-from sharding.format.index import JSON_SUFFIX, SampleEntry, ShardEntry, Span
+from sharding.format.index import JSON_SUFFIX, ByteRange, SampleEntry, ShardEntry
 from sharding.format.sample import key_of
 
 OWNER = "bigdata"
@@ -67,15 +67,15 @@ class ShardWriter:
         members: dict[str, list[Buffer]] = {f"{name}.npy": _npy(image) for name, image in sample.images.items()}
         members[JSON_SUFFIX] = [json.dumps(sample.meta, sort_keys=True).encode()]
         start, crc = self._size, 0
-        spans: dict[str, Span] = {}
+        ranges: dict[str, ByteRange] = {}
         for suffix, payload in sorted(members.items()):
             length = sum(len(part) for part in payload)
             header = _header(f"{key}.{suffix}", length)
-            spans[suffix] = (self._size - start + len(header), length)
+            ranges[suffix] = (self._size - start + len(header), length)
             for part in (header, *payload, bytes(-length % tarfile.BLOCKSIZE)):
                 crc = crc32(part, crc)
                 self._write(part)
-        self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, spans))
+        self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, ranges))
 
     def finish(self, name: str) -> ShardEntry:
         """Write the end of the tar and return its line of the index under the key ``name``."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from sharding.errors import UserError, nearest
 from sharding.format.index import SPLITS, Index, SampleEntry, ShardEntry
-from sharding.format.sample import Sample, read_sample
+from sharding.format.sample import Sample, fetch_sample
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.prepare.options import SampleOptions
 from sharding.storage import Storage
@@ -99,7 +99,7 @@ def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> 
     """
     entries = [find(index, aoi)] if aoi else [(split, *pair) for split in SPLITS for pair in index.samples(split)]
     rows = [
-        _row(split, read_sample(storage, shard, entry), index.preparation)
+        _row(split, fetch_sample(storage, shard, entry), index.preparation)
         for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
     ]
     page = sheet(rows, tile_size=TILE_PX)

@@ -13,10 +13,10 @@ import numpy as np
 
 from sharding.errors import UnusableError
 from sharding.format.index import GONE, SPLITS, Index, SampleEntry, ShardEntry, damage_of
-from sharding.format.sample import DamagedError, Sample, decode_sample, read_sample
+from sharding.format.sample import Sample, decode_sample, fetch_sample
 from sharding.format.writer import NewSample
 from sharding.progress import progress
-from sharding.storage import Storage
+from sharding.storage import CorruptedError, Storage
 
 PARALLEL = 4
 """Shards read side by side: enough to keep a network busy, few enough for a disk."""
@@ -103,7 +103,7 @@ def _look_at(storage: Storage, shard: ShardEntry, deep: bool) -> list[Problem]:
     for entry in shard.samples:
         try:
             decode_sample(entry, storage.read_range(shard.name, entry.offset, entry.size))
-        except DamagedError as error:
+        except CorruptedError as error:
             found.append(Problem(shard.name, str(error)))
     return found
 
@@ -129,9 +129,9 @@ def _compare_with_source(
             try:
                 if entry.aoi not in found:
                     raise UnusableError("missing-file", "the source no longer has it")
-                stored = read_sample(storage, shard, entry)
+                stored = fetch_sample(storage, shard, entry)
                 different = _differences(stored, make_sample(found[entry.aoi], options))
-            except (UnusableError, DamagedError) as error:
+            except (UnusableError, CorruptedError) as error:
                 different = [str(error)]
             problems += [Problem(shard.name, f"AOI {entry.aoi!r}: {text}") for text in different]
             shown.update()

@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Protocol
 
 from sharding.errors import UserError
+from sharding.storage.retries import RetryCounter
 
 PIECE = 120 << 10
 """Bytes of a piece of `Storage.stream`, and of any body that failed before. What came of a piece that stalls is lost;
-from 128 KiB up the C library asks the kernel for the memory of each piece anew."""
+from 128 KiB up the C library asks the kernel for memory for each piece again."""
 
 
 Fill = Callable[[memoryview], int]
-"""Fills a buffer with the bytes that come next, and returns how many there were."""
+"""Reads the bytes that come next into a buffer, and returns how many came: fewer only where the object ends.
+
+The one type by which bytes reach memory, from a storage to a scene. Its maker retries and continues what breaks off, so
+an error is final. Its caller compares the bytes with the index; only a `Fill` of `pipeline.data.sample_reader` has done
+so already, and fills the buffer or raises.
+"""
 
 
 class NotFoundError(UserError):
@@ -37,7 +43,10 @@ class StorageUnavailableError(UserError):
 
 
 class CorruptedError(UserError):
-    """The bytes that arrive, each time anew, are not those that the store's own checksum was made of."""
+    """The bytes that are read are not those that were written, each time they are read; the message says why.
+
+    They do not fit the store's own checksum, or not the dataset's index (`sharding.format.sample`).
+    """
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class StoredObject:
 class Storage(Protocol):
     """Objects by key under one URI. Safe in threads, and to pickle: the copy opens its own connection.
 
-    Any call raises StorageUnavailableError where the store does not answer, and UserError for what the user must mend.
+    Any call raises StorageUnavailableError where the store does not answer, UserError for what the user must repair.
     """
 
     @property
@@ -62,8 +71,13 @@ class Storage(Protocol):
         """The absolute folder or ``s3://`` URI that keys are relative to."""
         ...
 
+    @property
+    def retries(self) -> RetryCounter:
+        """Retries of this process, by this storage and those that came of it by `child`."""
+        ...
+
     request_bytes: int
-    """How much is worth reading by one request, neighbours of what is needed too; 0 where requests cost nothing."""
+    """Bytes that are worth reading by one request, neighbours of what is needed too; 0 where requests cost nothing."""
 
     def read(self, key: str) -> bytes:
         """Return an object whole; NotFoundError where there is none."""
@@ -77,12 +91,11 @@ class Storage(Protocol):
         """Fill ``buffer`` from ``offset``; return how many bytes came, fewer where the object ends before."""
         ...
 
-    def reading(self, key: str, offset: int, length: int) -> AbstractContextManager[Fill]:
-        """Give what fills one buffer after the other with the next of ``length`` > 0 bytes, by one request.
+    def open_range(self, key: str, offset: int, length: int) -> AbstractContextManager[Fill]:
+        """Open ``length`` > 0 bytes for a `Fill` that reads them into one buffer after the other, by one request.
 
-        It returns how many came, fewer where the object ends before. Nothing is asked for before the first buffer is
-        there, and what breaks off is continued. From S3 nothing more comes once the object was replaced, or after an
-        error.
+        The request is sent when the first buffer is given. A checksum is compared only where the store sends one of the
+        range. From S3 nothing more comes once the object was replaced, or after an error.
         """
         ...
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from sharding.errors import UserError
 from sharding.storage.base import PIECE, Fill, NotFoundError, StoredObject
 from sharding.storage.names import path_below
+from sharding.storage.retries import RetryCounter
 
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -24,6 +25,8 @@ class LocalStorage:
     """Objects as files under a folder."""
 
     request_bytes = 0
+    retries = RetryCounter()
+    """Always 0: what a file system refuses is not tried again."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -57,17 +60,17 @@ class LocalStorage:
             return count
 
     @contextlib.contextmanager
-    def reading(self, key: str, offset: int, length: int) -> Iterator[Fill]:
+    def open_range(self, key: str, offset: int, length: int) -> Iterator[Fill]:
         """Read straight into each buffer."""
         stop = offset + length
 
-        def read(buffer: memoryview) -> int:
+        def fill(buffer: memoryview) -> int:
             nonlocal offset
             buffer = buffer[: stop - offset]
             start, offset = offset, offset + len(buffer)
             return self.read_into(key, start, buffer)
 
-        yield read
+        yield fill
 
     def stream(self, key: str) -> Iterator[bytes]:
         """Read the file piece by piece; one that is replaced meanwhile stays readable."""

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class RetryCounter:
-    """How often a request was sent again, or a body continued, by reason. Safe in threads."""
+    """Counts how often a request was sent again, or a body continued, by reason. Safe in threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,10 +52,6 @@ class RetryCounter:
             return dict(self._counts)
 
 
-RETRIES = RetryCounter()
-"""Of this process, over all stores."""
-
-
 class Attempts:
     """The attempts of one call: pauses that grow, with full jitter, until patience ends.
 
@@ -70,16 +66,16 @@ class Attempts:
             stop: ends a pause early; the next failure is then the last.
         """
         self.failures = 0
-        """How many attempts failed and were followed by another."""
+        """Attempts that failed and were followed by another."""
         self.in_a_row = 0
-        """How many of them failed since the last progress."""
+        """Attempts that failed since the last progress."""
 
         self._what = what
         self._stop = stop or threading.Event()
         self.progressed()
 
     def progressed(self) -> None:
-        """Reset patience and pauses: a body that keeps arriving is no failing store."""
+        """Restart patience and pauses: a body that keeps arriving is no failing store."""
         self.in_a_row = 0
         self._since = time.monotonic()
 
@@ -88,7 +84,7 @@ class Attempts:
 
         Args:
             error: why the last one failed.
-            reason: the same in a word, without endpoint or key, for the log and the count.
+            reason: the same in a word, without endpoint or key, for the log.
             patience_s: seconds from the first attempt, or from the last progress, in which another may begin.
             asked_s: seconds that the server asks to wait, at most ``LONGEST_ASKED_S`` of which are waited.
 
@@ -110,5 +106,4 @@ class Attempts:
         level = logging.INFO if waited < QUIET_S else logging.WARNING
         log.log(level, "%s: %s; attempt %d follows in %.1f s", self._what, reason, self.failures + 2, seconds)
         self.failures += 1
-        RETRIES.add(reason)
         self._stop.wait(seconds)

@@ -12,7 +12,7 @@ from PIL import Image
 from sharding.cli import add_verbs
 from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME, SPLITS, Index
-from sharding.format.sample import read_sample
+from sharding.format.sample import fetch_sample
 from sharding.storage import open_storage
 from tests.sharding.conftest import Dataset, World, aois_of
 
@@ -111,7 +111,7 @@ def test_options_of_samples_reach_the_dataset(tiny: World, tmp_path: Path) -> No
     assert preparation.band_numbers == tuple(range(1, 13))
     assert (preparation.select, preparation.dtype, preparation.max_cloud) == ("clearest", "float32", 100)
     pairs = index.samples("train")
-    sample = read_sample(open_storage(tmp_path), *pairs[0])
+    sample = fetch_sample(open_storage(tmp_path), *pairs[0])
     assert (sample.lr.shape, sample.hr.shape, sample.pan.shape) == ((2, 12, 40, 40), (3, 50, 50), (1, 50, 50))
     assert sample.lr.dtype == sample.hr.dtype == "float32"
     assert 0 < index.statistics["hr"]["percentiles"]["50"][0] < 1
@@ -120,7 +120,7 @@ def test_options_of_samples_reach_the_dataset(tiny: World, tmp_path: Path) -> No
 def test_native_grids_keep_their_sizes(tiny: World, tmp_path: Path) -> None:
     index = shard(tiny, tmp_path, "--native")
     assert (index.preparation.lr_size, index.preparation.hr_size) == (None, None)
-    sample = read_sample(open_storage(tmp_path), *index.samples("train")[0])
+    sample = fetch_sample(open_storage(tmp_path), *index.samples("train")[0])
     assert sample.hr.shape == (3, 80, 80)
 
 

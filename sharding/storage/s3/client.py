@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharding.storage import retries
 from sharding.storage.options import StorageOptions
-from sharding.storage.retries import Attempts
+from sharding.storage.retries import Attempts, RetryCounter
 from sharding.storage.s3.errors import passing_reason
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ READ_TIMEOUT_S = 20.0
 POOL_SIZE = 32
 
 _answered: set[str] = set()
-"""Endpoints that answered this process, be it with an error, and were not waited for in vain since."""
+"""Endpoints that answered this process, be it with an error, and did not time out since."""
 
 
 class Bucket:
@@ -35,6 +35,8 @@ class Bucket:
         self.options = options
         self.conditional = True
         """Whether the store may know conditional writes: until it says that it does not."""
+        self.retries = RetryCounter()
+        """Of this process's requests to the bucket by this client."""
         self._lock = threading.Lock()
         self._client: BaseClient | None = None
         self._client_pid = 0
@@ -80,6 +82,7 @@ class Bucket:
             # What is left to send after a failure, and other threads, must not wait as long again one after another.
             _answered.discard(endpoint)
             raise
+        self.retries.add(reason)
 
     def _connect(self) -> BaseClient:
         """Return this process's client: sockets must not be shared with a forked child."""

@@ -32,7 +32,7 @@ _DENIED_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
 _NO_KEY_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 
 
-class BeginAnewError(Exception):
+class RestartReadError(Exception):
     """The pieces of a body that arrived cannot be completed to an object."""
 
 
@@ -88,7 +88,7 @@ def explained(where: str, bucket: str) -> Iterator[None]:
         raise _refusal(where, bucket, error) from None
     except (BotoCoreError, ResponseParserError, HTTPError, ValueError) as error:
         raise _no_answer(where, error) from None
-    except BeginAnewError as error:
+    except RestartReadError as error:
         raise StorageUnavailableError(f"{where} {error}: try again") from None
 
 

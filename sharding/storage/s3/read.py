@@ -14,7 +14,7 @@ from sharding.storage import retries
 from sharding.storage.base import PIECE, CorruptedError
 from sharding.storage.retries import Attempts
 from sharding.storage.s3.client import Bucket
-from sharding.storage.s3.errors import BeginAnewError, code_of
+from sharding.storage.s3.errors import RestartReadError, code_of
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def read_whole(bucket: Bucket, key: str, where: str) -> bytes:
 
     Raises:
         CorruptedError: it does not match the store's checksum, each time it is read.
-        BeginAnewError: it is replaced each time while it is read.
+        RestartReadError: it is replaced each time while it is read.
     """
 
     def read() -> bytes:
@@ -40,28 +40,28 @@ def read_whole(bucket: Bucket, key: str, where: str) -> bytes:
         body.check(data)
         return data
 
-    return _until_whole(where, read)
+    return _until_whole(bucket, where, read)
 
 
 def read_range(bucket: Bucket, key: str, where: str, start: int, buffer: memoryview) -> int:
     """Fill ``buffer`` with an object's bytes from ``start`` on, all of one version; return how many there were.
 
     Raises:
-        CorruptedError, BeginAnewError: as `read_whole`.
+        CorruptedError, RestartReadError: as `read_whole`.
     """
 
     def read() -> int:
         body = Body(bucket, key, where, start, start + len(buffer))
-        with contextlib.closing(Filling(body)) as fill:
+        with contextlib.closing(BodyFill(body)) as fill:
             count = fill(buffer)
         body.check(buffer[:count])
         return count
 
-    return _until_whole(where, read)
+    return _until_whole(bucket, where, read)
 
 
-class Filling:
-    """Fills one buffer after the other with a body, of which no more arrives than has room."""
+class BodyFill:
+    """A `Fill` of one buffer after the other with a body, of which no more arrives than has room."""
 
     def __init__(self, body: Body) -> None:
         """Begin before the body's first byte; nothing is sent yet."""
@@ -73,7 +73,7 @@ class Filling:
         """Fill ``buffer``; return how many bytes came, fewer where the body ends before.
 
         Raises:
-            CorruptedError, BeginAnewError: as `Body.pieces`; nothing more comes then.
+            CorruptedError, RestartReadError: as `Body.pieces`; nothing more comes then.
         """
         self._room = buffer
         while (self._room or self._body.arrived) and (piece := next(self._pieces, None)) is not None:
@@ -81,20 +81,22 @@ class Filling:
         return len(buffer) - len(self._room)
 
     def close(self) -> None:
-        """Give up what did not arrive yet."""
+        """Drop what did not arrive yet."""
         self._pieces.close()
 
 
-def _until_whole(where: str, read: Callable[[], T]) -> T:
+def _until_whole(bucket: Bucket, where: str, read: Callable[[], T]) -> T:
     """Read again what is damaged on the way or replaced meanwhile, a few times."""
     attempts = Attempts(where)
     while True:
         try:
             return read()
-        except (CorruptedError, BeginAnewError) as error:
+        except (CorruptedError, RestartReadError) as error:
             if attempts.failures + 1 == READS:
                 raise
-            attempts.pause(error, type(error).__name__, retries.KNOWN_S)
+            reason = type(error).__name__
+            attempts.pause(error, reason, retries.KNOWN_S)
+            bucket.retries.add(reason)
 
 
 class Body:
@@ -124,7 +126,7 @@ class Body:
         Raises:
             CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is
                 not compared: see ``check``.
-            BeginAnewError: the pieces so far cannot be completed, because the object was replaced.
+            RestartReadError: the pieces so far cannot be completed, because the object was replaced.
         """
         from botocore.exceptions import FlexibleChecksumError  # slow to import, and folders need none
 
@@ -137,7 +139,7 @@ class Body:
                 while body is not None and (data := self._take(body, room, longest)):
                     self._position += len(data)
                     yield data
-                    attempts.progressed()  # whoever took it may have been long about it
+                    attempts.progressed()  # its consumer may have been slow
                 return
             except FlexibleChecksumError:
                 raise CorruptedError(_CORRUPTED.format(self._where)) from None
@@ -175,13 +177,13 @@ class Body:
             request["Range"] = f"bytes={self._position}-{'' if self._end is None else self._end - 1}"
         if self._continued:
             if self._etag is None:
-                raise BeginAnewError("breaks off, and the server names no version by which to go on")
+                raise RestartReadError("breaks off, and the server names no version by which to continue")
             request["IfMatch"] = self._etag
         try:
             answer = self._bucket.send("get_object", Key=self._key, **request)
         except ClientError as error:
             if code_of(error) == "PreconditionFailed":
-                raise BeginAnewError("was replaced while it was read") from None
+                raise RestartReadError("was replaced while it was read") from None
             if code_of(error) == "InvalidRange" and not self._continued:  # begins past the end: as a file reads
                 return None
             raise

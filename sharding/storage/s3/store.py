@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sharding.storage.base import BucketNotFoundError, Fill, NotFoundError, StoredObject
-from sharding.storage.retries import Attempts
+from sharding.storage.retries import Attempts, RetryCounter
 from sharding.storage.s3.client import Bucket
-from sharding.storage.s3.errors import BeginAnewError, explained
-from sharding.storage.s3.read import Body, Filling, read_range, read_whole
+from sharding.storage.s3.errors import RestartReadError, explained
+from sharding.storage.s3.read import Body, BodyFill, read_range, read_whole
 from sharding.storage.s3.write import Upload, opened
 
 
@@ -29,6 +29,11 @@ class S3Storage:
     def uri(self) -> str:
         """``s3://bucket/prefix``."""
         return f"s3://{self._bucket.name}/{self._prefix}" if self._prefix else f"s3://{self._bucket.name}"
+
+    @property
+    def retries(self) -> RetryCounter:
+        """Those of the storage that was opened, and of all children of it."""
+        return self._bucket.retries
 
     def __repr__(self) -> str:
         return f"S3Storage({self.uri!r})"
@@ -51,22 +56,22 @@ class S3Storage:
             return read_range(self._bucket, self._key(key), self._where(key), offset, buffer)
 
     @contextlib.contextmanager
-    def reading(self, key: str, offset: int, length: int) -> Iterator[Fill]:
+    def open_range(self, key: str, offset: int, length: int) -> Iterator[Fill]:
         """GET with a Range header, piece by piece into one buffer after the other."""
         body = Body(self._bucket, self._key(key), self._where(key), offset, offset + length)
-        with contextlib.closing(Filling(body)) as filling:
+        with contextlib.closing(BodyFill(body)) as fill_from_body:
 
-            def read(buffer: memoryview) -> int:
+            def fill(buffer: memoryview) -> int:
                 with self._explained(key):
                     try:
-                        return filling(buffer)
-                    except BeginAnewError:  # it was replaced: what follows would be another object's
+                        return fill_from_body(buffer)
+                    except RestartReadError:  # it was replaced: what follows would be another object's
                         return 0
 
-            yield read
+            yield fill
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """GET the object, and go on with ranges where its body breaks off."""
+        """GET the object; a body that breaks off is continued by a ranged request."""
         with self._explained(key):
             for piece in Body(self._bucket, self._key(key), self._where(key), 0, None).pieces():
                 yield bytes(piece)

@@ -18,7 +18,7 @@ from pipeline.data.chips import chip_window, training_draws, training_variant, t
 from pipeline.order import BatchPlan
 from sharding.errors import UserError
 from sharding.format.index import Index
-from sharding.format.sample import read_sample
+from sharding.format.sample import fetch_sample
 from sharding.prepare.options import STEP, SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
@@ -129,7 +129,7 @@ def test_evaluation_yields_the_stored_values(dataset_uri: str) -> None:
     storage = open_storage(dataset_uri)
     index = Index.load(storage)
     (shard, entry), *_ = index.samples("test")
-    stored = read_sample(storage, shard, entry)
+    stored = fetch_sample(storage, shard, entry)
     dataset = ChipDataset(dataset_uri, "test", DataConfig())
     batches = [batch for batch, counts in evaluation_batches(dataset) if counts]
     assert [batch.chips for batch in batches] == [(chip,) for chip in range(9)]
@@ -189,7 +189,7 @@ def test_the_state_carries_the_position_to_another_world(dataset_uri: str) -> No
         for parts in zip(*ranks, strict=True):
             taken.append(parts[0].chips + parts[1].chips)
     assert taken == whole
-    with pytest.raises(UserError, match="another seed: 5, and here it is 6"):
+    with pytest.raises(UserError, match="another seed \\(5, now 6\\)"):
         TrainLoader(dataset, plan, 0, seed=6).load_state_dict(state)
 
 

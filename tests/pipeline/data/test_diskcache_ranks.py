@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.disk_cache import LOCK_SUFFIX, TEMPORARY_SUFFIX, DiskCache
-from tests.pipeline.data.test_diskcache import SIZE, content, counted, held, names, read
+from tests.pipeline.data.test_diskcache import SIZE, content, counted, names, read, stored_bytes
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -65,11 +66,11 @@ def test_processes_keep_the_bound_and_read_whole_files(tmp_path: Path) -> None:
         worker.start()
     most = 0
     while any(worker.is_alive() for worker in workers):
-        most = max(most, held(tmp_path))
+        most = max(most, stored_bytes(tmp_path))
         time.sleep(0.001)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert 10_000 < most <= 20_000
-    assert counted(tmp_path) == held(tmp_path)
+    assert counted(tmp_path) == stored_bytes(tmp_path)
     assert not names(tmp_path, TEMPORARY_SUFFIX)
 
 
@@ -149,21 +150,26 @@ def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    """Other writers wait for one that lives, and readers do not."""
+    DiskCache(tmp_path, 2 * SIZE).put("z", content("z"))
+    cache = DiskCache(tmp_path, 2 * SIZE)
     process = child(tmp_path, 'os.utime = lambda *_, **__: here()\ncache.put("a", content("a"))')
-    try:
-        [temporary] = tmp_path.glob(f"*{TEMPORARY_SUFFIX}")
-        assert temporary.read_bytes() == content("a")
-        cache = DiskCache(tmp_path, 2 * SIZE)
-        assert read(cache, "a") is None
-        for name in "bcd":
-            cache.put(name, content(name))
-        assert temporary.exists()
-        assert held(tmp_path) == counted(tmp_path) == 2 * SIZE
-    finally:
-        kill(process)
-    DiskCache(tmp_path, 2 * SIZE)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            [temporary] = tmp_path.glob(f"*{TEMPORARY_SUFFIX}")
+            waiting = [pool.submit(DiskCache, tmp_path, 2 * SIZE), pool.submit(cache.put, "b", content("b"))]
+            assert read(cache, "a") is None
+            assert read(cache, "z") == content("z")
+            time.sleep(0.2)
+            assert not any(writer.done() for writer in waiting)
+            assert temporary.read_bytes() == content("a")
+        finally:
+            kill(process)
+        for writer in waiting:
+            writer.result(30)
     assert not temporary.exists()
-    assert counted(tmp_path) == held(tmp_path) == SIZE
+    assert read(cache, "b") == content("b")
+    assert counted(tmp_path) == stored_bytes(tmp_path) <= 2 * SIZE
 
 
 def test_kills_in_the_midst_of_puts_break_no_file(tmp_path: Path) -> None:
@@ -182,9 +188,9 @@ while True:
         time.sleep(draw.uniform(0, 0.1))
         kill(process)
         left += len(names(tmp_path, TEMPORARY_SUFFIX))
-        assert held(tmp_path) <= min(counted(tmp_path), limit)
+        assert stored_bytes(tmp_path) <= min(counted(tmp_path), limit)
         cache = DiskCache(tmp_path, limit)
         assert not names(tmp_path, TEMPORARY_SUFFIX)
-        assert counted(tmp_path) == held(tmp_path)
+        assert counted(tmp_path) == stored_bytes(tmp_path)
         for name in names(tmp_path):
             assert read(cache, name, size) == content(name, size)

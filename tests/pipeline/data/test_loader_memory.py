@@ -13,12 +13,12 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
-from pipeline.data.byte_ranges import Spans
+from pipeline.data.sample_reader import SampleReader
 from pipeline.order import BatchPlan
 from sharding.format.index import Index, SampleEntry, ShardEntry
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
-from sharding.storage import LocalStorage, open_storage
+from sharding.storage import Fill, LocalStorage, open_storage
 from tests.pipeline.conftest import SMALL
 
 MIB = 2**20
@@ -42,14 +42,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """AOIs that were read, one for each read, and the addresses of the memory that they were read to."""
     aois: list[str] = []
     addresses: set[int] = set()
-    read: Callable[..., None] = Spans.read
+    read: Callable[..., int] = SampleReader.read
 
-    def watched(self: Spans, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
+    def watched(self: SampleReader, shard: ShardEntry, entry: SampleEntry, buffer: memoryview) -> int:
         aois.append(entry.aoi)
-        addresses.add(np.frombuffer(span, np.uint8).ctypes.data)
-        read(self, shard, entry, span)
+        addresses.add(np.frombuffer(buffer, np.uint8).ctypes.data)
+        return read(self, shard, entry, buffer)
 
-    monkeypatch.setattr(Spans, "read", watched)
+    monkeypatch.setattr(SampleReader, "read", watched)
     return aois, addresses
 
 
@@ -97,7 +97,7 @@ def test_neighbours_come_by_one_request_where_requests_cost_something(
             return read_into(self, key, offset, buffer)
 
         @contextlib.contextmanager
-        def reading(_: LocalStorage, key: str, offset: int, length: int) -> Iterator[Callable[[memoryview], int]]:
+        def open_range(_: LocalStorage, key: str, offset: int, length: int) -> Iterator[Fill]:
             nonlocal counted
             counted += 1
             with Path(many_scenes, key).open("rb", buffering=0) as file:
@@ -106,7 +106,7 @@ def test_neighbours_come_by_one_request_where_requests_cost_something(
 
         with monkeypatch.context() as patch:
             patch.setattr(LocalStorage, "read_into", counting)
-            patch.setattr(LocalStorage, "reading", reading)
+            patch.setattr(LocalStorage, "open_range", open_range)
             dataset = ChipDataset(many_scenes, "train", DataConfig(prefetch_batches=1))
             loader = TrainLoader(dataset, BatchPlan.create(2, 0, 1), 0, seed=1)
             return [tensor for batch in loader for tensor in batch.tensors], counted

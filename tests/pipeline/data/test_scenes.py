@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.data.byte_ranges import ReadSample, Spans
-from pipeline.data.scene_cache import Scenes
-from pipeline.data.scene_layout import Scene, Whole, WholeScene, clearest
+from pipeline.data.sample_reader import SampleReader
+from pipeline.data.scene_cache import SceneCache
+from pipeline.data.scene_layout import Scene, WholeScene, WholeScenes, clearest
 from sharding.format.index import Index, SampleEntry, ShardEntry
-from sharding.format.sample import DamagedError, read_sample
-from sharding.storage import BucketNotFoundError, NotFoundError, Storage, StorageUnavailableError, open_storage
+from sharding.format.sample import fetch_sample
+from sharding.storage import (
+    BucketNotFoundError,
+    CorruptedError,
+    Fill,
+    NotFoundError,
+    Storage,
+    StorageUnavailableError,
+    open_storage,
+)
 from tests.pipeline.data.test_data import copy_to
 
 Place = tuple[ShardEntry, SampleEntry]
 
 
-class Watched(Spans):
+class Watched(SampleReader):
     """Real reads that are noted, that wait while the gate is closed, and that fail with the errors in store."""
 
     request_bytes = 1 << 20  # type: ignore[assignment]
@@ -37,24 +45,22 @@ class Watched(Spans):
         self.gate = threading.Event()
         self.gate.set()
 
-    def read(self, shard: ShardEntry, entry: SampleEntry, span: memoryview) -> None:
+    def read(self, shard: ShardEntry, entry: SampleEntry, buffer: memoryview) -> int:
         self.reads.append(entry.key)
         self._wait_or_fail()
-        super().read(shard, entry, span)
+        return super().read(shard, entry, buffer)
 
-    @contextlib.contextmanager
-    def together(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[ReadSample]:
-        with super().together(shard, entries) as more:
-            if len(entries) < 2:
-                yield more
-                return
-            self.reads.append("+".join(entry.key for entry in entries))
+    def fills(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[Fill]:
+        if len(entries) < 2:
+            yield from super().fills(shard, entries)
+            return
+        self.reads.append("+".join(entry.key for entry in entries))
+        for fill in super().fills(shard, entries):
+            yield partial(self._fill, fill)
 
-            def read(entry: SampleEntry, span: memoryview) -> None:
-                self._wait_or_fail()
-                more(entry, span)
-
-            yield read
+    def _fill(self, fill: Fill, buffer: memoryview) -> int:
+        self._wait_or_fail()
+        return fill(buffer)
 
     def _wait_or_fail(self) -> None:
         self.gate.wait()
@@ -63,7 +69,7 @@ class Watched(Spans):
 
 
 @pytest.fixture
-def spans(shards: dict[int, str]) -> Watched:
+def reader(shards: dict[int, str]) -> Watched:
     return Watched(open_storage(shards[3]))
 
 
@@ -74,14 +80,14 @@ def places(shards: dict[int, str]) -> list[Place]:
 
 
 def scenes_of(
-    spans: Spans, places: list[Place], held: int = 2, *, threads: int = 1, quarantine: bool = False
-) -> Scenes:
+    reader: SampleReader, places: list[Place], held: int = 2, *, threads: int = 1, quarantine: bool = False
+) -> SceneCache:
     largest = max(entry.size for _, entry in places)
-    return Scenes(spans, Whole(largest), held * largest, threads, quarantine=quarantine)
+    return SceneCache(reader, WholeScenes(largest), held * largest, threads, quarantine=quarantine)
 
 
-def load(scenes: Scenes, *places: Place) -> None:
-    scenes.load(places[0][0], [entry for _, entry in places])
+def prefetch(scenes: SceneCache, *places: Place) -> None:
+    scenes.prefetch(places[0][0], [entry for _, entry in places])
 
 
 def name_of(scene: Scene | None) -> str:
@@ -89,9 +95,9 @@ def name_of(scene: Scene | None) -> str:
     return str(json.loads(scene.text)["aoi"])
 
 
-def assert_as_stored(scenes: Scenes, places: list[Place], uri: str) -> None:
+def assert_as_stored(scenes: SceneCache, places: list[Place], uri: str) -> None:
     for shard, entry in places:
-        stored = read_sample(open_storage(uri), shard, entry)
+        stored = fetch_sample(open_storage(uri), shard, entry)
         with scenes.use(shard, entry) as scene:
             assert isinstance(scene, WholeScene)
             for name, image in zip(("lr", "hr", "pan"), scene.images, strict=True):
@@ -106,14 +112,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_a_scene_is_what_is_stored(spans: Watched, places: list[Place], shards: dict[int, str]) -> None:
-    scenes = scenes_of(spans, places)
+def test_a_scene_is_what_is_stored(reader: Watched, places: list[Place], shards: dict[int, str]) -> None:
+    scenes = scenes_of(reader, places)
     assert_as_stored(scenes, places, shards[3])
 
 
 @pytest.mark.parametrize("held", [2, 3])
-def test_memory_is_bounded_and_used_again(spans: Watched, places: list[Place], held: int) -> None:
-    scenes = scenes_of(spans, places, held)
+def test_memory_is_bounded_and_used_again(reader: Watched, places: list[Place], held: int) -> None:
+    scenes = scenes_of(reader, places, held)
     assert scenes.capacity == held
     addresses = set()
     for place in places * 3:
@@ -122,23 +128,23 @@ def test_memory_is_bounded_and_used_again(spans: Watched, places: list[Place], h
             assert name_of(scene) == place[1].aoi
             addresses.add(scene.images[0].ctypes.data)
     assert len(addresses) == held
-    assert len(spans.reads) == 15  # five in a row push out whatever comes next
+    assert len(reader.reads) == 15  # five in a row push out whatever comes next
 
 
-def test_what_the_threads_work_on_has_room_in_any_case(spans: Watched, places: list[Place]) -> None:
-    assert scenes_of(spans, places, 0, threads=4).capacity == 8
+def test_what_the_threads_work_on_has_room_in_any_case(reader: Watched, places: list[Place]) -> None:
+    assert scenes_of(reader, places, 0, threads=4).capacity == 8
 
 
-def test_the_least_recently_used_scene_goes(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 3)
+def test_the_least_recently_used_scene_goes(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 3)
     a, b, c, d, _ = places
 
     def use(*wanted: Place) -> list[str]:
-        spans.reads.clear()
+        reader.reads.clear()
         for place in wanted:
             with scenes.use(*place):
                 pass
-        return list(spans.reads)
+        return list(reader.reads)
 
     assert use(a, b, c, a, d) == [place[1].key for place in (a, b, c, d)]
     assert use(a, c, d) == []
@@ -147,56 +153,56 @@ def test_the_least_recently_used_scene_goes(spans: Watched, places: list[Place])
     assert use(a) == [a[1].key]
 
 
-def test_a_scene_in_use_stays(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 2)
+def test_a_scene_in_use_stays(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 2)
     with scenes.use(*places[0]) as scene:
         for place in places[1:] * 2:
             with scenes.use(*place) as other:
                 assert name_of(other) == place[1].aoi
             assert name_of(scene) == places[0][1].aoi
         with scenes.use(*places[0]):
-            assert spans.reads.count(places[0][1].key) == 1
+            assert reader.reads.count(places[0][1].key) == 1
 
 
-def test_many_threads_share_one_read(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 2, threads=8)
-    spans.gate.clear()
+def test_many_threads_share_one_read(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 2, threads=8)
+    reader.gate.clear()
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(used, scenes, places[0]) for _ in range(8)]
         everybody_waits(scenes, places[0], 8)
-        spans.gate.set()
+        reader.gate.set()
         assert {call.result() for call in calls} == {places[0][1].aoi}
-    assert spans.reads == [places[0][1].key]
+    assert reader.reads == [places[0][1].key]
 
 
-def used(scenes: Scenes, place: Place) -> str:
+def used(scenes: SceneCache, place: Place) -> str:
     with scenes.use(*place) as scene:
         return name_of(scene)
 
 
-def everybody_waits(scenes: Scenes, place: Place, threads: int) -> None:
-    wait_for(lambda: place[1].key in scenes._held and scenes._held[place[1].key].users == threads)
+def everybody_waits(scenes: SceneCache, place: Place, threads: int) -> None:
+    wait_for(lambda: place[1].key in scenes._cached and scenes._cached[place[1].key].users == threads)
 
 
-def test_an_error_reaches_all_who_wait_and_the_next_one_reads_again(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 2)
-    spans.gate.clear()
-    spans.errors = [StorageUnavailableError("away")]
+def test_an_error_reaches_all_who_wait_and_the_next_one_reads_again(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 2)
+    reader.gate.clear()
+    reader.errors = [StorageUnavailableError("away")]
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(used, scenes, places[0]) for _ in range(4)]
         everybody_waits(scenes, places[0], 4)
-        spans.gate.set()
+        reader.gate.set()
         for call in calls:
             with pytest.raises(StorageUnavailableError, match="away"):
                 call.result()
-    assert len(spans.reads) == 1
+    assert len(reader.reads) == 1
     assert used(scenes, places[0]) == places[0][1].aoi
 
 
 @pytest.mark.timeout(60)
-def test_reads_that_fail_keep_no_memory(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 2)
-    spans.errors = [StorageUnavailableError("away") for _ in range(10)]
+def test_reads_that_fail_keep_no_memory(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 2)
+    reader.errors = [StorageUnavailableError("away") for _ in range(10)]
     for place in places * 2:
         with pytest.raises(StorageUnavailableError):
             used(scenes, place)
@@ -204,35 +210,35 @@ def test_reads_that_fail_keep_no_memory(spans: Watched, places: list[Place]) -> 
 
 
 @pytest.mark.timeout(60)
-def test_memory_that_cannot_be_had_is_an_error_for_everybody(spans: Watched, places: list[Place]) -> None:
-    scenes = Scenes(spans, Whole(1 << 50), 0, 1, quarantine=False)
+def test_memory_that_cannot_be_had_is_an_error_for_everybody(reader: Watched, places: list[Place]) -> None:
+    scenes = SceneCache(reader, WholeScenes(1 << 50), 0, 1, quarantine=False)
     for _ in range(3):
         with pytest.raises(MemoryError):
             used(scenes, places[0])
 
 
-def test_what_was_not_read_ahead_is_read_by_who_needs_it(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 2)
-    spans.errors = [DamagedError("damaged")]
-    load(scenes, places[0])
+def test_what_was_not_read_ahead_is_read_by_who_needs_it(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 2)
+    reader.errors = [CorruptedError("damaged")]
+    prefetch(scenes, places[0])
     assert used(scenes, places[0]) == places[0][1].aoi
-    load(scenes, places[1])
+    prefetch(scenes, places[1])
     assert used(scenes, places[1]) == places[1][1].aoi
-    assert len(spans.reads) == 3
+    assert len(reader.reads) == 3
 
 
-def test_a_store_that_is_away_is_not_read_ahead_from(spans: Watched, places: list[Place]) -> None:
+def test_a_store_that_is_away_is_not_read_ahead_from(reader: Watched, places: list[Place]) -> None:
     """Each would be waited for, and whoever needs a scene now would wait behind all of them."""
-    scenes = scenes_of(spans, places, 3)
-    spans.errors = [StorageUnavailableError("away") for _ in range(2)]
+    scenes = scenes_of(reader, places, 3)
+    reader.errors = [StorageUnavailableError("away") for _ in range(2)]
     for place in places:
-        load(scenes, place)
-    assert spans.reads == [places[0][1].key]
+        prefetch(scenes, place)
+    assert reader.reads == [places[0][1].key]
     with pytest.raises(StorageUnavailableError):
         used(scenes, places[1])
     assert used(scenes, places[1]) == places[1][1].aoi
-    load(scenes, places[2])
-    assert spans.reads[-1] == places[2][1].key
+    prefetch(scenes, places[2])
+    assert reader.reads[-1] == places[2][1].key
 
 
 @pytest.fixture(scope="module")
@@ -246,49 +252,49 @@ def keys(*places: Place) -> str:
 
 
 def test_neighbours_are_read_together(shards: dict[int, str], neighbours: list[Place]) -> None:
-    """What is held already parts those that are not."""
-    spans = Watched(open_storage(shards[1]))
-    scenes = scenes_of(spans, neighbours, 5)
+    """What is cached already parts those that are not."""
+    reader = Watched(open_storage(shards[1]))
+    scenes = scenes_of(reader, neighbours, 5)
     a, b, c, d, e = neighbours
     assert used(scenes, c) == c[1].aoi
-    load(scenes, a, b, c, d, e)
-    assert spans.reads == [keys(c), keys(a, b), keys(d, e)]
+    prefetch(scenes, a, b, c, d, e)
+    assert reader.reads == [keys(c), keys(a, b), keys(d, e)]
     assert_as_stored(scenes, neighbours, shards[1])
-    load(scenes, a, b, c, d, e)
-    assert len(spans.reads) == 3
+    prefetch(scenes, a, b, c, d, e)
+    assert len(reader.reads) == 3
     assert scenes._free == []
-    assert all(slot.users == 0 for slot in scenes._held.values())
+    assert all(cached.users == 0 for cached in scenes._cached.values())
 
 
 def test_neighbours_need_no_more_memory_at_once_than_there_is(shards: dict[int, str], neighbours: list[Place]) -> None:
-    spans = Watched(open_storage(shards[1]))
-    scenes = scenes_of(spans, neighbours, 2)
-    load(scenes, *neighbours)
-    assert spans.reads == [keys(*neighbours)]
+    reader = Watched(open_storage(shards[1]))
+    scenes = scenes_of(reader, neighbours, 2)
+    prefetch(scenes, *neighbours)
+    assert reader.reads == [keys(*neighbours)]
     assert [used(scenes, place) for place in neighbours] == [entry.aoi for _, entry in neighbours]
 
 
 def test_who_waits_for_a_neighbour_is_told_that_the_store_is_away(
     shards: dict[int, str], neighbours: list[Place]
 ) -> None:
-    spans = Watched(open_storage(shards[1]))
-    scenes = scenes_of(spans, neighbours, 5, threads=3)
-    spans.gate.clear()
-    spans.errors = [StorageUnavailableError("away")]
+    reader = Watched(open_storage(shards[1]))
+    scenes = scenes_of(reader, neighbours, 5, threads=3)
+    reader.gate.clear()
+    reader.errors = [StorageUnavailableError("away")]
     with ThreadPoolExecutor(2) as pool:
-        ahead = pool.submit(load, scenes, *neighbours)
-        wait_for(lambda: len(scenes._held) == 5)
+        ahead = pool.submit(prefetch, scenes, *neighbours)
+        wait_for(lambda: len(scenes._cached) == 5)
         waiting = pool.submit(used, scenes, neighbours[3])
         everybody_waits(scenes, neighbours[3], 2)
-        spans.gate.set()
+        reader.gate.set()
         with pytest.raises(StorageUnavailableError):
             waiting.result()
         ahead.result()
-    load(scenes, *neighbours)
-    assert spans.reads == [keys(*neighbours)]  # not asked again before somebody needs a scene and gets it
+    prefetch(scenes, *neighbours)
+    assert reader.reads == [keys(*neighbours)]  # not asked again before somebody needs a scene and gets it
     assert used(scenes, neighbours[4]) == neighbours[4][1].aoi
-    load(scenes, *neighbours)
-    assert spans.reads[1:] == [keys(neighbours[4]), keys(*neighbours[:4])]
+    prefetch(scenes, *neighbours)
+    assert reader.reads[1:] == [keys(neighbours[4]), keys(*neighbours[:4])]
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
@@ -304,12 +310,12 @@ def test_damage_among_neighbours_is_read_again_and_costs_none_of_the_others(
         path.unlink()
     else:
         path.write_bytes(data if harm == "flipped" else data[: entry.offset + 100])
-    spans = Watched(open_storage(tmp_path))
-    scenes = scenes_of(spans, neighbours, 5, quarantine=True)
-    load(scenes, *neighbours)
+    reader = Watched(open_storage(tmp_path))
+    scenes = scenes_of(reader, neighbours, 5, quarantine=True)
+    prefetch(scenes, *neighbours)
     lost = {"flipped": neighbours[2:3], "cut": neighbours[2:], "gone": neighbours}[harm]
-    assert spans.reads == [keys(*neighbours)]
-    assert spans.refetched == (0 if harm == "gone" else 2 * len(lost))  # and each of them by itself
+    assert reader.reads == [keys(*neighbours)]
+    assert reader.refetched == (0 if harm == "gone" else 2 * len(lost))  # and each of them by itself
     assert scenes.quarantined.keys() == {entry.key for _, entry in lost}
     for place in neighbours:
         assert nothing(scenes, place) == (place in lost)
@@ -333,7 +339,7 @@ def test_quarantine_is_told_once_and_remembered(
     caplog.set_level(logging.WARNING)
     damaged.gate.clear()
     with ThreadPoolExecutor(12) as pool:
-        ahead = [pool.submit(load, scenes, places[0]) for _ in range(6)]
+        ahead = [pool.submit(prefetch, scenes, places[0]) for _ in range(6)]
         everybody_waits(scenes, places[0], 1)  # who reads ahead waits for nobody
         calls = [pool.submit(nothing, scenes, places[0]) for _ in range(6)]
         everybody_waits(scenes, places[0], 7)
@@ -349,7 +355,7 @@ def test_quarantine_is_told_once_and_remembered(
     assert used(scenes, places[1]) == places[1][1].aoi
 
 
-def nothing(scenes: Scenes, place: Place) -> bool:
+def nothing(scenes: SceneCache, place: Place) -> bool:
     with scenes.use(*place) as scene:
         return scene is None
 
@@ -358,22 +364,24 @@ def test_damage_stops_whoever_asks_and_names_the_scene(damaged: Watched, places:
     scenes = scenes_of(damaged, places, 2)
     shard, entry = places[0]
     for _ in range(2):
-        with pytest.raises(DamagedError) as told:
+        with pytest.raises(CorruptedError) as told:
             used(scenes, places[0])
         for name in (f"/{shard.name}", repr(entry.key), repr(entry.aoi)):
             assert name in str(told.value)
     assert scenes.quarantined == {}
 
 
-def test_a_store_that_does_not_answer_is_no_damage(spans: Watched, places: list[Place]) -> None:
-    scenes = scenes_of(spans, places, 2, quarantine=True)
-    spans.errors = [StorageUnavailableError("away")]
+def test_a_store_that_does_not_answer_is_no_damage(reader: Watched, places: list[Place]) -> None:
+    scenes = scenes_of(reader, places, 2, quarantine=True)
+    reader.errors = [StorageUnavailableError("away")]
     with pytest.raises(StorageUnavailableError):
         used(scenes, places[0])
     assert used(scenes, places[0]) == places[0][1].aoi
 
 
-@pytest.mark.parametrize(("error", "kind"), [(NotFoundError, DamagedError), (BucketNotFoundError, BucketNotFoundError)])
+@pytest.mark.parametrize(
+    ("error", "kind"), [(NotFoundError, CorruptedError), (BucketNotFoundError, BucketNotFoundError)]
+)
 def test_a_shard_that_is_gone_is_damage_and_a_bucket_is_not(
     places: list[Place], shards: dict[int, str], monkeypatch: pytest.MonkeyPatch, error: type[Exception], kind: type
 ) -> None:
@@ -383,8 +391,8 @@ def test_a_shard_that_is_gone_is_damage_and_a_bucket_is_not(
         raise error("is gone")
 
     monkeypatch.setattr(type(storage), "read_into", gone)
-    with pytest.raises(NotFoundError if kind is BucketNotFoundError else DamagedError, match="is gone") as told:
-        Spans(storage, None).read(*places[0], memoryview(bytearray(places[0][1].size)))
+    with pytest.raises(NotFoundError if kind is BucketNotFoundError else CorruptedError, match="is gone") as told:
+        SampleReader(storage, None).read(*places[0], memoryview(bytearray(places[0][1].size)))
     assert type(told.value) is kind
 
 
@@ -392,8 +400,8 @@ def test_a_shard_that_is_gone_is_damage_and_a_bucket_is_not(
 def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_for(
     shards: dict[int, str], neighbours: list[Place]
 ) -> None:
-    places, spans = neighbours, Watched(open_storage(shards[1]))
-    scenes = scenes_of(spans, places, 0, threads=1)
+    places, reader = neighbours, Watched(open_storage(shards[1]))
+    scenes = scenes_of(reader, places, 0, threads=1)
     assert scenes.capacity == 2
 
     def work(seed: int) -> int:
@@ -402,7 +410,7 @@ def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_
         for number in draw.integers(len(places), size=60):
             if draw.random() < 0.3:
                 first = draw.integers(len(places))
-                load(scenes, *places[first : first + draw.integers(1, 4)])
+                prefetch(scenes, *places[first : first + draw.integers(1, 4)])
             with scenes.use(*places[number]) as scene:
                 assert isinstance(scene, WholeScene)
                 before = name_of(scene), int(scene.images[0].sum())
@@ -414,4 +422,4 @@ def test_more_threads_than_there_is_memory_for_hang_not_and_see_what_they_asked_
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(8))) == [60] * 8
-    assert any("+" in read for read in spans.reads)
+    assert any("+" in read for read in reader.reads)

@@ -15,7 +15,7 @@ from models.registry import ENCODERS, HEADS, build_model
 from pipeline.config import RunConfig
 from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.batches import Batch, StoredBatch, to_batch
-from pipeline.data.chips import Layout, Variant, make_window
+from pipeline.data.chips import ChipLayout, Variant, make_window
 from pipeline.data.dataset import CPU
 from pipeline.evaluation.evaluate import METHODS, evaluate_run
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan, rank_slots
@@ -74,6 +74,7 @@ def test_a_run_over_a_busy_store_takes_the_same_steps_and_shows_what_it_cost(
     assert column(disturbed, "chips", "batches.csv") == column(quiet, "chips", "batches.csv")
     tried = [float(value) for value in column(disturbed, "data/retries")]
     assert tried[-1] > float(column(quiet, "data/retries")[-1])
+    assert set(column(disturbed, "store/retries")) == {"0.0"}  # the run folder is on this machine's disk
     assert max(float(wait) for wait in column(disturbed, "time/data_wait_seconds")) > 0
     for folder in ("rank-0", "aggregate"):
         assert scalars(disturbed / "events" / folder, "data/retries") == tried
@@ -223,7 +224,7 @@ def test_blank_chips_have_gradients_that_weigh_nothing(encoder: str, head: str, 
     """Nothing times what is no number would be no number."""
     torch.manual_seed(0)
     network = build_model(ModelConfig(encoder, head, hidden=8, revisits=2)).train()
-    blank = Layout((2, 3, 16, 16), (3, 50, 50), torch.uint16, 3e-5)
+    blank = ChipLayout((2, 3, 16, 16), (3, 50, 50), torch.uint16, 3e-5)
     stored = StoredBatch(blank, 1)
     stored.begin([0], [Variant(make_window(0, 0, 3.125), 0, False, 1)])
     stored.put(0, None)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME, SUFFIXES, Index
-from sharding.format.sample import DamagedError, aoi_of, decode_sample, key_of, read_sample
+from sharding.format.sample import aoi_of, decode_sample, fetch_sample, key_of
 from sharding.prepare.options import SampleOptions
-from sharding.storage import open_storage
+from sharding.storage import CorruptedError, open_storage
 from tests.sharding.conftest import Dataset
 
 
@@ -122,7 +122,7 @@ def test_an_unknown_split_is_refused(dataset: Dataset) -> None:
 
 def test_a_span_decodes_to_the_contract(dataset: Dataset) -> None:
     for shard, entry in dataset.index.samples("train"):
-        sample = read_sample(dataset.storage, shard, entry)
+        sample = fetch_sample(dataset.storage, shard, entry)
         assert (sample.lr.shape, sample.lr.dtype) == ((8, 3, 160, 160), "uint16")
         assert (sample.clm.shape, sample.clm.dtype) == ((8, 1, 160, 160), "uint8")
         assert (sample.hr.shape, sample.hr.dtype) == ((3, 500, 500), "uint16")
@@ -133,22 +133,22 @@ def test_a_span_decodes_to_the_contract(dataset: Dataset) -> None:
 
 def test_any_changed_byte_is_noticed_and_the_aoi_named(dataset: Dataset) -> None:
     shard, entry = dataset.index.samples("val")[0]
-    span = dataset.storage.read_range(shard.name, entry.offset, entry.size)
-    for position in (0, 600, len(span) // 2, len(span) - 1):
-        changed = bytearray(span)
+    data = dataset.storage.read_range(shard.name, entry.offset, entry.size)
+    for position in (0, 600, len(data) // 2, len(data) - 1):
+        changed = bytearray(data)
         changed[position] ^= 1
-        with pytest.raises(DamagedError, match="CRC-32") as caught:
+        with pytest.raises(CorruptedError, match="CRC-32") as caught:
             decode_sample(entry, bytes(changed))
         assert entry.aoi in str(caught.value)
         assert entry.key in str(caught.value)
-    with pytest.raises(DamagedError, match="the index says"):
-        decode_sample(entry, span[:-1])
+    with pytest.raises(CorruptedError, match="the index says"):
+        decode_sample(entry, data[:-1])
 
 
 def test_a_shard_that_is_gone_is_named(dataset: Dataset) -> None:
     shard, entry = dataset.index.samples("val")[0]
-    with pytest.raises(DamagedError, match=r"gone\.tar"):
-        read_sample(dataset.storage, dataclasses.replace(shard, name="gone.tar"), entry)
+    with pytest.raises(CorruptedError, match=r"gone\.tar"):
+        fetch_sample(dataset.storage, dataclasses.replace(shard, name="gone.tar"), entry)
 
 
 def test_pickles_in_a_member_are_not_loaded(dataset: Dataset) -> None:
@@ -159,13 +159,13 @@ def test_pickles_in_a_member_are_not_loaded(dataset: Dataset) -> None:
 
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    span = buffer.getvalue()
-    spans = {suffix: (0, len(span)) for suffix in SUFFIXES}
+    data = buffer.getvalue()
+    ranges = {suffix: (0, len(data)) for suffix in SUFFIXES}
     entry = dataclasses.replace(
-        dataset.index.samples("val")[0][1], size=len(span), crc32=zlib.crc32(span), members=spans
+        dataset.index.samples("val")[0][1], size=len(data), crc32=zlib.crc32(data), members=ranges
     )
-    with pytest.raises(DamagedError, match="pickled objects"):
-        decode_sample(entry, span)
+    with pytest.raises(CorruptedError, match="pickled objects"):
+        decode_sample(entry, data)
 
 
 @given(st.text(min_size=1))

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.sharding_memory import watch
 from benchmarks.trees import plant
 from sharding.format.index import INDEX_NAME, SPLITS
-from sharding.format.sample import read_sample
+from sharding.format.sample import fetch_sample
 from sharding.format.statistics import VALUES
 from sharding.prepare.options import SampleOptions
 from sharding.run.build import ShardTask, build_shard
@@ -52,7 +52,7 @@ def test_the_index_holds_no_digest_of_a_source_file(dataset: Dataset) -> None:
         digest
         for split in SPLITS
         for pair in dataset.index.samples(split)
-        for digest in read_sample(dataset.storage, *pair).meta["sources"].values()  # type: ignore[attr-defined]
+        for digest in fetch_sample(dataset.storage, *pair).meta["sources"].values()  # type: ignore[attr-defined]
     ]
     assert len(digests) > 200
     assert not any(digest in text for digest in digests)

@@ -14,7 +14,7 @@ import webdataset
 
 from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME, SPLITS, Index
-from sharding.format.sample import Sample, decode_sample, read_sample
+from sharding.format.sample import Sample, decode_sample, fetch_sample
 from sharding.prepare.options import STEP, SampleOptions
 from sharding.run.dataset import Report
 from sharding.run.dataset import shard_folder as run_sharding
@@ -39,7 +39,7 @@ def shard_folder(folder: Path, output: Storage, options: ShardOptions, **more: o
 def samples(storage: Storage, index: Index) -> Iterator[Sample]:
     for split in SPLITS:
         for shard, entry in index.samples(split):
-            yield read_sample(storage, shard, entry)
+            yield fetch_sample(storage, shard, entry)
 
 
 def test_chips_equal_the_golden_ones_after_a_round_trip(shared: Path, output: Storage) -> None:
@@ -113,7 +113,7 @@ def test_headers_are_ustar_and_tell_nothing_of_the_writer(dataset: Dataset) -> N
 
 
 def test_statistics_are_those_of_the_training_split(dataset: Dataset) -> None:
-    train = [read_sample(dataset.storage, *pair) for pair in dataset.index.samples("train")]
+    train = [fetch_sample(dataset.storage, *pair) for pair in dataset.index.samples("train")]
     for name in ("lr", "hr", "pan"):
         pixels = np.concatenate(
             [np.moveaxis(getattr(s, name), -3, 0).reshape(getattr(s, name).shape[-3], -1) for s in train], axis=1

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import logging
+import pickle
 import random
 import re
 import time
@@ -22,6 +23,7 @@ from urllib3 import HTTPResponse
 from cluster.local.objectstore import ObjectStore
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage, retries
 from sharding.storage.options import MIB, StorageOptions
+from sharding.storage.retries import RetryCounter
 from sharding.storage.s3 import client as s3_requests
 from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.read import READS, read_range
@@ -156,6 +158,20 @@ def test_a_continuation_begins_at_the_byte_that_was_reached(proxy: FaultProxy, s
     assert storage.retries.by_reason() == {"IncompleteReadError": 1}
 
 
+def test_each_storage_counts_its_own_retries(proxy: FaultProxy, storage: Storage, tmp_path: Path) -> None:
+    """A child counts with the storage that it came of; a pickled copy, as another process gets, by itself."""
+    other, folder = open_storage(storage.uri), open_storage(tmp_path)
+    proxy.faults = Faults(busy=1.0, times=2)
+    storage.child("a").write("x", DATA)
+    proxy.faults = Faults()
+    for reader in (other, folder):
+        reader.write("y", DATA)
+        assert reader.read("y") == DATA
+    assert [counted.retries.total for counted in (storage, storage.child("b"), other, folder)] == [2, 2, 0, 0]
+    assert pickle.loads(pickle.dumps(storage)).retries.total == 0  # noqa: S301
+    assert pickle.loads(pickle.dumps(folder)).read("y") == DATA  # noqa: S301
+
+
 def test_a_listing_that_is_cut_is_asked_for_again(proxy: FaultProxy, storage: Storage) -> None:
     storage.write("x", DATA)
     proxy.requests.clear()
@@ -203,6 +219,7 @@ class Answers:
 
     def __init__(self, *bodies: bytes) -> None:
         self.bodies = list(bodies)
+        self.retries = RetryCounter()
 
     def send(self, operation: str, **request: str) -> dict[str, object]:
         raw = HTTPResponse(io.BytesIO(self.bodies.pop(0)), preload_content=False)
@@ -218,6 +235,7 @@ def test_a_range_that_arrives_with_its_checksum_is_compared() -> None:
     assert read_range(cast(Bucket, bucket), "x", "x", 0, buffer) == len(DATA)
     assert buffer == DATA
     assert bucket.bodies == []
+    assert bucket.retries.by_reason() == {"CorruptedError": 1}
     with pytest.raises(CorruptedError, match="x does not match the checksum"):
         read_range(cast(Bucket, Answers(*[damaged] * READS)), "x", "x", 0, buffer)
 

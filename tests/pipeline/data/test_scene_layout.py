@@ -1,8 +1,8 @@
-"""What is held of a scene: chips that were cut when it was read are those that a whole scene gives."""
+"""Layouts of scenes in memory: chips that were cut when it was read are those that a whole scene gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,14 +10,15 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset
-from pipeline.data.chips import Layout, StoredChips, Window, chip_window, make_window
-from pipeline.data.scene_layout import Cut, Form, Whole
+from pipeline.data.chips import ChipLayout, StoredChips, Window, chip_window, make_window
+from pipeline.data.scene_layout import CutScenes, SceneLayout, WholeScenes
 from sharding.format.index import SampleEntry
+from sharding.storage import Fill
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_a_layout_is_one_stretch_a_chip(dtype: str) -> None:
-    layout = Layout((2, 3, 5, 5), (3, 16, 16), getattr(torch, dtype), 1)
+    layout = ChipLayout((2, 3, 5, 5), (3, 16, 16), getattr(torch, dtype), 1)
     memory = torch.zeros(4, layout.chip_bytes, dtype=torch.uint8)
     item = np.dtype(dtype).itemsize
     assert layout.chip_bytes == (2 * 3 * 25 + 4 * 256) * item
@@ -27,7 +28,7 @@ def test_a_layout_is_one_stretch_a_chip(dtype: str) -> None:
     assert found == [0, *(4 * item * count for count in (150, 768, 256))]
 
 
-Taken = tuple[ChipDataset, SampleEntry, list[Window], Callable[[memoryview], None]]
+Taken = tuple[ChipDataset, SampleEntry, list[Window], Fill]
 
 
 @pytest.fixture
@@ -36,22 +37,20 @@ def taken(shards: dict[int, str]) -> Taken:
     dataset = ChipDataset(shards[3], "train", DataConfig())
     shard, entry = dataset.index.samples("train")[1]
 
-    def read(span: memoryview) -> None:
-        assert dataset.storage.read_into(shard.name, entry.offset, span) == entry.size
-
-    return dataset, entry, [chip_window(chip, dataset.scale) for chip in range(9)], read
+    fill = partial(dataset.storage.read_into, shard.name, entry.offset)
+    return dataset, entry, [chip_window(chip, dataset.scale) for chip in range(9)], fill
 
 
-def blank(layout: Layout, chips: int) -> StoredChips:
+def blank(layout: ChipLayout, chips: int) -> StoredChips:
     return StoredChips(layout, torch.zeros(chips, layout.chip_bytes, dtype=torch.uint8))
 
 
 def test_chips_cut_ahead_are_those_of_a_whole_scene(taken: Taken) -> None:
-    dataset, entry, windows, read = taken
-    forms: list[Form] = [Whole(entry.size), Cut(dataset.layout, windows, entry.size + 100)]
+    dataset, entry, windows, fill = taken
+    layouts: list[SceneLayout] = [WholeScenes(entry.size), CutScenes(dataset.layout, windows, entry.size + 100)]
     given = []
-    for form in forms:
-        scene = form.read(entry, np.zeros(form.bytes, np.uint8), read)
+    for layout in layouts:
+        scene = layout.read(entry, np.zeros(layout.scene_bytes, np.uint8), fill)
         chips = blank(dataset.layout, 9)
         for number, window in enumerate(windows):
             scene.copy(window, chips, number)
@@ -63,29 +62,29 @@ def test_chips_cut_ahead_are_those_of_a_whole_scene(taken: Taken) -> None:
 
 
 def test_a_window_that_was_not_cut_is_not_another_one(taken: Taken) -> None:
-    dataset, entry, windows, read = taken
-    form = Cut(dataset.layout, windows, entry.size)
-    scene = form.read(entry, np.zeros(form.bytes, np.uint8), read)
+    dataset, entry, windows, fill = taken
+    layout = CutScenes(dataset.layout, windows, entry.size)
+    scene = layout.read(entry, np.zeros(layout.scene_bytes, np.uint8), fill)
     with pytest.raises(KeyError):
         scene.copy(make_window(1, 2, dataset.scale), blank(dataset.layout, 1), 0)
 
 
 def test_a_read_that_fails_leaves_its_buffer_to_the_next(taken: Taken) -> None:
-    dataset, entry, windows, read = taken
-    form = Cut(dataset.layout, windows, entry.size)
+    dataset, entry, windows, fill = taken
+    layout = CutScenes(dataset.layout, windows, entry.size)
     buffers = set()
 
-    def broken(span: memoryview) -> None:
-        buffers.add(np.frombuffer(span, np.uint8).ctypes.data)
+    def broken(buffer: memoryview) -> int:
+        buffers.add(np.frombuffer(buffer, np.uint8).ctypes.data)
         raise OSError("cut off")
 
-    def whole(span: memoryview) -> None:
-        buffers.add(np.frombuffer(span, np.uint8).ctypes.data)
-        read(span)
+    def whole(buffer: memoryview) -> int:
+        buffers.add(np.frombuffer(buffer, np.uint8).ctypes.data)
+        return fill(buffer)
 
-    memory = np.zeros(form.bytes, np.uint8)
+    memory = np.zeros(layout.scene_bytes, np.uint8)
     for _ in range(2):
         with pytest.raises(OSError, match="cut off"):
-            form.read(entry, memory, broken)
-    form.read(entry, memory, whole)
+            layout.read(entry, memory, broken)
+    layout.read(entry, memory, whole)
     assert len(buffers) == 1
