@@ -11,7 +11,7 @@ from models.config import ModelConfig
 from models.registry import ENCODERS, HEADS, all_pairs
 from pipeline.evaluation.catalogue import cells, entry
 
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def test_the_page_has_a_line_for_each_model_and_stage() -> None:
