@@ -120,6 +120,22 @@ def test_a_diverged_network_still_takes_a_kernel() -> None:
     assert module.reserved_NXY.tolist() == [3, 5]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("published", [False, True])
+def test_images_that_are_no_numbers_take_the_smallest_kernels(value: float, published: bool) -> None:
+    # The loop finds a loss that is none a step or two later; until then the network must run.
+    model = head(published=published, kernel_freeze_step=2)
+    for step in range(4):
+        model.at_step(step)
+        lr, pan = torch.rand(2, 1, 2, 6, 6), torch.rand(2, 1, 8, 8)
+        lr[0, 0, 1, 3, 3] = value if step else 0.5
+        fused = model(lr, pan).fused
+        fused.sum().backward()
+        assert fused.isnan().any() == (step > 0)
+        if step == 1:
+            assert {tuple(module.reserved_NXY.tolist()) for module in adaptive_convs(model)} == {(3, 3)}
+
+
 def test_evaluation_uses_the_stored_kernel_unless_published() -> None:
     for follows_batch in (False, True):
         module, x = conv(follows_batch=follows_batch), image(1, 4, 5, 6)
