@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,39 @@ def bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize [B, C, h, w] to ``size`` (H, W): half-pixel centres, edges clamped, no antialiasing."""
     if tuple(image.shape[-2:]) == size:
         return image
-    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return cast(Tensor, _bilinear(image, *size)) if torch.compiler.is_compiling() else _interpolate(image, *size)
+
+
+def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
+
+
+@torch.library.custom_op("satfusion::bilinear", mutates_args=())
+def _bilinear(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize in one piece in a compiled graph too.
+
+    PyTorch 2.13 takes it to pieces there, whose gradient is an ``index_put`` that its CPU code ran after what reads the
+    result: all gradients before a blur came to zero (github.com/pytorch/pytorch/issues/185509 is of the same kind).
+    """
+    return _interpolate(image, height, width)
+
+
+@_bilinear.register_fake
+def _(image: Tensor, height: int, width: int) -> Tensor:
+    return _interpolate(image, height, width)
+
+
+def _keep_size(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    ctx.size = inputs[0].shape
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    backward = torch.ops.aten.upsample_bilinear2d_backward
+    return backward(grad, grad.shape[-2:], ctx.size, False, None, None), None, None
+
+
+_bilinear.register_autograd(_differentiate, setup_context=_keep_size)
+_bilinear.register_autocast("cpu", torch.float32)  # as PyTorch does outside of a graph
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

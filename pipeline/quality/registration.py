@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from pipeline.quality.constants import CPU, constant
 from sharding.errors import UserError, nearest
 
 Mode = Literal["centred", "published"]
@@ -74,34 +75,37 @@ def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", prefere
     size = min(prediction.shape[-2:])
     if size <= 2 * HALF_WIDTH:
         raise UserError(f"images of {size} px are too small to register: {2 * HALF_WIDTH + 1} px is the least")
-    kernels = shift_kernels(mode)
+    kernels = _kernels(target, mode)
     crop = HALF_WIDTH if mode == "centred" else PUBLISHED_CROP
     height, width = (length - 2 * HALF_WIDTH for length in prediction.shape[-2:])
     cropped = prediction[..., crop : crop + height, crop : crop + width]
-    search = _search_centred if mode == "centred" else _search_published
-    mse = search(cropped.detach(), target.detach(), kernels)
-    steps = target.new_tensor(STEPS)
+    mse = cast(Tensor, _search(cropped.detach(), target.detach(), mode))
+    steps = _steps(target.device).to(target.dtype)
     squared_length = (steps.square().unsqueeze(1) + steps.square()).flatten()
     weighed = mse * (1 + preference * squared_length).unsqueeze(1)
     index = weighed.argmin(dim=0)
     if mode == "centred":
         index = torch.where(mse[CENTRE] <= weighed.amin(dim=0), CENTRE, index)
     rows, columns = index // len(STEPS), index % len(STEPS)
-    kernels = kernels.to(target)
     shifted = _filter_each(_filter_each(target, kernels[rows], -2), kernels[columns], -1)
     shift = torch.stack([steps[rows], steps[columns]], dim=1)
     return Registered(cropped, shifted, shift, index, mse)
 
 
-def shift_kernels(mode: Mode) -> Tensor:
+def _steps(device: torch.device) -> Tensor:
+    """Return ``STEPS`` [9], float64; from a range, which a device makes itself."""
+    half = len(STEPS) // 2
+    return torch.arange(-half, half + 1, dtype=torch.float64, device=device) / 2
+
+
+def shift_kernels(mode: Mode, device: torch.device = CPU) -> Tensor:
     """Return the taps [9, 11] of every shift: tap m of shift t weighs the pixel m - 5, seen from t."""
     if mode not in MODES:
         raise UserError(f"registration = {mode!r} is unknown{nearest(mode, MODES)}")
-    taps = torch.arange(-HALF_WIDTH, HALF_WIDTH + 1)
-    distance = taps - torch.tensor(STEPS, dtype=torch.float64).unsqueeze(1)
+    distance = torch.arange(-HALF_WIDTH, HALF_WIDTH + 1, device=device) - _steps(device).unsqueeze(1)
     if mode == "published":
         # In float32 whatever the images are, pi included: that is what the published figures rest on.
-        u = torch.tensor(math.pi, dtype=torch.float32) * distance.float() + PUBLISHED_OFFSET
+        u = math.pi * distance.float() + PUBLISHED_OFFSET
         return LOBES * u.sin() * (u / LOBES).sin() / u.square()
     kernel = torch.sinc(distance) * torch.sinc(distance / LOBES) * (distance.abs() < LOBES)
     # sin(pi n) is not quite 0 in floating point; whole shifts must move pixels and leave them as they are.
@@ -109,25 +113,48 @@ def shift_kernels(mode: Mode) -> Tensor:
     return kernel / kernel.sum(dim=1, keepdim=True)
 
 
-@torch.no_grad()
-def _search_centred(prediction: Tensor, target: Tensor, kernels: Tensor) -> Tensor:
-    """Return the mean squared error of every shift [81, B].
+TAPS: dict[Mode, list[list[float]]] = {mode: shift_kernels(mode).tolist() for mode in MODES}
+"""The kernels of :func:`shift_kernels` as numbers of the host: read off a tensor, they would split a compiled graph."""
+
+
+@constant
+def _kernels(device: torch.device, mode: Mode) -> Tensor:
+    return shift_kernels(mode, device)
+
+
+@torch.library.custom_op("satfusion::registration_search", mutates_args=())
+def _search(prediction: Tensor, target: Tensor, mode: str) -> Tensor:
+    """Return the mean squared error of every shift [81, B], without a graph.
+
+    One operator to ``torch.compile``: as 300 to 2000 of them the search takes minutes to compile, and it rounds, hence
+    chooses between near ties, as it does without.
+    """
+    return _search_centred(prediction, target) if mode == "centred" else _search_published(prediction, target)
+
+
+@_search.register_fake
+def _(prediction: Tensor, target: Tensor, mode: str) -> Tensor:
+    return prediction.new_empty(len(STEPS) ** 2, len(prediction))
+
+
+def _search_centred(prediction: Tensor, target: Tensor) -> Tensor:
+    """Search by centred kernels.
 
     Half a pixel is the same kernel wherever it lies, and whole pixels need none: four images (moved by half a
     pixel down, right, both and not at all) hold all 81 shifted targets as windows. One window at a time: its
     difference stays in the processor's cache, which that of a row of windows does not.
     """
     height, width = prediction.shape[-2:]
-    half_pixel = [tap for tap in kernels[STEPS.index(0.5)].tolist() if tap != 0]
-    mse = prediction.new_empty(len(prediction), len(STEPS), len(STEPS))
+    half_pixel = [tap for tap in TAPS["centred"][STEPS.index(0.5)] if tap != 0]
+    errors: dict[tuple[int, int], Tensor] = {}
     for odd_row, rows in enumerate(_phases(target, half_pixel, -2)):
         for odd_column, image in enumerate(_phases(rows, half_pixel, -1)):
             for row in range(image.shape[-2] - height + 1):
                 for column in range(image.shape[-1] - width + 1):
                     window = image.narrow(-2, row, height).narrow(-1, column, width)
                     error = (window - prediction).square_().mean(dim=(1, 2, 3))
-                    mse[:, 2 * row + odd_row, 2 * column + odd_column] = error
-    return mse.flatten(1).T.contiguous()
+                    errors[2 * row + odd_row, 2 * column + odd_column] = error
+    return torch.stack([errors[shift] for shift in sorted(errors)])
 
 
 def _phases(image: Tensor, half_pixel: list[float], axis: int) -> tuple[Tensor, Tensor]:
@@ -138,13 +165,12 @@ def _phases(image: Tensor, half_pixel: list[float], axis: int) -> tuple[Tensor, 
     return image.narrow(axis, HALF_WIDTH - reach, length + 2 * reach), moved
 
 
-@torch.no_grad()
-def _search_published(prediction: Tensor, target: Tensor, kernels: Tensor) -> Tensor:
-    """Return the mean squared error of every shift [81, B]; these kernels have nothing in common."""
+def _search_published(prediction: Tensor, target: Tensor) -> Tensor:
+    """Search by published kernels, which have nothing in common."""
     errors = []
-    for row_taps in kernels.tolist():
+    for row_taps in TAPS["published"]:
         rows = _correlate(target, row_taps, -2)
-        for column_taps in kernels.tolist():
+        for column_taps in TAPS["published"]:
             shifted = _correlate(rows, column_taps, -1)
             errors.append(shifted.sub_(prediction).square_().mean(dim=(1, 2, 3)))
     return torch.stack(errors)

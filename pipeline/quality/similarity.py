@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.quality.constants import constant
+
 SSIM_SIGMA = 1.5
 """Width of SSIM's Gaussian, pixels."""
 
@@ -31,8 +33,8 @@ def ssim_map(a: Tensor, b: Tensor, taps: int, *, mirror: bool, epsilon: float = 
     Returns:
         The map [B, C, H, W].
     """
-    rows = _gaussian_matrix(a.shape[-2], taps, mirror).to(a)
-    columns = _gaussian_matrix(a.shape[-1], taps, mirror).to(a).T
+    rows = _gaussian_matrix(a, a.shape[-2], taps, mirror)
+    columns = _gaussian_matrix(a, a.shape[-1], taps, mirror).T
     moments = rows @ torch.stack([a, b, a * a, b * b, a * b]) @ columns
     mean_a, mean_b, aa, bb, ab = moments.unbind()
     variances = aa - mean_a**2 + bb - mean_b**2
@@ -48,19 +50,21 @@ def spectral_cosine(a: Tensor, b: Tensor) -> Tensor:
     return ((a * b).sum(dim=1) / (norms + 1e-8)).clamp(-1, 1)
 
 
-def _gaussian_matrix(size: int, taps: int, mirror: bool) -> Tensor:
-    """Return the [size, size] matrix that averages along an axis, border rule included (float64, CPU).
+@constant
+def _gaussian_matrix(device: torch.device, size: int, taps: int, mirror: bool) -> Tensor:
+    """Return the [size, size] matrix that averages along an axis, border rule included (float64).
 
     A product with it is differentiated by a product, where depthwise convolutions of one channel are slow.
     """
     half = taps // 2
-    offsets = torch.arange(-half, half + 1)
+    offsets = torch.arange(-half, half + 1, device=device)
     kernel = torch.exp(-0.5 * (offsets.double() / SSIM_SIGMA) ** 2)
     kernel = kernel / kernel.sum()
-    source = torch.arange(size).unsqueeze(1) + offsets
+    source = torch.arange(size, device=device).unsqueeze(1) + offsets
     inside = (source >= 0) & (source < size)
     if mirror:
         source = (size - 1) - ((size - 1) - source.abs()).abs()
         inside = torch.ones_like(inside)
     weights = torch.where(inside, kernel.expand_as(source), 0.0)
-    return torch.zeros(size, size, dtype=torch.float64).scatter_add(1, source.clamp(0, size - 1), weights)
+    matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+    return matrix.scatter_add(1, source.clamp(0, size - 1), weights)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.heads.arconv import adaptive
 from models.heads.arconv.adaptive import AdaptiveConv, sample_taps
+from models.heads.arconv.head import adaptive
 from models.registry import build_model, check_sizes
 from models.satfusion import SatFusion
 
@@ -119,6 +119,22 @@ def test_a_diverged_network_still_takes_a_kernel() -> None:
     nn.init.constant_(module.height[-1].bias, math.nan)
     assert module(image(1, 4, 5, 6)).isnan().all()
     assert module.reserved_NXY.tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("published", [False, True])
+def test_images_that_are_no_numbers_take_the_smallest_kernels(value: float, published: bool) -> None:
+    # The loop finds a loss that is none a step or two later; until then the network must run.
+    model = head(published=published, kernel_freeze_step=2)
+    for step in range(4):
+        model.at_step(step)
+        lr, pan = torch.rand(2, 1, 2, 6, 6), torch.rand(2, 1, 8, 8)
+        lr[0, 0, 1, 3, 3] = value if step else 0.5
+        fused = model(lr, pan).fused
+        fused.sum().backward()
+        assert fused.isnan().any() == (step > 0)
+        if step == 1:
+            assert {tuple(module.reserved_NXY.tolist()) for module in adaptive_convs(model)} == {(3, 3)}
 
 
 def test_evaluation_uses_the_stored_kernel_unless_published() -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.heads.pan_mamba import scan
-from models.heads.pan_mamba.scan import FORWARD_FLOPS, Plan, selective_scan
+from models.heads.pan_mamba.head import scan
+from models.heads.pan_mamba.scan import BACKWARD_FLOPS, FORWARD_FLOPS, Plan, selective_scan
 
 
 def step_by_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -135,45 +134,109 @@ def test_shapes_and_work_are_known_without_computing() -> None:
     assert backward.get_total_flops() > forward.get_total_flops()
 
 
-def test_the_fused_scan_gets_sequences_with_the_channels_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = arguments(2, 5, dtype=torch.float32)
-    expected = selective_scan(*inputs)
-    monkeypatch.setattr(scan, "_fused_scan", lambda *_: fused_step_by_step)
-    torch.testing.assert_close(selective_scan(*inputs), expected)
+class FusedKernels(ModuleType):
+    """Stands in for the extension of mamba_ssm, by the scan of this repository: u [B, c, n], B and C [B, 1, k, n]."""
+
+    def __init__(self) -> None:
+        super().__init__("selective_scan_cuda")
+        self.calls: list[str] = []
+
+    def _given(self, call: str, *tensors: Tensor) -> list[Tensor]:
+        self.calls.append(call)
+        assert {value.dtype for value in tensors} == {torch.float32}
+        assert all(value.stride(-1) == 1 or value.shape[-1] == 1 for value in tensors)
+        return [value.squeeze(1).mT.contiguous() for value in tensors]
+
+    def fwd(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: None, bias: None, softplus: bool
+    ) -> list[Tensor]:
+        assert (z, bias, softplus) == (None, None, False)
+        x, steps, writes, reads = self._given("fwd", u, delta, B, C)
+        states = u.new_full((*u.shape[:2], -(-u.shape[2] // scan.FUSED_CHUNK), 2 * A.shape[1]), 7.0)
+        return [scan.chunked_scan(x, steps, A, writes, reads, D).mT.contiguous(), states]
+
+    def bwd(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: None, bias: None, grad: Tensor,
+        states: Tensor, out: None, grad_z: None, softplus: bool, recompute: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
+        assert (z, bias, out, grad_z, softplus, recompute) == (None, None, None, None, False, False)
+        assert (states == 7).all()
+        x, steps, writes, reads, grad = self._given("bwd", u, delta, B, C, grad)
+        kept = scan._scan(x, steps, A, writes, reads)[1]
+        grad_x, grad_steps, grad_A, grad_B, grad_C = scan._scan_backward(grad, x, steps, A, writes, reads, kept)
+        grad_B, grad_C = (value.mT.contiguous().unsqueeze(1) for value in (grad_B, grad_C))
+        grad_x = (grad_x + D * grad).mT.contiguous()
+        return [grad_x, grad_steps.mT.contiguous(), grad_A, grad_B, grad_C, (grad * x).sum((0, 1)), None]
 
 
-def fused_step_by_step(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_softplus: bool = False
-) -> Tensor:
-    """As ``selective_scan_fn`` of mamba_ssm: u and delta [B, c, n], B and C [B, k, n]."""
-    assert not delta_softplus
-    return step_by_step(u.mT, delta.mT, A, B.mT, C.mT, D).mT
-
-
-def test_the_fused_scan_is_taken_on_cuda_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def selective_scan_fn(u: Tensor, *others: Tensor) -> Tensor:
-        calls.append((u.shape, {value.dtype for value in (u, *others)}))
-        return torch.empty_like(u)
-
-    module = ModuleType("mamba_ssm.ops.selective_scan_interface")
-    module.selective_scan_fn = selective_scan_fn  # type: ignore[attr-defined]
-    for name in ("mamba_ssm", "mamba_ssm.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedKernels]:
+    """Put the stand-in where the extension would be, and the CPU where CUDA would be."""
+    module = FusedKernels()
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    scan._import_fused.cache_clear()
-    with FakeTensorMode():
-        for device, dtype in itertools.product(("cpu", "cuda"), (torch.bfloat16, torch.float32, torch.float64)):
-            inputs = [torch.empty(value.shape, device=device, dtype=dtype) for value in arguments(2, 5)]
-            y = selective_scan(*inputs)
-            assert (y.shape, y.dtype, y.device.type) == ((2, 5, 3), dtype, device)
-    scan._import_fused.cache_clear()
-    assert calls == [((2, 3, 5), {torch.float32})] * 2
+    monkeypatch.setattr(scan, "FUSED_DEVICE", "cpu")
+    scan._tried_mamba.cache_clear()
+    yield module
+    scan._tried_mamba.cache_clear()
+
+
+def values_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    y = function(*inputs)
+    weight = torch.rand(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y.dtype)
+    return [y, *torch.autograd.grad(y, inputs, weight)]
+
+
+@pytest.mark.parametrize("tokens", [5, 2049])
+def test_the_fused_scan_gets_what_it_wants_and_gives_the_same(kernels: FusedKernels, tokens: int) -> None:
+    inputs = arguments(2, tokens, dtype=torch.float32)
+    for ours, expected in zip(
+        values_and_gradients(selective_scan, inputs), values_and_gradients(scan.chunked_scan, inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+    assert kernels.calls == ["fwd", "bwd"]
+
+
+def test_the_fused_scan_is_one_operator_of_a_compiled_graph(kernels: FusedKernels) -> None:
+    torch._dynamo.reset()
+    inputs = arguments(2, 37, dtype=torch.float32)
+
+    def twice(x: Tensor, *others: Tensor) -> Tensor:
+        return selective_scan(selective_scan(x, *others), *others)
+
+    compiled = torch.compile(twice, fullgraph=True, dynamic=False, backend="aot_eager")
+    for ours, expected in zip(values_and_gradients(compiled, inputs), values_and_gradients(twice, inputs), strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert kernels.calls == ["fwd", "fwd", "bwd", "bwd"] * 2
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_fused_operator_keeps_its_promises() -> None:
+    x, delta, A, B, C, D = (value.detach() for value in arguments(2, 37, dtype=torch.float32))
+    inputs = [value.mT.contiguous() if value.ndim == 3 else value for value in (x, delta, A, B, C, D)]
+    torch.library.opcheck(scan._fused_scan, [value.requires_grad_() for value in inputs])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_fused_scan_counts_the_same_work() -> None:
+    with FlopCounterMode(display=False) as counter:
+        values_and_gradients(selective_scan, arguments(2, 50, dtype=torch.float32))
+    assert counter.get_total_flops() == (FORWARD_FLOPS + BACKWARD_FLOPS) * 2 * 50 * 3 * 2
+
+
+def test_the_fused_scan_is_taken_on_cuda_in_float32(kernels: FusedKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "FUSED_DEVICE", "cuda")
+    types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    taken = {(d, t) for d in ("cpu", "cuda") for t in types if scan._is_fused(d, torch.promote_types(t, torch.float32))}
+    assert taken == {("cuda", t) for t in types[:3]}
+
+
+def test_a_type_that_is_widened_comes_back(kernels: FusedKernels) -> None:
+    y = selective_scan(*(value.detach().bfloat16() for value in arguments(2, 5)))
+    assert (y.shape, y.dtype, kernels.calls) == ((2, 5, 3), torch.bfloat16, ["fwd"])
 
 
 def test_without_mamba_ssm_cuda_takes_the_same_scan_as_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
-    scan._import_fused.cache_clear()
-    assert scan._fused_scan("cuda", torch.float32) is None
-    scan._import_fused.cache_clear()
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
+    scan._tried_mamba.cache_clear()
+    assert not scan._is_fused("cuda", torch.float32)
+    scan._tried_mamba.cache_clear()

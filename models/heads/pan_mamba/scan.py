@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -32,7 +29,11 @@ BACKWARD_FLOPS = 20
 
 LOG2_E = 1 / math.log(2)
 
-FusedScan = Callable[..., Tensor]
+FUSED_DEVICE = "cuda"
+"""Where mamba_ssm's scan runs."""
+
+FUSED_CHUNK = 2048
+"""Tokens between two of the states that it keeps for its backward pass."""
 
 
 def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -60,10 +61,10 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     u, delta, A, B, C, D = (value.to(wide) for value in (x, delta, A, B, C, D))
-    fused = _fused_scan(x.device.type, wide)
-    if fused is None:
+    if not _is_fused(x.device.type, wide):
         return chunked_scan(u, delta, A, B, C, D).to(x.dtype)
-    return fused(u.mT, delta.mT, A, B.mT, C.mT, D).mT.to(x.dtype)
+    u, delta, B, C = (value.mT.contiguous() for value in (u, delta, B, C))
+    return cast(Tensor, _fused_scan(u, delta, A, B, C, D)[0]).mT.to(x.dtype)
 
 
 def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -71,42 +72,32 @@ def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: T
     return cast(Tensor, _scan(x, delta, A, B, C)[0]) + D * x
 
 
-def _fused_scan(device: str, dtype: torch.dtype) -> FusedScan | None:
-    """Return mamba_ssm's scan if it is there and can take such tensors."""
-    return _import_fused() if device == "cuda" and dtype == torch.float32 else None
+def _is_fused(device: str, dtype: torch.dtype) -> bool:
+    """Return whether mamba_ssm's scan is there and can take such tensors."""
+    return device == FUSED_DEVICE and dtype == torch.float32 and _has_mamba()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_mamba() -> bool:
+    return _tried_mamba()
 
 
 @functools.cache
-def _import_fused() -> FusedScan | None:
-    """Return ``selective_scan_fn(u, delta, A, B, C, D)``, whose sequences are [batch, c, n]."""
+def _tried_mamba() -> bool:
     try:
-        return import_mamba()
+        import_mamba()
     except ImportError:
-        return None
+        return False
+    return True
 
 
-def import_mamba() -> FusedScan:
-    """Import mamba_ssm's scan; without the rest of the package where that cannot be imported.
+def import_mamba() -> Any:
+    """Import the kernels of mamba_ssm alone: the package imports language models and the libraries they need.
 
     Raises:
         ImportError: It is not installed, or not built for this Python and PyTorch.
     """
-    name, package = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm"
-    try:
-        module = importlib.import_module(name)
-    except Exception:
-        # The package as a whole imports language models and their libraries, which may fail with any error.
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.submodule_search_locations is None:
-            raise
-        bare = ModuleType(package)
-        bare.__path__ = list(spec.submodule_search_locations)
-        sys.modules[package] = bare
-        try:
-            module = importlib.import_module(name)
-        finally:
-            del sys.modules[package]
-    return cast(FusedScan, module.selective_scan_fn)
+    return importlib.import_module("selective_scan_cuda")
 
 
 @dataclass(frozen=True)
@@ -317,18 +308,64 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 
 
 _scan.register_autograd(_differentiate, setup_context=_keep)
-for _op in (_scan, _scan_backward):
+
+
+@torch.library.custom_op("satfusion::fused_scan", mutates_args=())
+def _fused_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y [batch, c, n] of mamba_ssm, and what its backward pass needs, [batch, c, chunks, 2 k].
+
+    One operator to ``torch.compile``, which cannot see into the extension. ``u`` and ``delta`` are [batch, c, n], ``B``
+    and ``C`` [batch, k, n], all contiguous.
+    """
+    y, states = import_mamba().fwd(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, None, None, False)[:2]
+    return y, states
+
+
+@torch.library.custom_op("satfusion::fused_scan_backward", mutates_args=())
+def _fused_scan_backward(
+    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of u, delta, A, B, C and D from that of y."""
+    B, C = B.unsqueeze(1), C.unsqueeze(1)
+    # Without gate, bias of the steps, result before the gate and room for the gate's gradient; no softplus.
+    grads = import_mamba().bwd(u, delta, A, B, C, D, None, None, grad, states, None, None, False, False)
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D = grads[:6]
+    return grad_u, grad_delta, grad_A, grad_B.squeeze(1), grad_C.squeeze(1), grad_D
+
+
+@_fused_scan.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    batch, channels, tokens = u.shape
+    return u.new_empty(u.shape), u.new_empty(batch, channels, -(-tokens // FUSED_CHUNK), 2 * A.shape[1])
+
+
+@_fused_scan_backward.register_fake
+def _(
+    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u, delta, A, B, C, D = (value.new_empty(value.shape) for value in (u, delta, A, B, C, D))
+    return u, delta, A, B, C, D
+
+
+def _differentiate_fused(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    return cast(tuple[Tensor, ...], _fused_scan_backward(grad.contiguous(), *ctx.saved_tensors))
+
+
+_fused_scan.register_autograd(_differentiate_fused, setup_context=_keep)
+for _op in (_scan, _scan_backward, _fused_scan, _fused_scan_backward):
     for _device in ("cpu", "cuda"):
         _op.register_autocast(_device, torch.float32)
 
 
-@register_flop_formula(torch.ops.satfusion.selective_scan)
+@register_flop_formula([torch.ops.satfusion.selective_scan, torch.ops.satfusion.fused_scan])
 def _forward_flops(x: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any) -> int:
-    return FORWARD_FLOPS * x[0] * x[1] * A[0] * A[1]
+    return FORWARD_FLOPS * math.prod(x) * A[1]
 
 
-@register_flop_formula(torch.ops.satfusion.selective_scan_backward)
+@register_flop_formula([torch.ops.satfusion.selective_scan_backward, torch.ops.satfusion.fused_scan_backward])
 def _backward_flops(
     grad: Sequence[int], x: Sequence[int], delta: Sequence[int], A: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return BACKWARD_FLOPS * x[0] * x[1] * A[0] * A[1]
+    return BACKWARD_FLOPS * math.prod(x) * A[1]
