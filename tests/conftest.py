@@ -92,17 +92,20 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 @pytest.fixture(scope="session")
 def dataset_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Four training AOIs, one to validate, one to test."""
-    from tests.datasets import TWO_A_SHARD, make_dataset
+    from tests.datasets import TWO_A_SHARD, made_once, make_dataset
 
-    return make_dataset(tmp_path_factory.mktemp("dataset"), TWO_A_SHARD, hr_side=264)
+    return str(made_once(tmp_path_factory, "dataset", lambda folder: make_dataset(folder, TWO_A_SHARD, hr_side=264)))
 
 
 @pytest.fixture(scope="session")
 def small_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Six other AOIs, split as those of `dataset_uri` and two a shard too, in a fifth of the pixels."""
-    from tests.datasets import SMALL_TWO_A_SHARD, make_dataset
+    from tests.datasets import SMALL_TWO_A_SHARD, made_once, make_dataset
 
-    return make_dataset(tmp_path_factory.mktemp("small-dataset"), SMALL_TWO_A_SHARD, revisits=2, hr_side=80)
+    def make(folder: Path) -> None:
+        make_dataset(folder, SMALL_TWO_A_SHARD, revisits=2, hr_side=80)
+
+    return str(made_once(tmp_path_factory, "small-dataset", make))
 
 
 @pytest.fixture(scope="session")
