@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,4 +237,16 @@ def _load_cpu_op() -> None:
     with (folder / "satfusion.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
-        builder.load()
+        with _own_tools_first():
+            builder.load()
+
+
+@contextlib.contextmanager
+def _own_tools_first() -> Iterator[None]:
+    """Let this environment's ninja be found before the system's: each compiles again what another version compiled."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
