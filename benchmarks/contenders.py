@@ -15,7 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig, fusion_loss
-from pipeline.training.engine import use_tf32
+from pipeline.training.engine import compiled, use_tf32
 from pipeline.training.engines import make_engine
 from pipeline.world import World
 
@@ -77,7 +77,7 @@ class Ours:
         self.engine = make_engine(network, config, BatchPlan.create(size, 0, world.size), world)
         self._loss: Callable[..., object] = fusion_loss
         if config.compile:
-            self._loss = torch.compile(fusion_loss, dynamic=False, fullgraph=True)
+            self._loss = compiled(fusion_loss)
         self._compiled, self._taken = config.compile, 0
 
     def forward(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from models.config import ModelConfig
 from models.contracts import Encoder, Head, Size
 
 REFINEMENT_WIDTH = 64
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The layout with the channels last, by the number of axes."""
 
 
 class Fusion(NamedTuple):
@@ -131,6 +134,17 @@ class SatFusion(nn.Module):
         if self.head.adds_input:
             msif = ms + msif
         return Fusion(fused=msif, mfif=None, msif=msif)
+
+    @torch.no_grad()
+    def channels_last(self) -> Self:
+        """Lay the weights out with the channels last, in place, and return the model.
+
+        ``to(memory_format=torch.channels_last)`` refuses the 3-D convolutions of RAMS.
+        """
+        for parameter in self.parameters():
+            if parameter.ndim in CHANNELS_LAST:
+                parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.ndim])
+        return self
 
     def _check(self, lr: Tensor, pan: Tensor) -> None:
         bands = self.config.bands

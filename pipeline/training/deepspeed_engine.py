@@ -26,7 +26,6 @@ from pipeline.training.engine import (
     ForwardPass,
     TrainState,
     clip_gradients,
-    lay_out,
     make_adam,
     make_moments,
     plain_state,
@@ -97,7 +96,8 @@ class DeepSpeedEngine:
             model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
         )
         # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
-        lay_out(network, config)
+        if config.channels_last:
+            network.channels_last()
         self._grad_norm = torch.zeros((), device=world.device)
         self._make_moments(state.step if state is not None else 0)
         if state is not None and state.step > 0:

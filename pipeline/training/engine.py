@@ -66,10 +66,10 @@ class Engine(Protocol):
         ...
 
 
-def lay_out(network: nn.Module, config: TrainConfig) -> None:
-    """Lay the weights out in memory as ``config`` asks; images follow at the first convolution."""
-    if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def compiled(function: Any) -> Any:
+    """Return ``function`` compiled as one graph of fixed shapes."""
+    # Without the reordering, which has let inductor read a gradient before it was written (torch 2.13).
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"reorder_for_peak_memory": False})
 
 
 def make_adam(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
@@ -120,7 +120,7 @@ class ForwardPass(nn.Module):
         self.network = network
         self._device_type = device_type
         self._bf16 = config.precision == "bf16"
-        self._compiled: Any = torch.compile(self._fuse, dynamic=False, fullgraph=True) if config.compile else None
+        self._compiled: Any = compiled(self._fuse) if config.compile else None
 
     def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
         """Return the images that the network has: the result, then those of its stages."""

@@ -36,7 +36,7 @@ from pipeline.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.training.engine import use_tf32
+from pipeline.training.engine import compiled, use_tf32
 from pipeline.training.engines import make_engine
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.resume import CONFIG_FILE, find_checkpoint, order_state
@@ -131,7 +131,7 @@ class Trainer:
         self.engine = make_engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
         self.loss: Callable[..., LossParts] = fusion_loss
         if config.train.compile:
-            self.loss = torch.compile(fusion_loss, dynamic=False, fullgraph=True)
+            self.loss = compiled(fusion_loss)
         self.values = StepValues(world, config.train.log_every)
         self._all_count = config.data.damaged == "stop"
         self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)

@@ -15,7 +15,6 @@ from pipeline.training.engine import (
     ForwardPass,
     TrainState,
     clip_gradients,
-    lay_out,
     make_adam,
     make_moments,
     plain_state,
@@ -38,7 +37,8 @@ class TorchEngine:
         """Wrap ``network``; the arguments are those of `pipeline.training.engine.make_engine`."""
         if state is not None:
             network.load_state_dict(state.weights)
-        lay_out(network, config)
+        if config.channels_last:
+            network.channels_last()
         self._network = network
         self._clip_norm, self._accum = config.clip_norm, plan.grad_accum
         self._micro_steps = 0

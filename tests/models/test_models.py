@@ -125,6 +125,23 @@ def test_highresnet_lets_the_unpaired_revisit_pass_or_as_published_fills_up_with
     torch.testing.assert_close(published.encoder(lr, pan), fuse(fuse(filled))[:, 0])
 
 
+@pytest.mark.parametrize(("encoder", "head"), STAGES)
+def test_channels_last_computes_the_same(encoder: str, head: str) -> None:
+    results = []
+    for last in (False, True):
+        model = small(encoder, head, kernel_freeze_step=0).double()
+        model.at_step(0)
+        lr, pan = (x.double() for x in inputs(pan=(12, 15)))
+        if last:
+            model.channels_last()
+            lr = lr.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, lr.shape[:2])
+        fused = model(lr, pan).fused
+        fused.square().sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        results.append(torch.cat([fused.detach().flatten(), *gradients]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
 def test_shrinking_blurs_first() -> None:
     checkerboard = (torch.arange(40).view(-1, 1) + torch.arange(40)).remainder(2).float().view(1, 1, 40, 40)
     ramp = torch.arange(40.0).expand(1, 1, 40, 40) / 40
