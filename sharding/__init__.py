@@ -1,6 +1,6 @@
-"""From rasters to published shards, and the ground that the other packages stand on: storage, errors, progress.
+"""Dataset making: rasters to published shards. Also the base of the other packages: storage, errors, progress.
 
 It imports nothing of ours. Data passes `sources` -> `prepare` -> `format`, driven by `run`; `pipeline` and `cluster`
-import `storage`, `format`, `errors` and `progress`, the command line everything. `arguments` makes a dataclass's fields
-options of the command line.
+import `storage`, `format`, `errors` and `progress`; the command line imports everything. `arguments` turns the fields
+of a dataclass into options of the command line.
 """

@@ -1,12 +1,12 @@
-"""Options written once: a field of a frozen dataclass is an argument of the command line, or a key of a job's file.
+"""Options written once: fields of a frozen dataclass as arguments of the command line and as keys of a job's file.
 
-Name, type, choices (a `Literal`) and default of an argument are the field's, and the first sentence of the field's
-docstring is its help. What these cannot say stands in the field's ``metadata``:
+An argument takes name, type, choices (a `Literal`) and default from the field, and its help from the first sentence of
+the field's docstring. The field's ``metadata`` holds the rest:
 
-- ``option``: the name on the command line, where it is not the field's
-- ``metavar``: what stands for the value in the help; by default the choices, or N for a number
-- ``parse``: turns the text into a value; by default the field's type
-- ``unit``: how many of the field's units are one on the command line, for example MB of a field in bytes
+- ``option``: the name on the command line, if it differs from the field's
+- ``metavar``: the placeholder of the value in the help; by default the choices, or N for a number
+- ``parse``: the function that converts the text to a value; by default the field's type
+- ``unit``: the field's units per unit of the command line: 1,000,000 for a field in bytes and an option in MB
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def add_options(parser: argparse._ActionsContainer, kind: type[DataclassInstance
             usual = f"{{{','.join(choices)}}}" if choices else "N"
             parse = more.get("parse", str if choices else hint)
             values = {"type": _scaled(parse, unit), "metavar": more.get("metavar", usual)}
-        # Without a default: the dataclass has it.
+        # No default here: the dataclass has it.
         values |= {"dest": item.name, "default": argparse.SUPPRESS, "required": item.default is MISSING}
         parser.add_argument(_option_of(item), help=text.replace("%", "%%"), **values)
 
 
 def read_options(kind: type[T], values: Mapping[str, object]) -> T:
-    """Build a dataclass, and those in it, from the arguments that were given: ``vars()`` of a parsed namespace.
+    """Build a dataclass and its nested dataclasses from the given arguments: ``vars()`` of a parsed namespace.
 
     Raises:
-        UserError: from the dataclass, which names the argument that cannot be.
+        UserError: From the dataclass, which names the invalid argument.
     """
     found: dict[str, Any] = {}
     for item, hint in _typed_fields(kind):
@@ -66,10 +66,10 @@ def read_options(kind: type[T], values: Mapping[str, object]) -> T:
 
 
 def from_table(kind: type[T], table: Mapping[str, Any]) -> T:
-    """Build a dataclass, and those in it, from the table that `dataclasses.asdict` and JSON made of it.
+    """Build a dataclass and its nested dataclasses from the output of `dataclasses.asdict`, also after JSON.
 
     Raises:
-        UserError: naming a key that is no field, or from the dataclass.
+        UserError: For a key that is not a field (it names the key), or from the dataclass.
     """
     hints = {item.name: hint for item, hint in _typed_fields(kind)}
     for name in table:
@@ -82,7 +82,7 @@ def check_choices(options: DataclassInstance) -> None:
     """Compare each field whose type is a `Literal` with its choices.
 
     Raises:
-        UserError: naming the option, its value and the choices.
+        UserError: For another value; it names the option, the value and the choices.
     """
     for item, hint in _typed_fields(type(options)):
         value, choices = getattr(options, item.name), _choices(hint)
@@ -92,7 +92,7 @@ def check_choices(options: DataclassInstance) -> None:
 
 @functools.cache
 def _typed_fields(kind: type[DataclassInstance]) -> tuple[tuple[Field[Any], Any], ...]:
-    """Return the fields with their types; of ``X | None``, X."""
+    """Return the fields with their types; for ``X | None``, the type is X."""
     hints = typing.get_type_hints(kind)
     return tuple((item, _without_none(hints[item.name])) for item in fields(kind))
 
@@ -116,7 +116,7 @@ def _option_of(item: Field[Any]) -> str:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """Return a value of JSON as its field's type."""
+    """Convert a JSON value to its field's type."""
     if _is_nested(hint):
         return from_table(hint, value)
     if value is not None and (hint is Path or typing.get_origin(hint) is tuple):
@@ -145,7 +145,7 @@ def _shown(default: Any, unit: int) -> str:
 
 
 def _first_sentences(kind: type[DataclassInstance]) -> dict[str, str]:
-    """Return the first sentence of each field's docstring, which Python keeps in the source alone."""
+    """Return the first sentence of each field's docstring, which Python keeps only in the source."""
     (body,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(body, ast.ClassDef)
     found = {}

@@ -39,13 +39,13 @@ def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "shard",
         help="make a dataset of WebDataset shards from WorldStrat rasters",
         description="Prepare every AOI of a WorldStrat folder, or of its zips in place, and write shards and an index "
-        "to a folder or bucket. The same command resumes after an interruption, and repairs what is damaged.",
+        "to a folder or bucket. The same command resumes after an interruption and repairs damaged shards.",
     )
     add_options(verb, ShardJob)
     add_options(verb, ShardOptions)
     sample = verb.add_argument_group("samples")
     add_options(sample, SampleOptions)
-    sample.add_argument("--native", action="store_true", help="keep the sources' grids, whose sizes differ")
+    sample.add_argument("--native", action="store_true", help="keep the grids of the sources; their sizes differ")
     add_options(verb.add_argument_group("splits and shards"), PlanOptions)
     add_options(verb.add_argument_group("s3:// output"), StorageOptions)
     verb.set_defaults(run=lambda args: run_shard(shard_job(args)))
@@ -58,21 +58,23 @@ def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Compare every shard's size and SHA-256 with the index. Status 1 if anything differs.",
     )
     verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
-    verb.add_argument("--deep", action="store_true", help="decode each sample too, and compare some with --input")
+    verb.add_argument("--deep", action="store_true", help="also decode each sample, and compare some with --input")
     verb.add_argument("--input", type=Path, metavar="DIR", help="with --deep: prepare some AOIs again and compare")
-    verb.add_argument("--num-aois", type=int, default=5, metavar="N", help="how many of them (default: %(default)s)")
-    verb.add_argument("--seed", type=int, default=0, metavar="N", help="which of them (default: %(default)s)")
+    verb.add_argument(
+        "--num-aois", type=int, default=5, metavar="N", help="number of these AOIs (default: %(default)s)"
+    )
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of their choice (default: %(default)s)")
     verb.set_defaults(run=run_verify)
 
 
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "inspect",
-        help="print what a dataset holds, and draw a contact sheet",
-        description="Print splits, shards, statistics and skipped AOIs of a dataset, or all of one AOI.",
+        help="print the contents of a dataset, and draw a contact sheet",
+        description="Print splits, shards, statistics and skipped AOIs of a dataset, or the details of one AOI.",
     )
     verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
-    verb.add_argument("--aoi", metavar="NAME", help="print and draw this one alone")
+    verb.add_argument("--aoi", metavar="NAME", help="print and draw only this AOI")
     verb.add_argument("--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
     verb.set_defaults(run=run_inspect)
 
@@ -80,18 +82,20 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "download",
-        help="fetch WorldStrat's published files, and resume where it broke off",
-        description="Fetch files of WorldStrat v1.1 (https://zenodo.org/records/15382551) and check their SHA-256. "
+        help="download WorldStrat's published files; resumes after an interruption",
+        description="Download files of WorldStrat v1.1 (https://zenodo.org/records/15382551) and check their SHA-256. "
         "After an interruption the same command resumes.",
     )
-    verb.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder, made where there is none")
+    verb.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder; created if it does not exist")
     verb.add_argument(
         "--only",
         default=",".join(DEFAULT_KEYS),
         metavar="LIST",
-        help="of metadata, split, hr (41 GB), l2a (25 GB), l1c (26 GB; only when asked for); default: %(default)s",
+        help="of metadata, split, hr (41 GB), l2a (25 GB), l1c (26 GB; only if named); default: %(default)s",
     )
-    verb.add_argument("--mirror", metavar="URL", help="http(s):// folder with the same file names, not Zenodo")
+    verb.add_argument(
+        "--mirror", metavar="URL", help="http(s):// folder with the same file names, used instead of Zenodo"
+    )
     verb.set_defaults(run=run_download)
 
 
@@ -106,7 +110,7 @@ def shard_job(args: argparse.Namespace) -> ShardJob:
     """Return the arguments of `shard` as typed options.
 
     Raises:
-        UserError: naming the one that cannot be.
+        UserError: For an invalid argument; it names the argument.
     """
     given = vars(args)
     if given["native"]:
@@ -117,8 +121,8 @@ def shard_job(args: argparse.Namespace) -> ShardJob:
 
 
 def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
-    """Run `shard` and report; ``runner`` builds the shards elsewhere than in processes of this machine."""
-    # Before the rest, which loads torch here: other processes load it at the same time.
+    """Run `shard` and print its report; ``runner`` builds the shards in place of processes of this machine."""
+    # First: the worker processes load torch while the imports below load it here.
     runner = runner or processes(job.workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1))
     # Here, not above: every other verb must run without rasterio.
     from sharding.run.dataset import shard_folder
@@ -134,10 +138,10 @@ def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Run `verify`."""
-    from sharding.run.verify import verify  # needs rasterio, which other verbs must do without
+    from sharding.run.verify import verify  # needs rasterio, and other verbs must run without it
 
     if args.input and not args.deep:
-        raise UserError("--input is compared by --deep alone: add it, or leave --input out")
+        raise UserError("--input needs --deep: add --deep, or drop --input")
     if args.num_aois < 1:
         raise UserError(f"--num-aois {args.num_aois} is too small: the least is 1")
     found = verify(open_storage(args.uri), args.deep, args.input, args.num_aois, args.seed)
@@ -169,5 +173,5 @@ def _write_report(path: Path, report: Report) -> None:
         path.write_text(json.dumps(report.to_json(), indent=1, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"cannot write --report {path} ({error.strerror}): the dataset is whole; give a writable file"
+            f"cannot write --report {path} ({error.strerror}): the dataset is complete; give a writable file"
         ) from error

@@ -1,4 +1,4 @@
-"""What goes wrong and is nobody's bug: the user can mend it, or an AOI cannot become a sample."""
+"""Errors that are not bugs: the user can correct the cause, or an AOI cannot become a sample."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ Reason = Literal[
     "degenerate",
     "too-cloudy",
 ]
-"""Why an AOI is left out, in the order in which an AOI is looked at."""
+"""Reason why an AOI is skipped, in the order of the checks."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that names the file or option, the value and the remedy.
+    """Error of the user's input. The message is one sentence that names the file or option, the value and the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """
 
 
 class UnusableError(Exception):
-    """An AOI cannot become a sample.
+    """Error of an AOI that cannot become a sample.
 
     Attributes:
-        reason: a short code for the index.
-        detail: what was met, in words.
+        reason: Short code for the index.
+        detail: The finding, in words.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(reason, detail)  # both, so that it can be sent from a worker process
+        super().__init__(reason, detail)  # both, so that it can be pickled by a worker process
         self.reason: Reason = reason
         self.detail = detail
 

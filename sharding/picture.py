@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-# Reflectance a little under white: most land lies below 0.3, and clouds may clip.
+# Just below white: most land lies below a reflectance of 0.3, and clouds may clip.
 HIGH_PERCENTILE = 98.0
 MARGIN = 6
 LABEL_HEIGHT = 16
@@ -19,19 +19,19 @@ Tile = tuple[str, NDArray[np.uint8]]
 
 
 def to_rgb8(image: NDArray[np.floating], low: float = 0.0, high: float | None = None) -> NDArray[np.uint8]:
-    """Stretch an image to 8 bits for the eye.
+    """Stretch an image to 8 bits for display.
 
     Args:
-        image: [3, H, W] as red, green, blue, or [1, H, W], which becomes grey.
-        low: the value that becomes black.
-        high: the value that becomes white; None takes the 98th percentile of the finite values. Tiles to be
-            compared need the same number.
+        image: [3, H, W] as red, green, blue, or [1, H, W], shown as grey.
+        low: Value that becomes black.
+        high: Value that becomes white; None takes the 98th percentile of the finite values. Tiles that are
+            compared need the same value.
 
     Returns:
         [H, W, 3], with a gamma of 1/1.4 that lifts the dark land surfaces. NaN becomes black.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: For another shape.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"to_rgb8 takes [3, H, W] or [1, H, W], got {list(image.shape)}")
@@ -52,15 +52,15 @@ def sheet(rows: Sequence[Sequence[Tile]], *, tile_size: int | None = None) -> Im
     """Lay out rows of labelled tiles on a dark sheet.
 
     Args:
-        rows: each a list of (label, uint8 image [H, W, 3]); rows may differ in length.
-        tile_size: the longer side in px that every tile is scaled to (nearest pixel, so that coarse images
-            look coarse); None keeps each tile as it is.
+        rows: Lists of (label, uint8 image [H, W, 3]); rows may differ in length.
+        tile_size: Longer side of every tile after scaling, px (nearest pixel when enlarged, so that coarse images
+            look coarse); None does not scale.
 
     Returns:
         The sheet as an RGB image.
 
     Raises:
-        ValueError: when there is no tile at all.
+        ValueError: If there is no tile.
     """
     drawn = [[(label, _scaled(Image.fromarray(pixels), tile_size)) for label, pixels in row] for row in rows]
     if not any(drawn):
@@ -82,7 +82,7 @@ def sheet(rows: Sequence[Sequence[Tile]], *, tile_size: int | None = None) -> Im
 
 
 def _fitted(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten a label to its tile's width, so that it does not run into the next one."""
+    """Shorten a label to the width of its tile, so that labels do not overlap."""
     while label and font.getlength(label) > width:
         label = label[:-2] + "…" if len(label) > 2 else ""
     return label

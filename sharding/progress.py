@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, else a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tqdm import tqdm
 
 LOG_EVERY_S = 15.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """A context manager that is told of finished work."""
+    """Context manager that counts finished work."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start the clock."""
         ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End."""
+        """Show the result."""
         ...
 
     def update(self, n: int = 1, **fields: object) -> None:
-        """Count ``n`` more units; ``fields`` (such as ``loss=0.1``) are shown beside the rate."""
+        """Add ``n`` finished units; show ``fields`` (such as ``loss=0.1``) beside the rate."""
         ...
 
 
@@ -37,14 +37,14 @@ def progress(total: int, label: str, unit: str, *, initial: int = 0, every_s: fl
     """Show work of ``total`` units with its rate and the time left.
 
     Args:
-        total: units to be done.
-        label: what is being done, such as ``"sharding"``.
-        unit: one unit's name, such as ``"AOI"``.
-        initial: units that were done before; the rate does not count them.
-        every_s: seconds between log lines, where standard error is no terminal.
+        total: Units of work.
+        label: Name of the work, such as ``"sharding"``.
+        unit: Name of one unit, such as ``"AOI"``.
+        initial: Units that were finished before; the rate does not count them.
+        every_s: Seconds between log lines, if standard error is not a terminal.
 
     Returns:
-        A context manager; call its ``update(n, **fields)`` as units are done.
+        A context manager; call its ``update(n, **fields)`` when units are finished.
     """
     if sys.stderr.isatty():
         return _Bar(total, label, unit, initial)
@@ -52,7 +52,7 @@ def progress(total: int, label: str, unit: str, *, initial: int = 0, every_s: fl
 
 
 class _Bar:
-    """A tqdm bar."""
+    """Progress as a tqdm bar."""
 
     def __init__(self, total: int, label: str, unit: str, initial: int) -> None:
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", initial=initial, dynamic_ncols=True)
@@ -72,7 +72,7 @@ class _Bar:
 
 
 class _Lines:
-    """Log lines at most every few seconds, and one at the end."""
+    """Progress as log lines: at most one every few seconds, and one at the end."""
 
     def __init__(self, total: int, label: str, unit: str, initial: int, every_s: float) -> None:
         self._total, self._label, self._unit, self._every_s = total, label, unit, every_s
@@ -98,7 +98,7 @@ class _Lines:
             self._log(None)
 
     def _log(self, end: str | None) -> None:
-        """Log one line; ``end`` says how the work ended, None that it goes on."""
+        """Log one line; ``end`` is the outcome of the work, or None while it runs."""
         seconds = time.monotonic() - self._start
         rate = (self._done - self._initial) / seconds if seconds > 0 else 0.0
         if end is None:
@@ -107,7 +107,7 @@ class _Lines:
         else:
             when = f"{end} {tqdm.format_interval(seconds)}"
         fields = "".join(f", {name}={value}" for name, value in self._fields.items())
-        log.info(
+        logger.info(
             "%s: %d/%d %s, %.3g %s/s, %s%s",
             self._label, self._done, self._total, self._unit, rate, self._unit, when, fields,
         )  # fmt: skip

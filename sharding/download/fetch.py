@@ -1,8 +1,8 @@
-"""One file from an HTTP server: resumed where it broke off, and given its name only when it is complete.
+"""Download of one file from an HTTP server: it resumes, and the file gets its final name only when it is complete.
 
-Bytes go to ``<name>.part``; ``<name>.part.json`` says which version of the file they are from. Both stay after a
-failure or an interruption, and the next call resumes from them. Failures are retried as those of a store are, by
-`sharding.storage.retries`. A message says "Zenodo" or "the mirror": a mirror's address may be private.
+Bytes go to ``<name>.part``; ``<name>.part.json`` names the version of the file that they belong to. Both stay after
+a failure or an interruption, and the next call resumes from them. `sharding.storage.retries` retries failures, as it
+does for a store. A message says "Zenodo" or "the mirror": a mirror's address may be private.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from sharding.errors import UserError
 from sharding.progress import progress
 from sharding.storage import LocalStorage, retries
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
-"""Seconds without a byte after which a request has failed."""
+"""Seconds without a byte after which a request times out."""
 KNOWN_S = 300.0
-"""Seconds without progress after which a server that has answered is given up; `retries.FIRST_CONTACT_S` before."""
+"""Seconds without progress before retries end, for a server that has answered; else `retries.FIRST_CONTACT_S`."""
 PROGRESS_BYTES = 1 << 20
-"""Bytes beyond all earlier attempts that make an attempt count as progress."""
+"""Bytes that an attempt must add to all earlier ones to count as progress."""
 _BLOCK, _MB, _MOST_REDIRECTS = 1 << 20, 10**6, 10
-# Zenodo asks programs to say who they are, and slows down anonymous Python clients.
+# Zenodo asks programs to identify themselves, and throttles anonymous Python clients.
 _USER_AGENT = "satfusion (https://zenodo.org/records/15382551)"
-# Retries and redirects are decided here, and bytes are stored as they come, up to where they end.
+# This module decides retries and redirects. It stores bytes as they arrive, even if the body ends early.
 _PLAIN: Mapping[str, Any] = dict(
     retries=False, redirect=False, preload_content=False, decode_content=False, enforce_content_length=False
 )
-# Like any 5xx: the same request may succeed later.
+# Retried like any 5xx: the same request may succeed later.
 _BUSY_STATUSES = {408, 425, 429}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -54,18 +54,18 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 @dataclass
 class Server:
-    """Files below the URL ``origin``; ``query`` ends each file's URL, and messages say ``name``."""
+    """Server of the files below the URL ``origin``; ``query`` ends each file's URL, and messages use ``name``."""
 
     origin: str
     name: str
     query: str = ""
     answered: bool = False
-    """Whether it ever answered, even if it refused."""
+    """True once it has answered, even with a refusal."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One content of a remote file. Another origin may have the same content under another ETag."""
+    """One version of a remote file. Another origin may serve the same content with another ETag."""
 
     origin: str
     size: int
@@ -73,7 +73,7 @@ class Version:
 
 
 class FailedError(Exception):
-    """A request that may succeed when it is sent again, after ``asked_s`` seconds if the server asked for a pause."""
+    """Failure of a request that is worth a retry, after ``asked_s`` seconds if the server asked for a pause."""
 
     def __init__(self, reason: str, asked_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -81,22 +81,22 @@ class FailedError(Exception):
 
 
 def part_path(target: Path) -> Path:
-    """Return where the bytes of an incomplete file are."""
+    """Return the path of an incomplete file's bytes."""
     return target.with_name(f"{target.name}.part")
 
 
 def fetch(server: Server, target: Path, sha256: str) -> None:
-    """Fetch the file of ``target``'s name into it, from where an earlier call ended; its folder exists.
+    """Download the file named like ``target`` to ``target``, or resume its download. The folder must exist.
 
     Raises:
-        UserError: The server refuses or does not answer, the file is another one, the disk is full, or another process
-            fetches the same file. The bytes stay, except when the digest is wrong.
+        UserError: The server refuses or does not answer, the digest is wrong, the disk is full, or another process
+            downloads the same file. The bytes stay, unless the digest is wrong.
     """
     with _explained(target), _locked(target) as file:
         part = _Part(server, target, file)
         part.complete()
         file.flush()
-        os.fsync(file.fileno())  # It may fail, and then what is there must still be a part.
+        os.fsync(file.fileno())  # It may fail; then the file must still be a part.
         if (digest := part.digest.hexdigest()) == sha256:
             part.path.replace(target)
         else:
@@ -110,10 +110,10 @@ def fetch(server: Server, target: Path, sha256: str) -> None:
 
 
 class _Part:
-    """The bytes of a file that are here, their digest, and the version that they are from."""
+    """The received bytes of a file, their digest, and the version that they belong to."""
 
     def __init__(self, server: Server, target: Path, file: BinaryIO) -> None:
-        """Take over what an earlier call left; bytes of an unknown version are dropped."""
+        """Load the part of an earlier call; drop bytes of an unknown version."""
         self.server, self.name, self.path, self.file = server, target.name, part_path(target), file
         self.folder, self.note = LocalStorage(target.parent), f"{self.path.name}.json"
         self.version: Version | None = None
@@ -131,13 +131,13 @@ class _Part:
         self.length, self.digest = 0, hashlib.sha256()
 
     def complete(self) -> None:
-        """Request the rest of the file until all of it is here, or retries end."""
+        """Request the rest of the file until it is complete or retries end."""
         attempts, furthest = retries.Attempts(self.name), self.length
         while self.version is None or self.length < self.version.size:
             try:
                 self._receive()
             except FailedError as error:
-                # A server that always sends from byte 0 and breaks off makes no progress, however much it sends.
+                # A server that always starts from byte 0 and then fails makes no progress, however much it sends.
                 if self.length >= furthest + PROGRESS_BYTES:
                     attempts.progressed()
                     furthest = self.length
@@ -150,7 +150,7 @@ class _Part:
                 attempts.pause(last, str(error), KNOWN_S if known else retries.FIRST_CONTACT_S, error.asked_s)
 
     def _receive(self) -> None:
-        """Request the rest once; FailedError where not all of it arrives."""
+        """Request the rest once; FailedError if it does not all arrive."""
         headers, known = {"User-Agent": _USER_AGENT}, self.version
         if self.length and known:
             headers["Range"] = f"bytes={self.length}-"
@@ -163,34 +163,34 @@ class _Part:
                 with _meter(f"fetching {self.name}", size, self.length) as count:
                     while chunk := response.read1(_BLOCK):
                         if self.length + len(chunk) > size:
-                            raise FailedError("more bytes came than the file has")
+                            raise FailedError("the server sent more bytes than the file has")
                         self.file.write(chunk)
                         self.digest.update(chunk)
                         self.length += len(chunk)
                         count(len(chunk))
                     if self.length < size:
-                        raise FailedError("the answer ended early")
+                        raise FailedError("the response ended early")
         except HTTPError as error:
             raise _failure(self.server, error) from error
 
     def _accept(self, response: urllib3.BaseHTTPResponse) -> int:
-        """Decide whether an answer continues the part, replaces it or is refused; return the file's size."""
+        """Decide if a response resumes the part, replaces it or is refused; return the file's size."""
         server, known = self.server, self.version
         start, size = _extent(server, self.name, response)
         version = Version(server.origin, size, response.headers.get("ETag"))
         if start not in (0, self.length):
-            raise FailedError(f"{server.name} sends another range than the requested one")
+            raise FailedError(f"{server.name} sends another byte range than the requested one")
         if self.length and known:
             if size != known.size:
-                # Not dropped: the answer may be an error page, and the part hours of work.
+                # Not dropped: the response may be an error page, and the part may have taken hours.
                 raise UserError(
                     f"{self.name} at {server.name} has {size} bytes now, and {self.path} is part of one of "
                     f"{known.size}: try again later, or remove the part to start from byte 0"
                 )
             changed = version.origin == known.origin and version.etag != known.etag
             if changed or start == 0:
-                reason = "has another version now" if changed else "does not know ranges"
-                log.warning("%s: %s %s; starting from byte 0", self.name, server.name, reason)
+                reason = "has another version now" if changed else "does not support byte ranges"
+                logger.warning("%s: %s %s; starting from byte 0", self.name, server.name, reason)
                 self._restart()
                 if start:
                     raise FailedError(f"{server.name} {reason}")
@@ -205,7 +205,7 @@ class _Part:
 
 
 def _open(server: Server, name: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-    """Send a request and follow redirects, but never from https to http, nor to another scheme."""
+    """Send a request and follow redirects, but never from https to http or to another scheme."""
     url = f"{server.origin}/{name}{server.query}"
     for _ in range(_MOST_REDIRECTS):
         response = _pool(url).request("GET", url, headers=headers, timeout=TIMEOUT_S, **_PLAIN)
@@ -222,7 +222,7 @@ def _open(server: Server, name: str, headers: dict[str, str]) -> urllib3.BaseHTT
 
 
 def _pool(url: str) -> urllib3.PoolManager:
-    """Return what connects to a URL: directly, or through the proxy that the environment names for it."""
+    """Return a pool that connects to a URL, directly or through the proxy that the environment names for it."""
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or urllib.request.proxy_bypass(parts.netloc):
@@ -233,7 +233,7 @@ def _pool(url: str) -> urllib3.PoolManager:
 
 
 def _extent(server: Server, name: str, response: urllib3.BaseHTTPResponse) -> tuple[int, int]:
-    """Return the first byte that an answer holds and the size of the whole file."""
+    """Return the offset of a response's first byte and the size of the whole file."""
     status, length = response.status, response.headers.get("Content-Length", "")
     if status in _BUSY_STATUSES or status >= 500:
         asked_s = 0.0
@@ -243,7 +243,7 @@ def _extent(server: Server, name: str, response: urllib3.BaseHTTPResponse) -> tu
     if status == 206:
         if found := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "")):
             return int(found[1]), int(found[2])
-        raise FailedError(f"{server.name} sends a range and does not say which")
+        raise FailedError(f"{server.name} sends a byte range without a valid Content-Range")
     if status == 200 and length.isdigit():
         return 0, int(length)
     if status == 200:
@@ -256,7 +256,7 @@ def _extent(server: Server, name: str, response: urllib3.BaseHTTPResponse) -> tu
 
 
 def _failure(server: Server, error: HTTPError) -> Exception:
-    """Explain a connection that failed, by the operating system's error inside of urllib3's."""
+    """Convert a connection error: use the operating system's error inside urllib3's."""
     reason: BaseException | None = error
     while reason and not isinstance(reason, OSError):
         reason = reason.__cause__ or reason.__context__
@@ -272,7 +272,7 @@ def _failure(server: Server, error: HTTPError) -> Exception:
 
 
 def hash_file(file: BinaryIO, label: str) -> hashlib._Hash:
-    """Return the SHA-256 of a file from its present position to its end, and show progress."""
+    """Return the SHA-256 of a file from its current position to its end; show progress."""
     digest = hashlib.sha256()
     with _meter(label, os.fstat(file.fileno()).st_size, 0) as count:
         while block := file.read(_BLOCK):
@@ -283,7 +283,7 @@ def hash_file(file: BinaryIO, label: str) -> hashlib._Hash:
 
 @contextlib.contextmanager
 def _meter(label: str, size: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Show progress in whole megabytes; yield a function that counts bytes."""
+    """Show progress in whole megabytes; yield a function that adds bytes."""
     with progress(-(-size // _MB), label, "MB", initial=-(-done // _MB)) as shown:
 
         def count(length: int) -> None:
@@ -297,9 +297,9 @@ def _meter(label: str, size: int, done: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[BinaryIO]:
-    """Open a file's part, made where there is none, for this process alone."""
+    """Open a file's part and lock it for this process; create it if it does not exist."""
     path = part_path(target)
-    busy = UserError(f"another download is at work on {target}: wait for its end, then run the same command again")
+    busy = UserError(f"another download is writing {target}: wait until it ends, then run the same command again")
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=_BLOCK) as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -308,7 +308,7 @@ def _locked(target: Path) -> Iterator[BinaryIO]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            log.warning("the file system of %s has no locks: run one download at a time into it", target.parent)
+            logger.warning("the file system of %s has no locks: run one download at a time into it", target.parent)
         # The process that held the lock before may have renamed or removed the part since it was opened here.
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise busy
@@ -320,12 +320,12 @@ def _locked(target: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Turn errors of the local disk into a sentence; those of a connection are no `OSError` here."""
+    """Convert errors of the local disk to a UserError. Connection errors are not `OSError` here."""
     try:
         yield
     except OSError as error:
         reason = f"{part_path(target)} ({error.strerror or type(error).__name__})"
         if error.errno in _NO_SPACE:
-            advice = "free some and run the same command again; what was fetched is kept"
+            advice = "free some and run the same command again; the bytes so far are kept"
             raise UserError(f"no space left for {reason}: {advice}") from error
         raise UserError(f"cannot write {reason}: check --to and its permissions") from error

@@ -1,4 +1,4 @@
-"""The published files of WorldStrat v1.1 (record 15382551 on Zenodo, or a mirror of it), fetched to a folder."""
+"""Download of the published files of WorldStrat v1.1 (record 15382551 on Zenodo, or a mirror of it)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Published:
     """One file of the record."""
 
     name: str
-    """File name, there and here."""
+    """File name, on the server and in the folder."""
     sha256: str
     """Digest of its content."""
     gigabytes: int
-    """Rounded size, to check free space beforehand; 0 for a small table. The server tells the exact size."""
+    """Rounded size, to check free space in advance; 0 for a small table. The server sends the exact size."""
 
 
 WORLDSTRAT: Mapping[str, Published] = MappingProxyType(
@@ -42,7 +42,7 @@ WORLDSTRAT: Mapping[str, Published] = MappingProxyType(
         "l1c": Published("lr_dataset_l1c.zip", "a74ef88b04c0ce1b036510f3cd8a8533708d9c915fb5ecbab5869fded17625d3", 26),
     }
 )
-"""Files of the record by the words of ``--only``, in the order in which they are fetched."""
+"""Files of the record by the words of ``--only``, in download order."""
 DEFAULT_KEYS = ("metadata", "split", "hr", "l2a")
 """Files that `shard` needs by default."""
 
@@ -64,20 +64,20 @@ def download(
     published: Mapping[str, Published] = WORLDSTRAT,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Fetch published files into a folder, and resume where an earlier call ended.
+    """Download published files to a folder; resume what an earlier call began.
 
-    A file that is there already is not fetched again. Its digest is computed once: ``<name>.verified`` then holds its
-    size and modification time, and while these are the same the file is not read again.
+    A complete file is not downloaded again. Its digest is computed once: ``<name>.verified`` then holds its size and
+    modification time, and while these are the same the file is not read again.
 
     Args:
-        folder: Made where it does not exist.
+        folder: Destination; created if it does not exist.
         keys: Words of ``published``.
         mirror: ``http(s)://`` folder that serves the same names, in place of Zenodo.
         published: The files with their digests.
-        say: Prints a line for the user.
+        say: Function that prints a line for the user.
 
     Raises:
-        UserError: A file cannot be fetched; see `sharding.download.fetch.fetch`.
+        UserError: A file cannot be downloaded; see `sharding.download.fetch.fetch`.
     """
     server = Server(ZENODO, "Zenodo", "?download=1") if mirror is None else Server(_checked(mirror), "the mirror")
     files = [file for key, file in published.items() if key in keys]
@@ -97,7 +97,7 @@ def download(
 
 
 def _checked(mirror: str) -> str:
-    """Return a mirror's URL without a slash at its end; the refusal does not repeat it, it may hold a password."""
+    """Return a mirror's URL without a trailing slash. The error does not repeat it: it may hold a password."""
     try:
         parts = urlsplit(mirror)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and mirror.isascii()
@@ -109,7 +109,7 @@ def _checked(mirror: str) -> str:
 
 
 def _verified(target: Path, sha256: str) -> bool:
-    """Tell whether a finished file is there; UserError where another file has its name."""
+    """Return True if the file is complete; UserError if another file has its name."""
     if not target.exists():
         return False
     notes, (key, state) = LocalStorage(target.parent), _note(target, sha256)
@@ -128,14 +128,14 @@ def _verified(target: Path, sha256: str) -> bool:
 
 
 def _note(target: Path, sha256: str) -> tuple[str, bytes]:
-    """Return the key and the content of the note that a file, as it is now, has this digest."""
+    """Return key and content of the note that records this digest for a file's present state."""
     stat = target.stat()
     state = {"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return f"{target.name}.verified", json.dumps(state).encode()
 
 
 def _check_space(folder: Path, wanted: Sequence[Published]) -> None:
-    """Refuse a folder without space for the bytes that are still to be fetched."""
+    """Refuse a folder without space for the bytes still to be downloaded."""
     parts = {file: part_path(folder / file.name) for file in wanted}
     here = {file: part.stat().st_size if part.exists() else 0 for file, part in parts.items()}
     need = sum(max(0, file.gigabytes * 10**9 - here[file]) for file in wanted)

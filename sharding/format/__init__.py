@@ -1,6 +1,6 @@
-"""The contract between the side that writes a dataset and the side that reads it.
+"""Dataset format: the contract between the writer of a dataset and its readers.
 
-`index` says what a dataset is and where each sample lies, `sample` decodes and checks a sample's bytes, `writer` packs
+`index` defines the index and each sample's byte range, `sample` checks and decodes a sample's bytes, `writer` packs
 samples into a shard, `statistics` counts band values. `pipeline` imports `index` and `sample`, which need neither
 rasterio nor torch.
 """

@@ -1,6 +1,6 @@
-"""What a dataset of shards is: the sample in the tar, and the index that says where every sample lies.
+"""Index of a dataset: its shards, and the byte range of every sample in them.
 
-This is the contract of the side that writes and the side that reads; it needs neither rasterio nor torch.
+Writers and readers share it; it needs neither rasterio nor torch.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ ByteRange = tuple[int, int]
 
 
 class BandStatistics(TypedDict):
-    """Statistics over all pixels (and revisits) of the training split, one number a band, in reflectance."""
+    """Statistics over all pixels (and revisits) of the training split, one number per band, in reflectance."""
 
     mean: list[float]
     std: list[float]
     min: list[float]
     max: list[float]
     percentiles: dict[str, list[float]]
-    """Per percentage, ``"1"`` to ``"99"``."""
+    """Values per percentage, ``"1"`` to ``"99"``."""
 
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """Where one sample lies in its shard."""
+    """Place of one sample in its shard."""
 
     key: str
     """Its key in the tar: the AOI's name, escaped."""
 
     aoi: str
-    """The AOI's true name."""
+    """The AOI's name, not escaped."""
 
     offset: int
     """First byte of the sample in the shard: the header of its first member."""
@@ -60,24 +60,24 @@ class SampleEntry:
     """CRC-32 of these bytes."""
 
     members: Mapping[str, ByteRange]
-    """Per suffix (``lr.npy`` ...), (offset, length) of the payload; offsets count from the sample's own."""
+    """Payloads per suffix (``lr.npy`` ...) as (offset, length); offsets count from the sample's first byte."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file."""
+    """One shard, a tar file."""
 
     name: str
     """Its key beside the index."""
 
     bytes: int
-    """Its length."""
+    """Its size in bytes."""
 
     sha256: str
     """SHA-256 of the whole file, in hex."""
 
     samples: tuple[SampleEntry, ...]
-    """Its samples in the order of the file."""
+    """Its samples in file order."""
 
 
 @dataclass(frozen=True)
@@ -88,57 +88,57 @@ class Skipped:
     """Its name."""
 
     reason: str
-    """A short code, such as ``too-few-revisits``."""
+    """Short code, such as ``too-few-revisits``."""
 
     detail: str
-    """What was met, in words."""
+    """The finding, in words."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The table of contents of a dataset; its presence makes the folder or prefix one."""
+    """Table of contents of a dataset; its presence makes a folder or prefix a dataset."""
 
     preparation: SampleOptions
-    """How the samples were prepared."""
+    """Options by which the samples were prepared."""
 
     split_rule: str
-    """``published`` (the split file) or ``seeded``."""
+    """Rule of the split: ``published`` (the split file) or ``seeded``."""
 
     split_seed: int
-    """Seed of the permutation of the seeded rule and of the order of samples."""
+    """Seed of the seeded rule's permutation and of the order of samples."""
 
     plan: str
-    """SHA-256, in hex, of what was planned: the options, and the names and sizes of the source's files."""
+    """SHA-256, in hex, of the plan: the options, and the names and sizes of the source's files."""
 
     splits: Mapping[str, tuple[ShardEntry, ...]]
-    """Per split, its shards in order."""
+    """Shards of each split, in order."""
 
     statistics: Mapping[str, BandStatistics]
-    """Per image (``lr``, ``hr``, ``pan``), the training split's statistics."""
+    """Statistics of the training split per image (``lr``, ``hr``, ``pan``)."""
 
     skipped: tuple[Skipped, ...] = ()
-    """AOIs left out, in the order of their names."""
+    """Skipped AOIs, sorted by name."""
 
     format_version: int = FORMAT_VERSION
     """Version of this layout."""
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the stored ``index.json``, in hex: it names the dataset and, through it, every byte."""
+        """SHA-256 of the stored ``index.json``, in hex: it identifies the dataset and thereby every byte."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def samples(self, split: str) -> tuple[tuple[ShardEntry, SampleEntry], ...]:
         """Return a split's samples in order, each with its shard.
 
         Raises:
-            UserError: for a split that the index does not have.
+            UserError: For a split that is not in the index.
         """
         if split not in self.splits:
             raise UserError(f"no split {split!r} in the index; it has {', '.join(self.splits)}")
         return tuple((shard, sample) for shard in self.splits[split] for sample in shard.samples)
 
     def to_json(self) -> str:
-        """Return the canonical text: the same index gives the same characters."""
+        """Return the canonical JSON: equal indexes give equal text."""
         return json.dumps(
             {
                 "format_version": self.format_version,
@@ -156,10 +156,10 @@ class Index:
 
     @classmethod
     def from_json(cls, text: str) -> Index:
-        """Read what ``to_json`` wrote.
+        """Parse the text of ``to_json``.
 
         Raises:
-            UserError: when it is no index, or one of another format version.
+            UserError: If it is not an index, or has another format version.
         """
         try:
             data = json.loads(text)
@@ -191,7 +191,7 @@ class Index:
         """Read a dataset's index.
 
         Raises:
-            UserError: when the URI holds none, or one that cannot be read.
+            UserError: If the URI holds no index, or one that cannot be read.
         """
         try:
             text = storage.read(INDEX_NAME).decode("utf-8", errors="replace")
@@ -208,12 +208,12 @@ class Index:
             raise UserError(f"{storage.uri}: {error}") from error
 
 
-GONE = "is gone"
-"""What `damage_of` says of a shard that is not there."""
+GONE = "is missing"
+"""Result of `damage_of` for a shard that does not exist."""
 
 
 def damage_of(output: Storage, entry: ShardEntry) -> str | None:
-    """Compare a stored shard with its line of the index; say what is wrong with it, or None."""
+    """Compare a stored shard with its entry in the index; return its damage in words, or None."""
     digest, size = hashlib.sha256(), 0
     try:
         for data in output.stream(entry.name):
@@ -222,16 +222,16 @@ def damage_of(output: Storage, entry: ShardEntry) -> str | None:
     except NotFoundError:
         return GONE
     except CorruptedError:
-        return "does not have the checksum that the store has of it"
+        return "does not match the store's checksum"
     if size != entry.bytes:
         return f"has {size} bytes where {entry.bytes} were written"
     if digest.hexdigest() != entry.sha256:
-        return "does not have the SHA-256 of what was written"
+        return "does not match the SHA-256 of the bytes that were written"
     return None
 
 
 def _table(data: object, keys: Iterable[str]) -> dict[str, object]:
-    """Return a JSON object that must have these keys; another value is a TypeError, a missing key a KeyError."""
+    """Return a JSON object after a check of its keys; TypeError for another value, KeyError for a missing key."""
     if not isinstance(data, dict):
         raise TypeError(f"a table is needed where {type(data).__name__} stands")
     for key in keys:
@@ -240,12 +240,12 @@ def _table(data: object, keys: Iterable[str]) -> dict[str, object]:
 
 
 def shard_to_json(shard: ShardEntry) -> dict[str, object]:
-    """Return a shard's line of the index as a table."""
+    """Convert a shard's entry to a table for JSON."""
     return {**vars(shard), "samples": [vars(sample) for sample in shard.samples]}
 
 
 def shard_from_json(data: dict[str, object]) -> ShardEntry:
-    """Read what ``shard_to_json`` made; another table is a TypeError, KeyError or AttributeError."""
+    """Parse a table of ``shard_to_json``; TypeError, KeyError or AttributeError for another table."""
     samples = cast(list[dict[str, object]], data["samples"])
     return ShardEntry(**{**data, "samples": tuple(map(_sample_from_json, samples))})  # type: ignore[arg-type]
 

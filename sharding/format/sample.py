@@ -1,4 +1,4 @@
-"""A sample as it is stored: the bytes of one AOI in a shard, checked against the index and decoded."""
+"""Stored samples: the bytes of one AOI in a shard, checked against the index and decoded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sharding.storage import CorruptedError, NotFoundError, Storage
 
 
 class Sample(NamedTuple):
-    """One AOI as it is stored."""
+    """One decoded sample, the stored form of an AOI."""
 
     key: str
     """Its key in the tar."""
 
     aoi: str
-    """Its name."""
+    """The AOI's name."""
 
     lr: NDArray[np.uint16]
     """[R, C, h, w] revisits in steps of ``sharding.prepare.options.STEP``."""
@@ -33,30 +33,30 @@ class Sample(NamedTuple):
     """[R, 1, h, w] cloud masks: 0 clear, 1 cloud, 255 no data."""
 
     hr: NDArray[np.uint16]
-    """[3, H, W] the target in the same steps."""
+    """[3, H, W] target in the same steps."""
 
     pan: NDArray[np.uint16]
-    """[1, H, W] the panchromatic image in the same steps."""
+    """[1, H, W] panchromatic image in the same steps."""
 
     meta: dict[str, object]
-    """The JSON: dates, georeference, source digests, ``clearest`` (0-based index into ``lr``) and more."""
+    """JSON of the sample: dates, georeference, source digests, ``clearest`` (0-based index into ``lr``) and more."""
 
 
 def key_of(aoi: str) -> str:
-    """Escape an AOI's name for a tar: a key ends at its first dot there, and ``/`` would make a folder."""
+    """Escape an AOI's name for a tar, where a key ends at its first dot and ``/`` would make a folder."""
     return quote(aoi, safe=" ").replace(".", "%2E")
 
 
 def aoi_of(key: str) -> str:
-    """Undo ``key_of``."""
+    """Return the AOI's name of a key; the inverse of ``key_of``."""
     return unquote(key)
 
 
 def check_sample(entry: SampleEntry, data: bytes | memoryview) -> None:
-    """Compare a sample's bytes with its line of the index.
+    """Compare a sample's bytes with its entry in the index.
 
     Raises:
-        CorruptedError: when their number or their CRC-32 is another.
+        CorruptedError: If the size or the CRC-32 differs.
     """
     if len(data) != entry.size:
         raise CorruptedError(
@@ -71,7 +71,7 @@ def check_sample(entry: SampleEntry, data: bytes | memoryview) -> None:
 
 
 def images_of(entry: SampleEntry, data: bytes | memoryview) -> dict[str, NDArray[Any]]:
-    """Return the images in a sample's bytes, views of them, by the names in ``IMAGES``."""
+    """Return the images of a sample as views of its bytes, by the names in ``IMAGES``."""
     images = {}
     for name in IMAGES:
         offset, length = entry.members[f"{name}.npy"]
@@ -87,7 +87,7 @@ _NPY_PREAMBLE = struct.Struct("<6sBBH")
 
 @lru_cache(maxsize=64)
 def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Parse what stands before an array's memory in a .npy file of version 1.0, the same for most samples."""
+    """Parse the header of a .npy file of version 1.0; cached, since most samples have the same headers."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise CorruptedError("a .npy member is not of version 1.0: shard the dataset again")
@@ -101,11 +101,11 @@ def decode_sample(entry: SampleEntry, data: bytes) -> Sample:
     """Check a sample's bytes and decode them.
 
     Args:
-        entry: the sample's line of the index.
+        entry: The sample's entry in the index.
         data: ``entry.size`` bytes of the shard from ``entry.offset``.
 
     Raises:
-        CorruptedError: when the size or the CRC-32 is not the index's.
+        CorruptedError: If the size or the CRC-32 differs from the index.
     """
     check_sample(entry, data)
     offset, length = entry.members[JSON_SUFFIX]
@@ -113,12 +113,12 @@ def decode_sample(entry: SampleEntry, data: bytes) -> Sample:
 
 
 def fetch_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Sample:
-    """Fetch one sample by its byte range, check and decode it: for `verify`, `inspect` and tests.
+    """Read one sample by its byte range, check and decode it: for `verify`, `inspect` and tests.
 
-    Training reads by `pipeline.data.sample_reader`, into memory that is reused.
+    Training reads with `pipeline.data.sample_reader`, into buffers that are reused.
 
     Raises:
-        CorruptedError: when the shard is gone or is not the one of the index; it names the shard.
+        CorruptedError: If the shard is missing or differs from the index; it names the shard.
     """
     try:
         return decode_sample(entry, storage.read_range(shard.name, entry.offset, entry.size))

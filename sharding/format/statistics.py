@@ -1,4 +1,4 @@
-"""Statistics of a split's bands: counts of every stored value, which add up in any order to the same result."""
+"""Statistics of a split's bands: counts of every stored value; their sum does not depend on the order."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sharding.format.index import BandStatistics
 from sharding.prepare.options import STEP
 
 VALUES = 1 << 16
-"""What a stored uint16 may be."""
+"""Number of values of a stored uint16."""
 
 PERCENTILES = (1, 2, 25, 50, 75, 98, 99)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often each value of uint16 stands in each band of an image."""
+    """Counts of each uint16 value in each band of an image."""
 
     counts: NDArray[np.uint64]
     """[C, 65536]."""
@@ -41,11 +41,11 @@ class Histogram:
     __hash__ = None  # type: ignore[assignment]
 
     def statistics(self) -> BandStatistics:
-        """Return the statistics in reflectance; a percentile is the least value that so many do not exceed."""
+        """Return the statistics in reflectance; percentile p is the least value that p % of all do not exceed."""
         bands = [_Band.of(counts) for counts in self.counts]
         return {
             "mean": [STEP * band.total / band.count for band in bands],
-            # Whole numbers up to the last division: no cancellation between the mean square and the mean's.
+            # Integers up to the last division: no cancellation between the mean square and the squared mean.
             "std": [STEP * ((band.count * band.squares - band.total**2) / band.count**2) ** 0.5 for band in bands],
             "min": [STEP * int(band.values[0]) for band in bands],
             "max": [STEP * int(band.values[-1]) for band in bands],
@@ -55,15 +55,15 @@ class Histogram:
         }
 
     def to_text(self) -> str:
-        """Return it as text for a JSON file, some 20 kB a band."""
+        """Return the counts as text for a JSON file, about 20 kB per band."""
         return base64.b64encode(zlib.compress(self.counts.astype("<u8").tobytes(), 1)).decode()
 
     @classmethod
     def from_text(cls, text: str) -> Histogram:
-        """Read what ``to_text`` wrote.
+        """Parse the text of ``to_text``.
 
         Raises:
-            ValueError: When it did not.
+            ValueError: For another text.
         """
         try:
             data = zlib.decompress(base64.b64decode(text, validate=True))
@@ -74,7 +74,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class _Band:
-    """The values that occur in one band."""
+    """Values that occur in one band, and their counts."""
 
     values: NDArray[np.int64]
     counts: NDArray[np.uint64]

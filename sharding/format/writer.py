@@ -1,4 +1,4 @@
-"""Samples to one tar file whose bytes depend on nothing but the samples, and that file's line of the index."""
+"""Shard writer: packs samples into one tar file, whose bytes depend only on the samples, and makes its index entry."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from sharding.format.sample import key_of
 
 OWNER = "bigdata"
 MODE = 0o444
-"""What WebDataset's writer gives each member."""
+"""Mode of each member, as WebDataset's writer sets it."""
 
 Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
 class NewSample:
-    """A sample to be written."""
+    """Sample that is ready to be written."""
 
     aoi: str
     """The AOI's name."""
 
     images: Mapping[str, NDArray[np.generic]]
-    """``lr``, ``clm``, ``hr``, ``pan``."""
+    """Images by name: ``lr``, ``clm``, ``hr``, ``pan``."""
 
     meta: Mapping[str, object]
-    """The JSON."""
+    """Content of the sample's JSON."""
 
     bytes_in: int = 0
-    """Length of the source files that it was made from."""
+    """Size of the source files that were read for it."""
 
 
 class ShardWriter:
-    """Writes a tar as WebDataset's writer does, byte for byte, and digests it on the way.
+    """Writer of a tar, byte for byte as WebDataset's writer; it computes the SHA-256 while it writes.
 
-    The library copies each array three times; here its memory goes to the file as it is (docs/experiments.md).
+    The library copies each array three times; this class writes the array's memory directly (docs/experiments.md).
 
     Args:
-        file: Where the bytes go; it is only ever written to, front to back.
+        file: Destination; it is only written to, sequentially.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -62,7 +62,7 @@ class ShardWriter:
         return self._size
 
     def add(self, sample: NewSample) -> None:
-        """Append a sample, its members in the order of their suffixes."""
+        """Append a sample, with its members sorted by suffix."""
         key = key_of(sample.aoi)
         members: dict[str, list[Buffer]] = {f"{name}.npy": _npy(image) for name, image in sample.images.items()}
         members[JSON_SUFFIX] = [json.dumps(sample.meta, sort_keys=True).encode()]
@@ -78,7 +78,7 @@ class ShardWriter:
         self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, ranges))
 
     def finish(self, name: str) -> ShardEntry:
-        """Write the end of the tar and return its line of the index under the key ``name``."""
+        """Write the end of the tar and return its index entry with the key ``name``."""
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
         self._file.flush()
@@ -97,7 +97,7 @@ def _header(name: str, size: int) -> bytes:
 
 
 def _npy(image: NDArray[np.generic]) -> list[Buffer]:
-    """Return the header and the memory of an array as a .npy file has them."""
+    """Return header and memory of an array, as in a .npy file."""
     image = np.ascontiguousarray(image)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(image))

@@ -1,5 +1,5 @@
-"""From an AOI's rasters to one finished sample.
+"""Preparation: an AOI's rasters to one finished sample.
 
-`options` is what the user chooses, `scene` turns rasters into arrays (pure), `sample` puts both together with the
-rasters' provenance. `run` imports it.
+`options` holds the user's choices, `scene` turns rasters into arrays (pure), `sample` combines both with the rasters'
+provenance. `run` imports it.
 """

@@ -1,4 +1,4 @@
-"""One AOI to one finished sample: read, check, choose, prepare, describe."""
+"""Sample of one AOI: read, check, choose, prepare, describe."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Seen = NDArray[np.bool_]
 
 
 def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
-    """Make an AOI's sample. The same files and options give the same one.
+    """Make an AOI's sample. The same files and options give the same sample.
 
     Args:
-        aoi: its files, for which ``check_files`` passes.
-        options: how.
+        aoi: Its files, which pass ``check_files``.
+        options: Options of the sample.
 
     Raises:
-        UnusableError: when it cannot be read, holds no picture, or is cloudier than the options allow.
+        UnusableError: If it cannot be read, an image shows nothing, or it is cloudier than the options allow.
     """
     scene = read_scene(aoi, options)
     chosen = choose_revisits(scene, options)
@@ -65,7 +65,7 @@ def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
 
 
 def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int], options: SampleOptions) -> None:
-    """Refuse a scene of which one image shows nothing: no data at all, or a band that is constant where there is data.
+    """Refuse a scene with an image that shows nothing: no data, or a band that is constant wherever it has data.
 
     Raises:
         UnusableError: ``no-data`` or ``degenerate``.
@@ -89,14 +89,14 @@ def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int
 
 
 def _seen(image: NDArray[np.uint16]) -> Seen:
-    """Return [h, w] where a SPOT image has data."""
+    """Return the mask [h, w] of a SPOT image's pixels with data."""
     if image.min() > 0:
         return np.ones(image.shape[-2:], np.bool_)
     return np.asarray((image != 0).any(axis=0))
 
 
 def _cloud_percent(scene: Scene, index: int) -> float | None:
-    """Return how much of a revisit is clouds by its mask, else by its metadata; None where neither knows."""
+    """Return the cloud cover of a revisit in percent, by its mask, else by its metadata; None if both are missing."""
     known = scene.clm[index] != NO_CLM
     if not known.any():
         return scene.revisits[index].cloud_cover
@@ -111,7 +111,7 @@ def _mean(percents: Sequence[float | None]) -> float | None:
 def _stored(
     images: dict[str, NDArray[np.float32]], options: SampleOptions
 ) -> tuple[dict[str, NDArray[np.generic]], dict[str, int]]:
-    """Return the images as they are stored, and how many values of each were too large for that."""
+    """Return the images in their stored type, and per image the number of values that were too large for it."""
     if options.dtype == "float32":
         return dict(images), dict.fromkeys(images, 0)
     steps = {name: quantise(image) for name, image in images.items()}
@@ -119,7 +119,7 @@ def _stored(
 
 
 def _transforms(scene: Scene, prepared: Prepared) -> dict[str, list[float]]:
-    """Return per image the six numbers (a, b, c, d, e, f) from pixel to CRS, for its grid over the scene's bounds."""
+    """Return per image the transform (a, b, c, d, e, f) from pixel to CRS, for its grid over the scene's bounds."""
     west, south, east, north = scene.bounds
     sizes = {"lr": prepared.lr.shape, "hr": prepared.hr.shape, "pan": prepared.pan.shape}
     return {

@@ -1,4 +1,4 @@
-"""One scene to the arrays of a sample: which revisits, the training grid, integers. All pure."""
+"""Arrays of a sample from one scene: choice of revisits, resizing to the training grid, integers. All pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sharding.prepare.options import STEP, SampleOptions
 from sharding.sources.worldstrat.rasters import Scene
 
 SPOT_SCALE = 10_000
-# Scene classes that say nothing of the ground: no data, saturated, cloud shadow, clouds, cirrus. Snow (11) stays:
-# it is seen, and the comparison with the other revisits tells whether it is usual there.
+# Scene classes that do not show the ground: no data, saturated, cloud shadow, clouds, cirrus. Snow (11) is not masked:
+# it is visible, and the comparison with the other revisits shows if it is usual there.
 SCL_MASKED = (0, 1, 3, 8, 9, 10)
 
 Array = NDArray[np.float32]
@@ -23,18 +23,18 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The revisits of a sample."""
+    """Chosen revisits of a sample."""
 
     revisits: tuple[int, ...]
-    """0-based among the scene's, ascending."""
+    """0-based indices into the scene's revisits, ascending."""
 
     clearest: int
-    """The clearest one, 0-based among ``revisits``."""
+    """0-based index of the clearest one in ``revisits``."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scene on the grids of its sample."""
+    """Scene on the grids of its sample."""
 
     lr: Array
     """[R, C, h, w] reflectance."""
@@ -50,9 +50,9 @@ class Prepared:
 
 
 def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
-    """Choose a sample's revisits by what the red, green and blue of all of the scene's show.
+    """Choose a sample's revisits by the red, green and blue bands of all revisits of the scene.
 
-    These three alone, so that the choice is the same whichever bands are stored.
+    Only these three bands count, so that the choice does not depend on the stored bands.
     """
     ranked = rank_revisits(scene.lr[:, options.rgb], _usable(scene))
     revisits = tuple(sorted(ranked[: options.revisits]) if options.select == "clearest" else range(options.revisits))
@@ -60,14 +60,14 @@ def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
 
 
 def rank_revisits(lr: Array, usable: NDArray[np.bool_]) -> list[int]:
-    """Return the revisits from the clearest on: the more like what all of them show together, the clearer.
+    """Return the revisits, the clearest first: a revisit is clearer if it is closer to the median of all.
 
     The measure is the median absolute difference to the per-pixel median of the revisits, over usable pixels; the
-    lower number wins a tie. Cloud cover alone would choose a cloudless, snow-covered revisit.
+    lower number wins a tie. Cloud cover as the only measure would choose a cloudless, snow-covered revisit.
 
     Args:
-        lr: [R, C, h, w].
-        usable: [R, 1, h, w] pixels with data, free of clouds and their shadows.
+        lr: Revisits [R, C, h, w].
+        usable: Mask [R, 1, h, w] of pixels with data, without clouds and their shadows.
 
     Returns:
         0-based indices; revisits without a usable pixel come last.
@@ -78,10 +78,10 @@ def rank_revisits(lr: Array, usable: NDArray[np.bool_]) -> list[int]:
 
 
 def prepare(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> Prepared:
-    """Bring a scene to the training grid: images by antialiased bilinear resizing, masks by the nearest pixel.
+    """Resize a scene to the training grid: images antialiased and bilinear, masks by the nearest pixel.
 
-    Sentinel-2 reflectance is kept as it is, SPOT counts are divided by 10000, resized and clamped to [0, 1], as
-    the published pipeline does. Without sizes in the options nothing is resized.
+    Sentinel-2 reflectance is not rescaled. SPOT counts are divided by 10000, resized and clamped to [0, 1], as in
+    the published pipeline. Without sizes in the options nothing is resized.
     """
     picked = list(chosen)
     return Prepared(
@@ -96,9 +96,9 @@ def quantise(image: Array) -> tuple[NDArray[np.uint16], int]:
     """Round reflectance to integers of ``STEP``.
 
     Returns:
-        The integers, and how many values lay above the largest and were cut to it. Negative values become 0.
+        The integers, and the number of values above the largest, which are clipped to it. Negative values become 0.
     """
-    # In float32 the largest values would be off by more than half a step.
+    # In float32 the error of the largest values would exceed half a step.
     steps = np.divide(image, STEP, dtype=np.float64)
     np.rint(steps, out=steps)
     limit = np.iinfo(np.uint16).max
@@ -108,7 +108,7 @@ def quantise(image: Array) -> tuple[NDArray[np.uint16], int]:
 
 
 def _usable(scene: Scene) -> NDArray[np.bool_]:
-    """Return [R, 1, h, w] pixels with data, free of what CLM and SCL call clouds, where the source has these."""
+    """Return the mask [R, 1, h, w] of pixels with data that neither CLM nor SCL, if present, masks as cloudy."""
     masked = np.isin(np.arange(256), SCL_MASKED)
     usable = scene.valid.copy()
     for mine, clm, scl, revisit in zip(usable, scene.clm, scene.scl, scene.revisits, strict=True):
@@ -120,9 +120,9 @@ def _usable(scene: Scene) -> NDArray[np.bool_]:
 
 
 def _median(lr: Array, usable: NDArray[np.bool_]) -> Array:
-    """Return the per-pixel median [C, h, w] of usable revisits, anything where none is.
+    """Return the per-pixel median [C, h, w] of usable revisits; 0 where no revisit is usable.
 
-    By a sorting network of whole images: the few values of a pixel lie far apart in memory, and numpy's own median
+    It is a sorting network of whole images: the few values of a pixel lie far apart in memory, and numpy's median
     with gaps takes twenty times as long.
     """
     ordered: Array = np.where(usable, lr, np.float32(np.inf))
@@ -144,7 +144,7 @@ def _median(lr: Array, usable: NDArray[np.bool_]) -> Array:
 
 
 def _median_difference(image: Array, median: Array, usable: NDArray[np.bool_]) -> float:
-    """Return the median of |image - median| over usable pixels of all bands; infinite where none is."""
+    """Return the median of |image - median| over usable pixels of all bands; infinity if there is none."""
     count = len(image) * int(np.count_nonzero(usable))
     if count == 0:
         return np.inf

@@ -1,6 +1,6 @@
-"""The work of `shard`, `verify` and `inspect`, from a source to a published dataset.
+"""Runs of `shard`, `verify` and `inspect`, from a source to a published dataset.
 
-`job` is what the user asks for. `dataset` plans (`splits`, `plan`), looks at what the output holds (`output`), has
-shards built (`build`, by processes of `workers`) and writes the index last. `verify` and `inspection` read a dataset
-back. Only command lines import it.
+`job` holds the options. `dataset` plans (`splits`, `plan`), inspects the output (`output`), builds shards (`build`, in
+processes of `workers`) and writes the index last. `verify` and `inspection` read a dataset. Only command lines import
+this package.
 """

@@ -1,4 +1,4 @@
-"""One shard: its AOIs read, prepared, packed and published, or found to be there already."""
+"""Build of one shard: its AOIs are read, prepared, packed and published, unless a valid shard exists."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from sharding.sources.worldstrat.layout import AoiFiles
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 SIDECAR_SUFFIX = ".json"
-"""What a shard's name is given to name the description beside it."""
+"""Suffix that turns a shard's name into the name of its sidecar."""
 
 MEASURED = ("lr", "hr", "pan")
-"""Images that statistics are made of."""
+"""Images with statistics."""
 
-Outcome = Literal["made", "kept", "mended"]
+Outcome = Literal["made", "kept", "repaired"]
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to be made, by any process on any machine that sees source and output."""
+    """Task to build one shard, for any process on any machine that sees source and output."""
 
     split: str
     """Its split."""
@@ -44,25 +44,25 @@ class ShardTask:
     """Its key beside the index."""
 
     aois: tuple[AoiFiles, ...]
-    """The AOIs to put into it, in order."""
+    """AOIs of the shard, in order."""
 
     options: SampleOptions
-    """How to prepare them."""
+    """Options of their preparation."""
 
     strict: bool
-    """Whether an unreadable AOI is an error, and not left out."""
+    """True if an unreadable AOI is an error; otherwise it is skipped."""
 
     output: Storage
-    """Where the shard goes."""
+    """Destination of the shard."""
 
     replaces: bool = False
-    """Whether a shard that stands there under its name is this program's, and may be replaced by another."""
+    """True if an existing shard of this name was written by this program and may be overwritten."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that decides the shard's bytes but the content of its files.
+        """SHA-256, in hex, of everything that determines the shard's bytes, except the content of the source files.
 
-        Of these it holds names and sizes: a file that was changed and kept its size is for `verify --deep` to find.
+        It covers their names and sizes. Only `verify --deep` finds a file that changed and kept its size.
         """
         files = [[aoi.name, *([file.name, file.size] for file in aoi.used(self.options))] for aoi in self.aois]
         described = [FORMAT_VERSION, self.split, self.name, asdict(self.options), files]
@@ -71,35 +71,35 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of a task."""
+    """Result of a task."""
 
     name: str
-    """Of the task and its shard. The task itself, which lists thousands of files, stays with who gave it."""
+    """Name of the task and its shard. The task itself lists thousands of files and is not sent back."""
 
     entry: ShardEntry | None
-    """The shard's line of the index; None where none of its AOIs could be read."""
+    """The shard's index entry; None if none of its AOIs could be read."""
 
     histograms: Mapping[str, Histogram]
-    """Per image of ``MEASURED``, the values in a shard of the training split."""
+    """Histograms per image of ``MEASURED``, for a shard of the training split."""
 
     skipped: tuple[Skipped, ...]
     """AOIs that could not be read."""
 
     outcome: Outcome = "made"
-    """``made``; ``kept`` (was there already, or another run made it meanwhile); ``mended`` (was there, damaged)."""
+    """Outcome: ``made``, ``kept`` (it existed, or another run made it meanwhile) or ``repaired`` (it was damaged)."""
 
     why: str = ""
-    """For ``mended``, what was met, in words."""
+    """Damage of a ``repaired`` shard, in words."""
 
     bytes_in: int = 0
-    """Bytes of source files that were read."""
+    """Bytes read from source files."""
 
     bytes_out: int = 0
-    """Bytes of the shard, if this task wrote it."""
+    """Bytes of the shard; 0 if this task did not write it."""
 
 
 def build_shard(task: ShardTask) -> ShardResult:
-    """Make one shard and its sidecar, or keep the one that is there if plan and digest are right.
+    """Build one shard and its sidecar, or keep an existing shard whose plan and digest are right.
 
     Raises:
         UserError: When an AOI cannot be read and the task is strict, the disk is full, the storage refuses, or
@@ -116,15 +116,15 @@ def build_shard(task: ShardTask) -> ShardResult:
     with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
         path = Path(folder, task.name)
         result = _pack(task, path)
-        # A run that was killed between sidecar and shard has damaged nothing.
+        # A missing shard is not damage: a run may have been killed between sidecar and shard.
         return _publish(task, result, path, damage if damage != GONE else None)
 
 
 def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
-    """Return the line of the index for an AOI that is left out.
+    """Return the index entry of a skipped AOI.
 
     Raises:
-        UserError: When none may be left out.
+        UserError: If ``strict``.
     """
     skipped = Skipped(aoi, error.reason, error.detail)
     _refuse_if_strict(skipped, strict)
@@ -134,13 +134,13 @@ def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
 def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
     if strict:
         raise UserError(
-            f"AOI {skipped.aoi!r} is unusable ({skipped.reason}: {skipped.detail}): mend it, or leave out --strict to "
+            f"AOI {skipped.aoi!r} is unusable ({skipped.reason}: {skipped.detail}): repair it, or drop --strict to "
             "skip it"
         )
 
 
 def _pack(task: ShardTask, path: Path) -> ShardResult:
-    """Write the tar to a local file; an AOI that cannot be read is left out."""
+    """Write the tar to a local file; skip AOIs that cannot be read."""
     histograms: dict[str, Histogram] = {}
     skipped, bytes_in = [], 0
     try:
@@ -159,8 +159,8 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
             entry = writer.finish(task.name)
     except OSError as error:
         raise UserError(
-            f"cannot write a shard in {path.parent.parent} ({error.strerror}): make room there, or set TMPDIR to a "
-            "folder that has some"
+            f"cannot write a shard in {path.parent.parent} ({error.strerror}): free some space there, or "
+            "set TMPDIR to a folder with space"
         ) from error
     if not entry.samples:
         return ShardResult(task.name, None, {}, tuple(skipped), bytes_in=bytes_in)
@@ -175,22 +175,22 @@ def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
 
 
 def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:
-    """Return a stored image as integers of ``STEP``, which it is already unless it is stored as float32."""
+    """Return a stored image as integers of ``STEP``; only float32 images are converted."""
     return (
         cast(NDArray[np.uint16], image) if image.dtype == np.uint16 else quantise(cast(NDArray[np.float32], image))[0]
     )
 
 
 def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | None) -> ShardResult:
-    """Describe the packed shard in its sidecar, then give it its name.
+    """Write the sidecar of the packed shard, then publish the shard.
 
-    In this order a shard never stands beside a sidecar that does not account for it, whenever the run is killed.
-    Another run of the same plan may publish the shard between the look and the upload: both write the same bytes.
+    In this order no shard lies beside a sidecar of another one, even if the run is killed. Another run of the same plan
+    may publish the shard between the check and the upload: both write the same bytes.
     """
     entry = result.entry
     sidecar, description = task.name + SIDECAR_SUFFIX, _to_sidecar(task, result)
     if damage is not None and entry is not None and task.replaces:
-        result = replace(result, outcome="mended", why=f"{damage}: it was made again")
+        result = replace(result, outcome="repaired", why=f"{damage}: it was built again")
     elif task.output.exists(task.name):
         if entry is not None and damage_of(task.output, entry) is None:
             task.output.write(sidecar, description)
@@ -206,8 +206,8 @@ def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | Non
 
 def _foreign(task: ShardTask) -> UserError:
     return UserError(
-        f"--output {task.output.uri} holds {task.name!r}, which is not what this command makes and was not known as "
-        "this program's when it began: it was left as it is; move it away, or give another --output"
+        f"--output {task.output.uri} holds {task.name!r}, which is not what this command makes, and which this "
+        "program had not written when it began: it was not changed; move it away, or give another --output"
     )
 
 
@@ -222,10 +222,10 @@ def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
 
 
 def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
-    """Return the fingerprint of the task that made a shard, and its result, as the sidecar says.
+    """Read a shard's sidecar: the fingerprint of the task that built the shard, and its result.
 
     Returns:
-        None where there is no sidecar, or a damaged or foreign one.
+        None if the sidecar is missing, damaged or foreign.
     """
     try:
         described = json.loads(output.read(name + SIDECAR_SUFFIX))

@@ -1,10 +1,10 @@
-"""A WorldStrat source to a published dataset: plan, work, index.
+"""Dataset from a WorldStrat source: plan, shards, index.
 
-The plan is pure: which AOI goes into which split and shard. The work is one shard at a time, by any process that sees
-source and output: written to a temporary file and digested on the way, described by a sidecar, then published under its
-name. The index comes last, so nothing that was interrupted looks like a dataset, and whoever comes again keeps each
-shard whose sidecar says the same plan and whose bytes have its digest. What this program did not write is never
-replaced or removed, see `sharding.run.output`.
+The plan is pure: it assigns each AOI to a split and a shard. A shard is built by any process that sees source and
+output: it is written to a temporary file, digested on the way, described by a sidecar, then published under its name.
+The index is written last, so an interrupted run does not look like a dataset. A run that resumes keeps each shard whose
+sidecar has the same plan and whose bytes have the sidecar's digest. Files that this program did not write are never
+overwritten or deleted, see `sharding.run.output`.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ from sharding.sources.worldstrat.layout import AoiFiles, check_files, find_aois,
 from sharding.storage import Storage
 
 _NOT_LISTED = "not-in-split-file"
-"""The reason of an AOI that is complete and in no split."""
+"""Reason of an AOI that is complete but in no split."""
 
 Runner = Callable[[Sequence[ShardTask]], Iterator[ShardResult]]
-"""Does all tasks, anywhere and in any order, and yields each result when it is there."""
+"""Function that runs all tasks, anywhere and in any order, and yields each result when it is ready."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of `shard` did."""
+    """Report of one run of `shard`."""
 
     index: Index
-    """The index that was written."""
+    """Index that was written."""
 
     shards: dict[str, int]
-    """How many shards were made, kept, or mended (their bytes were damaged)."""
+    """Number of shards per outcome: made, kept, or repaired (their bytes were damaged)."""
 
     notes: tuple[str, ...]
     """Lines on splits and shards that the user should read."""
 
     seconds: float
-    """From the first look at the source to the index."""
+    """Seconds from the first listing of the source to the index."""
 
     bytes_in: int
-    """Bytes of the source files that were read."""
+    """Bytes read from source files."""
 
     bytes_out: int
-    """Bytes of the shards that were written."""
+    """Bytes of written shards."""
 
     def lines(self) -> Iterator[str]:
-        """Yield what a person should know at the end."""
+        """Yield the lines of a summary for the user."""
         aois = sum(len(self.index.samples(split)) for split in SPLITS)
         seconds = max(self.seconds, 1e-9)
         yield f"shards  {', '.join(f'{count} {outcome}' for outcome, count in self.shards.items())}"
@@ -75,7 +75,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, object]:
-        """Return it as a table for a file."""
+        """Return the report as a table for a JSON file."""
         return {
             "index_sha256": self.index.digest,
             "aois": {split: len(self.index.samples(split)) for split in SPLITS},
@@ -94,31 +94,31 @@ def shard_folder(
     output: Storage,
     options: ShardOptions,
     workers: int = 1,
-    say: Callable[[str], None] = log.info,
+    say: Callable[[str], None] = logger.info,
     runner: Runner | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Make a dataset of a WorldStrat folder, or go on where an earlier run was interrupted.
+    """Make a dataset from a WorldStrat folder, or resume an interrupted run.
 
     Args:
-        folder: holds ``hr_dataset`` and ``lr_dataset``, or the published zips.
-        output: where shards and index go. What is there and was not written by this program is refused and stays.
-        options: how.
-        workers: processes that prepare shards side by side; their number does not change a byte.
-        say: is given each line that the user should read, such as AOIs moved between splits.
-        runner: does the tasks instead of ``workers``.
-        overwrite: replace a published dataset of another source or other options, which is refused otherwise.
+        folder: Source, with ``hr_dataset`` and ``lr_dataset``, or the published zips.
+        output: Destination of shards and index. Files there that this program did not write are refused and stay.
+        options: Options of the dataset.
+        workers: Processes that build shards in parallel; their number does not change a byte.
+        say: Function that gets each line for the user, such as AOIs moved between splits.
+        runner: Runs the tasks in place of ``workers`` processes.
+        overwrite: Replace a published dataset of another source or other options; otherwise it is refused.
 
     Raises:
-        UserError: for a source, an option or a storage that the user can mend. A published dataset stays as it was,
-            unless it is being overwritten: once enough AOIs could be read, its index is gone.
+        UserError: For a source, an option or a storage that the user can correct. A published dataset is unchanged,
+            except with ``overwrite``: its index is deleted once enough AOIs have proved readable.
     """
     runner = runner or processes(workers)
     return _Sharding(folder, output, options, say).run(runner, overwrite)
 
 
 class _Sharding:
-    """One run of `shard`."""
+    """State of one run of `shard`."""
 
     def __init__(self, folder: Path, output: Storage, options: ShardOptions, say: Callable[[str], None]) -> None:
         self.start = time.monotonic()
@@ -132,7 +132,7 @@ class _Sharding:
         self.lone: frozenset[str] = frozenset()
         self._say = say
         for path in self.source.strays:
-            self._note(f"{path!r} leaves the folder it lies in, and was not read")
+            self._note(f"{path!r} points outside its folder, and was not read")
 
     def run(self, runner: Runner, overwrite: bool) -> Report:
         plan, tasks = self._prepare(overwrite)
@@ -146,7 +146,7 @@ class _Sharding:
                 del self.usable[item.aoi]
             if {task.split for task, result in zip(tasks, now, strict=True) if result.entry} == set(SPLITS):
                 break
-            # A split lost all its AOIs while they were read: share out those that can be.
+            # All AOIs of a split proved unreadable: plan again with the readable ones.
             self.ours |= {task.name for task in tasks} | {task.name + SIDECAR_SUFFIX for task in tasks}
             plan, tasks = self._plan(self.usable)
             self._tell(plan)
@@ -162,7 +162,7 @@ class _Sharding:
         )
 
     def _prepare(self, overwrite: bool) -> tuple[Plan, list[ShardTask]]:
-        """Plan, and see that the output may be written; only an index that is to be replaced is removed."""
+        """Plan, and check that the output may be written; delete nothing but an index that is to be replaced."""
         there = look(self.output)
         self.ours |= there.ours
         self.lone = there.lone
@@ -199,10 +199,10 @@ class _Sharding:
         return plan, tasks
 
     def _plan_as_before(self, index: Index) -> tuple[Plan, list[ShardTask]] | None:
-        """Return the plan of a dataset that was made with these options; None where it was not.
+        """Return the plan of an existing dataset if these options give it, else None.
 
-        Such a dataset has another plan at first where a split lost all its AOIs while they were read: it was planned
-        again without those that could not be.
+        Its plan differs from the first plan of these options if all AOIs of a split proved unreadable: it was then
+        planned again without the unreadable ones.
         """
         left_out = {item.aoi for item in index.skipped if item.reason != _NOT_LISTED} & self.usable.keys()
         usable = {name: aoi for name, aoi in self.usable.items() if name not in left_out}
@@ -213,16 +213,16 @@ class _Sharding:
         if index.plan != _digest(tasks):
             return None
         if not all(self._unread(self.usable[name]) for name in left_out):
-            return None  # what was damaged then can be read now
+            return None  # an AOI that was damaged then can be read now
         self.usable = usable
         self.skipped += [item for item in index.skipped if item.aoi in left_out]
         return plan, tasks
 
     def _check_readable(self, tasks: Sequence[ShardTask]) -> None:
-        """See that enough AOIs can be prepared to fill all splits, before a published dataset is given up for them.
+        """Check that enough AOIs can be prepared to fill all splits, before a published dataset is replaced.
 
         Raises:
-            UserError: too few can be.
+            UserError: If they are too few.
         """
         usable = dict(self.usable)
         readable = 0
@@ -236,7 +236,7 @@ class _Sharding:
         self._plan(usable)
 
     def _unread(self, aoi: AoiFiles) -> Skipped | None:
-        """Return why an AOI cannot be prepared, or None where it can be."""
+        """Return the index entry of an AOI that cannot be prepared, else None."""
         try:
             make_sample(aoi, self.options.sample)
         except UnusableError as error:
@@ -244,16 +244,16 @@ class _Sharding:
         return None
 
     def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> tuple[list[ShardResult], dict[str, Histogram]]:
-        """Do all tasks; return their results in the order of the tasks, and what these counted, added up."""
+        """Run all tasks; return their results in task order, and the sum of their histograms."""
         sizes = {task.name: len(task.aois) for task in tasks}
         by_name: dict[str, ShardResult] = {}
         counted: dict[str, Histogram] = {}
         start, skipped, read, written = time.monotonic(), 0, 0, 0
         with progress(sum(len(task.aois) for task in tasks), "sharding", "AOI") as shown:
-            # What may be refused comes first, before anything else is written.
+            # Tasks that may be refused run first, before anything else is written.
             parts = [[task for task in tasks if (task.name in self.lone) == lone] for lone in (True, False)]
             for result in itertools.chain.from_iterable(runner(part) for part in parts if part):
-                # Megabytes of counts a shard: kept for each, they would outgrow the work itself.
+                # Counts take megabytes per shard: do not keep them for each.
                 by_name[result.name] = replace(result, histograms={})
                 for name, histogram in result.histograms.items():
                     counted[name] = counted[name] + histogram if name in counted else histogram
@@ -291,7 +291,7 @@ class _Sharding:
         )
 
     def _publish(self, index: Index, results: Sequence[ShardResult]) -> None:
-        """Write the index, and delete what earlier plans left of this program's that this one does not contain."""
+        """Write the index; delete files of this program's earlier plans that this plan does not contain."""
         self.output.write(INDEX_NAME, index.to_json().encode())
         names = {result.name for result in results}
         for key in sorted(self.ours - names - {name + SIDECAR_SUFFIX for name in names} - {INDEX_NAME}):
@@ -308,7 +308,7 @@ class _Sharding:
 
 
 def _digest(tasks: Sequence[ShardTask]) -> str:
-    """Return what names the plan: the fingerprints of its tasks."""
+    """Return the digest of a plan: SHA-256, in hex, of its tasks' fingerprints."""
     return hashlib.sha256("".join(task.fingerprint for task in tasks).encode()).hexdigest()
 
 
@@ -323,10 +323,10 @@ def _chosen(found: Sequence[AoiFiles], wanted: Sequence[str] | None) -> list[Aoi
 
 
 def _sift(found: Sequence[AoiFiles], options: ShardOptions) -> tuple[dict[str, AoiFiles], list[Skipped]]:
-    """Part the AOIs whose files are complete from the others.
+    """Separate the AOIs with complete files from the others.
 
     Raises:
-        UserError: where none is, for want of targets that another option would not need.
+        UserError: If none is complete, and all lack only targets that another option does not need.
     """
     usable: dict[str, AoiFiles] = {}
     skipped = []

@@ -1,4 +1,4 @@
-"""What a dataset holds, as lines and as a sheet of pictures."""
+"""Inspection: the contents of a dataset as lines of text and as a sheet of images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NO_DATA = 255
-"""Of a cloud mask; see `sharding.format.index.Sample`."""
+"""No-data value of a cloud mask; see `sharding.format.sample.Sample`."""
 
 SHEET_ROWS = 12
 TILE_PX = 200
 
 
 def describe(index: Index, storage: Storage) -> Iterator[str]:
-    """Yield the lines that tell a person what a dataset holds."""
+    """Yield lines for the user on the contents of a dataset."""
     preparation = index.preparation
     seed = f", seed {index.split_seed}" if index.split_rule == "seeded" else ""
     yield f"dataset {storage.uri}"
@@ -65,10 +65,10 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
 
 
 def find(index: Index, aoi: str) -> tuple[str, ShardEntry, SampleEntry]:
-    """Return split, shard and place of an AOI.
+    """Return split, shard and sample entry of an AOI.
 
     Raises:
-        UserError: where the dataset does not hold it, with the reason if it was left out.
+        UserError: If the dataset does not hold it; with the reason if it was skipped.
     """
     names = []
     for split in SPLITS:
@@ -78,12 +78,12 @@ def find(index: Index, aoi: str) -> tuple[str, ShardEntry, SampleEntry]:
             names.append(entry.aoi)
     for item in index.skipped:
         if item.aoi == aoi:
-            raise UserError(f"--aoi {aoi!r} was left out ({item.reason}: {item.detail})")
+            raise UserError(f"--aoi {aoi!r} was skipped ({item.reason}: {item.detail})")
     raise UserError(f"--aoi {aoi!r} is not in this dataset{nearest(aoi, names)}")
 
 
 def describe_sample(split: str, shard: ShardEntry, sample: Sample) -> Iterator[str]:
-    """Yield the lines that tell a person where one sample lies and what it is."""
+    """Yield lines for the user on the place and the content of one sample."""
     yield f"AOI {sample.aoi!r} in {split}, {shard.name}, key {sample.key!r}"
     yield f"  lr {list(sample.lr.shape)}, hr {list(sample.hr.shape)}, pan {list(sample.pan.shape)}, {sample.hr.dtype}"
     for name, value in sample.meta.items():
@@ -92,10 +92,10 @@ def describe_sample(split: str, shard: ShardEntry, sample: Sample) -> Iterator[s
 
 
 def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> None:
-    """Draw a contact sheet: a row an AOI with its revisits (the clearest is starred), PAN and HR; or one AOI's row.
+    """Draw a contact sheet, one row per AOI: its revisits (the clearest is starred), PAN and HR; or only ``aoi``'s row.
 
     Raises:
-        UserError: when the file cannot be written, or a sample is damaged.
+        UserError: If the file cannot be written, or a sample is damaged.
     """
     entries = [find(index, aoi)] if aoi else [(split, *pair) for split in SPLITS for pair in index.samples(split)]
     rows = [
@@ -113,7 +113,7 @@ def _row(split: str, sample: Sample, preparation: SampleOptions) -> list[Tile]:
     step, rgb = preparation.step, preparation.rgb
     hr = sample.hr * step
     white = robust_high(hr)
-    # One stretch for the whole row: differences of brightness between the sensors are to be seen.
+    # One stretch for the whole row: it keeps differences of brightness between the sensors visible.
     revisits = zip(sample.lr, sample.clm, cast(list[dict[str, object]], sample.meta["revisits"]), strict=True)
     tiles: list[Tile] = []
     for number, (image, clm, revisit) in enumerate(revisits):
@@ -124,6 +124,6 @@ def _row(split: str, sample: Sample, preparation: SampleOptions) -> list[Tile]:
 
 
 def _cloud(clm: NDArray[np.uint8]) -> float:
-    """Return the percentage of cloud among the pixels of a mask that have data."""
+    """Return the percentage of cloud among a mask's pixels with data; 0 without such pixels."""
     seen = clm[clm != _NO_DATA]
     return 100 * float((seen == 1).mean()) if seen.size else 0.0

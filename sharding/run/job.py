@@ -1,4 +1,4 @@
-"""All that `shard` is asked for, as typed options: from its command line, or from the file of a job on a cluster."""
+"""Typed options of `shard`, from its command line or from the file of a job on a cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sharding.storage.names import expanded
 
 
 def _read_names(path: str) -> tuple[str, ...]:
-    """Read the AOIs that a file names, one a line."""
+    """Read the AOIs that a file names, one per line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -28,19 +28,19 @@ def _read_names(path: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How a source becomes a dataset. The same source and options give the same bytes."""
+    """Options of a dataset. The same source and options give the same bytes."""
 
     sample: SampleOptions = field(default_factory=SampleOptions)
-    """What a sample is made of."""
+    """Options of a sample."""
 
     plan: PlanOptions = field(default_factory=PlanOptions)
-    """How samples are shared out."""
+    """Options of splits and shards."""
 
     aois: tuple[str, ...] | None = field(default=None, metadata={"metavar": "FILE", "parse": _read_names})
-    """Take only these AOIs, which FILE names, one a line. None takes all."""
+    """Use only the AOIs that FILE names, one per line. None uses all."""
 
     strict: bool = False
-    """Refuse an input with an unusable AOI. Otherwise the AOI is left out."""
+    """Refuse an input with an unusable AOI. Otherwise the AOI is skipped."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +54,31 @@ class ShardJob:
     """Local folder or s3://BUCKET/PREFIX."""
 
     options: ShardOptions = field(default_factory=ShardOptions)
-    """How the source becomes a dataset."""
+    """Options of the dataset."""
 
     storage: StorageOptions = field(default_factory=StorageOptions)
-    """How objects are stored in S3."""
+    """Options of objects written to S3."""
 
     workers: int | None = None
-    """Shards built side by side; by default one per CPU, at most 8, and on a Ray cluster as many as fit."""
+    """Shards built in parallel; by default one per CPU, at most 8, and on a Ray cluster as many as fit."""
 
     overwrite: bool = False
     """Replace a dataset of another source or other options in --output."""
 
     report: Path | None = field(default=None, metadata={"metavar": "FILE"})
-    """Write what was done as JSON. None writes nothing."""
+    """Write a report of the run as JSON. None writes nothing."""
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            UserError: naming the option, its value and the least it may be.
+            UserError: For an invalid value; it names the option, the value and the least valid one.
         """
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers {self.workers} is too small: the least is 1")
 
     def with_absolute_paths(self, folder: Path) -> ShardJob:
-        """Return it with relative local paths taken from ``folder``, for a process that works in another one."""
+        """Return a copy with relative local paths resolved from ``folder``, for a process in another folder."""
         return replace(
             self,
             input=folder / self.input,
@@ -87,14 +87,14 @@ class ShardJob:
         )
 
     def to_json(self) -> str:
-        """Return it as JSON that `from_json` reads back unchanged."""
+        """Return the job as JSON; `from_json` restores it unchanged."""
         return json.dumps(asdict(self), indent=1, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> ShardJob:
-        """Read what `to_json` wrote.
+        """Parse the text of `to_json`.
 
         Raises:
-            UserError: naming a key that is no option.
+            UserError: For a key that is not an option; it names the key.
         """
         return from_table(cls, json.loads(text))

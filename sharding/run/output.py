@@ -1,4 +1,4 @@
-"""What an output of `shard` holds already, and which of it this program wrote: only that is replaced or removed."""
+"""Inspection of an output of `shard`: only files that this program wrote may be overwritten or deleted."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from sharding.run.build import SIDECAR_SUFFIX, read_sidecar
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.tar")
-# Below such a name there may be files too, where it is a folder's.
+# Such a name may also be a folder's, with files below it.
 _IN_THE_WAY = re.compile(rf"({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})(/.*)?", re.DOTALL)
 _PARALLEL = 8
-"""Sidecars read side by side."""
+"""Sidecars read in parallel."""
 _OPTIONS = {"hr_source": "hr"}
-"""Names in the index that are not those of the command line."""
+"""Names in the index that differ from the command line's."""
 
 Described = tuple[str, int | None]
-"""What a sidecar says: the fingerprint of the task, and the bytes of the shard; None where no AOI could be read."""
+"""Content of a sidecar: the task's fingerprint, and the shard's size in bytes; None if no AOI could be read."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What lies where a dataset is to go."""
+    """Contents of the place where a dataset is to be written."""
 
     uri: str
-    """The place."""
+    """URI of the place."""
 
     index: Index | None
-    """The index of a published dataset; None where there is none, or a damaged one."""
+    """Index of a published dataset; None if it is missing or damaged."""
 
     damaged_index: bool
-    """Whether there is a damaged index, or one of another format version."""
+    """True if there is a damaged index, or one of another format version."""
 
     fingerprints: frozenset[str]
-    """Of the shards that no index lists, from their sidecars."""
+    """Fingerprints of the shards that no index lists, from their sidecars."""
 
     ours: frozenset[str]
-    """Keys of what this program wrote: the index, the shards that it lists, those that a sidecar describes."""
+    """Keys of files that this program wrote: the index, the shards in it, and those that a sidecar describes."""
 
     lone: frozenset[str]
     """Shards that neither an index nor a sidecar describes."""
 
     foreign: frozenset[str]
-    """Other keys that a dataset's files would have."""
+    """Other existing keys among the names of a dataset's files."""
 
     def refuse_foreign(self, planned: Collection[str]) -> None:
-        """Refuse what this program did not write.
+        """Refuse files that this program did not write.
 
-        Without an index, a lone shard of the plan may be of an interrupted run, and so equal to what will be made.
+        Without an index, a lone shard of the plan may come from an interrupted run, and then equals the new one.
 
         Raises:
-            UserError: naming the first one.
+            UserError: If there are any; it names the first one.
         """
         may_be_ours = set() if INDEX_NAME in self.ours else set(planned)
         foreign = sorted(self.foreign | (self.lone - may_be_ours))
@@ -65,11 +65,11 @@ class Output:
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             raise UserError(
                 f"--output {self.uri} holds {foreign[0]!r}{more}, which this program did not write: nothing was "
-                "changed; move what is yours away, or give another --output"
+                "changed; move your files away, or give another --output"
             )
 
     def holds_another(self, plan: str, fingerprints: Collection[str]) -> bool:
-        """Tell whether a published dataset is there that is not the one of this plan and these tasks."""
+        """Return True if a published dataset exists and does not have this plan and these tasks."""
         if self.index is not None:
             return self.index.plan != plan
         return self.damaged_index and not self.fingerprints <= set(fingerprints)
@@ -78,7 +78,7 @@ class Output:
         """Refuse to replace the published dataset.
 
         Raises:
-            UserError: saying in what it differs from these options, as far as can be told.
+            UserError: Always; it names the options that differ, as far as they are known.
         """
         differs = _differences(self.index, sample, rule, seed) if self.index else ["its index.json cannot be read"]
         others = "the source's files, the AOIs, or --fractions, --shard-size or --for-ranks are others"
@@ -89,15 +89,15 @@ class Output:
 
 
 def look(output: Storage) -> Output:
-    """Look at an output before anything is written.
+    """Inspect an output before anything is written.
 
-    An object is this program's where a valid index lists it, or where a valid sidecar names it and its size. With a
-    valid index, the sidecar of a shard that it lists is this program's, damaged or not.
+    An object is this program's if a valid index lists it, or if a valid sidecar names it and its size. The sidecar of a
+    shard in a valid index is this program's, damaged or not.
 
     Raises:
-        UserError: the store does not answer, or cannot be read.
+        UserError: If the store does not answer or cannot be read.
     """
-    # In this order, what another run publishes meanwhile is never taken for somebody else's.
+    # In this order, files that another run publishes meanwhile are never taken for foreign ones.
     sizes = {item.key: item.size for item in output.list() if _IN_THE_WAY.fullmatch(item.key)}
     text = _read_index(output)
     index = _parse_index(text)
@@ -139,7 +139,7 @@ def _parse_index(text: str | None) -> Index | None:
 
 
 def _is_ours(text: str, described: Mapping[str, Described]) -> bool:
-    """Tell whether an index that cannot be used is this program's: by what it says, or by what lies beside it."""
+    """Return True if an unusable index is this program's, by its keys or by the sidecars beside it."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
@@ -148,7 +148,7 @@ def _is_ours(text: str, described: Mapping[str, Described]) -> bool:
 
 
 def _described(output: Storage, names: Sequence[str]) -> dict[str, Described]:
-    """Return what the valid ones among the sidecars of shards say; no more, since each holds megabytes."""
+    """Read the shards' sidecars; return the short content of the valid ones, since a whole sidecar takes megabytes."""
 
     def read(name: str) -> Described | None:
         found = read_sidecar(output, name)
@@ -159,12 +159,12 @@ def _described(output: Storage, names: Sequence[str]) -> dict[str, Described]:
 
 
 def _accounts(described: Described | None, key: str, sizes: Mapping[str, int]) -> bool:
-    """Tell whether a valid sidecar says that the shard of this key, or the sidecar itself, is this program's."""
+    """Return True if a valid sidecar shows that the shard of this key, or the sidecar itself, is this program's."""
     return described is not None and (key.endswith(SIDECAR_SUFFIX) or described[1] == sizes[key])
 
 
 def _differences(index: Index, sample: SampleOptions, rule: str, seed: int) -> list[str]:
-    """Say in which options a dataset is not as it would be now."""
+    """Return the options in which an existing dataset differs from a new one, in words."""
     there, wanted = index.preparation.to_json(), sample.to_json()
     found = [
         f"--{_OPTIONS.get(name, name).replace('_', '-')} is {there[name]} there and {wanted[name]} here"

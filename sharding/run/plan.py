@@ -1,4 +1,4 @@
-"""Which AOI goes into which shard: a pure function of names and options."""
+"""Plan of a dataset: the shard of each AOI, a pure function of names and options."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from sharding.run.splits import FRACTIONS, SPLIT_SEED, Split, published_split, s
 SPLIT_FILE = "stratified_train_val_test_split.csv"
 MB = 1_000_000
 SHARD_BYTES = 64 * MB
-"""Large enough to stream well; 3,889 AOIs make some 210 shards to spread over readers."""
+"""Default size of a shard: large enough to stream well; 3,889 AOIs make about 210 shards to spread over readers."""
 
 
 def _parse_fractions(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--fractions {text} cannot be: give three numbers, such as 0.8,0.1,0.1") from None
+        raise UserError(f"--fractions {text} is invalid: give three numbers, such as 0.8,0.1,0.1") from None
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How AOIs are shared out.
+    """Options of splits and shards.
 
     Raises:
-        UserError: Naming the option, its value and what it may be.
+        UserError: For an invalid value; it names the option, the value and the valid ones.
     """
 
     splits: Literal["auto", "published", "seeded"] = "auto"
-    """Rule of the split: ``published`` (the split file), ``seeded``, or ``auto``: published where the file is."""
+    """Rule of the split: ``published`` (the split file), ``seeded``, or ``auto``: published if the file exists."""
 
     fractions: tuple[float, float, float] = field(
         default=FRACTIONS, metadata={"metavar": "TRAIN,VAL,TEST", "parse": _parse_fractions}
     )
-    """Shares of train, val and test in the seeded split; what they leave goes to train."""
+    """Shares of train, val and test in the seeded split; the remainder is added to train."""
 
     seed: int = SPLIT_SEED
     """Seed of the seeded split and of the order within splits."""
@@ -49,16 +49,16 @@ class PlanOptions:
     shard_bytes: int = field(
         default=SHARD_BYTES, metadata={"option": "--shard-size", "metavar": "MB", "parse": float, "unit": MB}
     )
-    """Largest size of a shard, which has at least one AOI. In bytes; the option is in MB."""
+    """Largest size of a shard; a shard has at least one AOI. In bytes; the option is in MB."""
 
     for_ranks: int = 1
-    """Ranks of later training: the number of training shards is a multiple of it where there are AOIs enough."""
+    """Ranks of later training: the number of training shards is a multiple of it if there are enough AOIs."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         if len(self.fractions) != len(SPLITS) or min(self.fractions) < 0 or not 0 < sum(self.fractions) <= 1 + 1e-9:
             given = ",".join(f"{fraction:g}" for fraction in self.fractions)
-            raise UserError(f"--fractions {given} cannot be: give three numbers from 0 that sum to 1 at most")
+            raise UserError(f"--fractions {given} is invalid: give three numbers >= 0 whose sum is at most 1")
         for option, number, least in (
             ("--seed", self.seed, 0),
             ("--shard-size", self.shard_bytes, 1),
@@ -70,7 +70,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be."""
+    """Plan of one shard."""
 
     split: str
     """Its split."""
@@ -84,13 +84,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made of the usable AOIs."""
+    """Splits and shards of the usable AOIs."""
 
     split: Split
-    """Which AOI is in which split."""
+    """AOIs of each split."""
 
     rule: str
-    """``published`` or ``seeded``."""
+    """Rule of the split: ``published`` or ``seeded``."""
 
     shards: tuple[ShardPlan, ...]
     """All shards, split by split."""
@@ -106,14 +106,14 @@ def make_plan(
     """Decide splits and shards.
 
     Args:
-        aois: the usable AOIs.
-        found: all AOIs, usable or not.
-        rows: (AOI, split) of the published split file, None where there is none.
-        sample_bytes: what a sample takes in a shard, as far as can be said ahead.
-        options: rule, seed and sizes.
+        aois: Usable AOIs.
+        found: All AOIs, usable or not.
+        rows: Rows (AOI, split) of the published split file; None without the file.
+        sample_bytes: Expected size of a sample in a shard.
+        options: Rule, seed and sizes.
 
     Raises:
-        UserError: where the published split is asked for and missing, or the AOIs are too few.
+        UserError: If the published split is requested and its file is missing, or the AOIs are too few.
     """
     rule = ("seeded" if rows is None else "published") if options.splits == "auto" else options.splits
     if rule == "seeded":
@@ -125,7 +125,7 @@ def make_plan(
     shards = []
     for name in SPLITS:
         members = list(split.splits[name])
-        if rule == "published":  # in natural order, which puts neighbours side by side; seeded ones are shuffled
+        if rule == "published":  # it is in natural order, which groups neighbours; the seeded split is shuffled already
             random.Random(f"{options.seed}:{name}").shuffle(members)
         ranks = options.for_ranks if name == "train" else 1
         parts = evenly(members, _number_of_shards(len(members), sample_bytes, options.shard_bytes, ranks))
@@ -134,13 +134,13 @@ def make_plan(
 
 
 def evenly(items: Sequence[str], parts: int) -> list[Sequence[str]]:
-    """Cut a sequence into so many parts whose lengths differ by one at most."""
+    """Cut a sequence into ``parts`` parts whose lengths differ by at most one."""
     cuts = [len(items) * i // parts for i in range(parts + 1)]
     return [items[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def _number_of_shards(samples: int, sample_bytes: int, shard_bytes: int, ranks: int) -> int:
-    """Return how many shards of at most ``shard_bytes`` there are to be, as a multiple of the ranks if that goes."""
+    """Return the number of shards of at most ``shard_bytes``, a multiple of the ranks if there are enough samples."""
     per_shard = max(1, shard_bytes // sample_bytes)
     wanted = math.ceil(samples / per_shard / ranks) * ranks
     return min(wanted, samples)

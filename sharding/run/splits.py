@@ -1,4 +1,4 @@
-"""Which AOI is in which split: pure functions of names, rule and seed. An AOI never spans two splits."""
+"""Splits of the AOIs: pure functions of names, rule and seed. No AOI is in two splits."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from sharding.errors import UserError
 from sharding.format.index import SPLITS
 
 SPLIT_SEED = 386564310
-"""The published seed."""
+"""Published seed."""
 FRACTIONS = (0.8, 0.1, 0.1)
-"""The published shares of train, val and test."""
+"""Published shares of train, val and test."""
 
 Splits = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """The outcome for a list of AOIs."""
+    """Split of a list of AOIs."""
 
     splits: Splits
-    """Per split, its AOIs in order."""
+    """AOIs of each split, in order."""
 
     moved: tuple[tuple[str, str, str], ...]
-    """(AOI, from, to) for those that were moved so that no split is empty."""
+    """Moves (AOI, from, to) that were made so that no split is empty."""
 
     left_out: tuple[str, ...] = ()
-    """AOIs that the rule knows nothing of."""
+    """AOIs that the rule does not list."""
 
     disputed: tuple[tuple[str, tuple[str, ...], str], ...] = ()
-    """(AOI, the splits that the file names, the one it went to) for those listed in more than one."""
+    """AOIs that the file lists in several splits: (AOI, these splits, the chosen one)."""
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:
-    """Sort key in which runs of digits compare as integers: ``a-2`` comes before ``a-10``."""
+    """Return a sort key in which runs of digits compare as integers: ``a-2`` comes before ``a-10``."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name))
 
 
 def permutation(num_items: int, seed: int) -> list[int]:
-    """Return torch's random permutation of ``range(num_items)`` for a seed, as the published splits use it."""
+    """Return torch's random permutation of ``range(num_items)`` for a seed, as in the published splits."""
     import torch  # here, not above: the command's help should not wait for it
 
     order: list[int] = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -51,19 +51,19 @@ def permutation(num_items: int, seed: int) -> list[int]:
 def seeded_split(
     aois: Sequence[str], seed: int, fractions: Sequence[float] = FRACTIONS, found: Sequence[str] | None = None
 ) -> Split:
-    """Shuffle all AOIs that were found, in natural order, and cut by position; those left by rounding go to train.
+    """Shuffle all found AOIs, in natural order, and cut by position; the remainder of rounding is added to train.
 
-    Those that are unusable take part in shuffling and cutting, as in the published code: so an AOI's split does not
-    depend on whether another one can be read.
+    Unusable AOIs are shuffled and cut too, as in the published code: an AOI's split does not depend on whether another
+    one can be read.
 
     Args:
-        aois: the usable AOIs.
-        seed: of the permutation.
-        fractions: shares of train, val and test; what they leave goes to train.
-        found: all AOIs; by default the usable ones.
+        aois: Usable AOIs.
+        seed: Seed of the permutation.
+        fractions: Shares of train, val and test; the remainder is added to train.
+        found: All AOIs; by default the usable ones.
 
     Raises:
-        UserError: for fewer than three usable AOIs.
+        UserError: For fewer than three usable AOIs.
     """
     names = sorted(aois if found is None else found, key=natural_key)
     order = [names[k] for k in permutation(len(names), seed)]
@@ -77,16 +77,16 @@ def seeded_split(
 
 
 def published_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Split:
-    """Follow the published split file.
+    """Split the AOIs by the published split file.
 
-    An AOI that the file lists in two splits goes to the rarer of them; one that it does not list is left out.
+    An AOI that the file lists in two splits is assigned to the rarer one; an AOI that it does not list is skipped.
 
     Args:
-        aois: the AOIs at hand.
-        rows: (AOI, split) of the file, repeated rows included.
+        aois: Usable AOIs.
+        rows: Rows (AOI, split) of the file, repeated rows included.
 
     Raises:
-        UserError: for an unknown split in the file, or fewer than three AOIs that it lists.
+        UserError: For an unknown split in the file, or if it lists fewer than three of the AOIs.
     """
     unknown = sorted({split for _, split in rows} - set(SPLITS))
     if unknown:
@@ -109,15 +109,15 @@ def published_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Spl
 
 
 def describe_split(split: Split) -> list[str]:
-    """Return a line for the user for each AOI whose split is not simply what the rule says."""
+    """Return a line for the user on each AOI whose split differs from the plain rule."""
     return [
-        *(f"AOI {aoi!r} is listed in {' and '.join(named)}: it went to {to}" for aoi, named, to in split.disputed),
+        *(f"AOI {aoi!r} is listed in {' and '.join(named)}: assigned to {to}" for aoi, named, to in split.disputed),
         *(f"split {to} was empty: AOI {aoi!r} was moved to it from {source}" for aoi, source, to in split.moved),
     ]
 
 
 def _fill(splits: Splits) -> tuple[tuple[str, str, str], ...]:
-    """Give each empty split the last AOI of train, or of the largest split where train has one or none."""
+    """Move an AOI to each empty split: the last of train, or of the largest split if train has fewer than two."""
     total = sum(map(len, splits.values()))
     if total < len(SPLITS):
         raise UserError(

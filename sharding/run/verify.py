@@ -1,4 +1,4 @@
-"""Whether a dataset's bytes are those that were written, and still what its source gives."""
+"""Verification of a dataset: its bytes against the index, and some samples against the source."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from sharding.progress import progress
 from sharding.storage import CorruptedError, Storage
 
 PARALLEL = 4
-"""Shards read side by side: enough to keep a network busy, few enough for a disk."""
+"""Shards read in parallel: enough to keep a network busy, few enough for a disk."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written."""
+    """Difference between the dataset and its index or source."""
 
     shard: str
     """Key of the shard."""
 
     detail: str
-    """What was met, in words, with the AOI where one sample is meant."""
+    """The finding, in words; it names the AOI if it concerns one sample."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at, and what was found."""
+    """Result of a verification."""
 
     shards: int
     """Shards whose size and digest were compared."""
 
     bytes: int
-    """Their bytes."""
+    """Size of these shards, bytes."""
 
     samples: int
     """Samples that were decoded; 0 without ``deep``."""
@@ -50,30 +50,30 @@ class Verified:
     """AOIs that were prepared again and compared."""
 
     problems: tuple[Problem, ...]
-    """All that is wrong."""
+    """All differences."""
 
     def summary(self) -> str:
-        """Return it as a line."""
+        """Return the result as one line."""
         decoded = f", {self.samples} samples decoded" if self.samples else ""
         again = f", {len(self.prepared)} AOIs prepared again and compared" if self.prepared else ""
-        end = f"{len(self.problems)} problems: shard again to mend them" if self.problems else "all as written"
+        end = f"{len(self.problems)} problems: shard again to repair them" if self.problems else "all as written"
         return f"{self.shards} shards of {self.bytes / 1e6:.1f} MB compared{decoded}{again}: {end}"
 
 
 def verify(
     storage: Storage, deep: bool = False, folder: Path | None = None, num_aois: int = 5, seed: int = 0
 ) -> Verified:
-    """Compare a dataset with its index, and a part of it with its source.
+    """Compare a dataset with its index, and some samples with the source.
 
     Args:
-        storage: holds the dataset.
-        deep: decode each sample too.
-        folder: the source; ``num_aois`` drawn by ``seed`` are prepared from it again and compared value for value.
-        num_aois: how many.
-        seed: of the draw.
+        storage: Place of the dataset.
+        deep: Also decode each sample.
+        folder: Source, from which ``num_aois`` AOIs are prepared again and compared value for value.
+        num_aois: Number of these AOIs.
+        seed: Seed of their random choice.
 
     Raises:
-        UserError: where there is no dataset, or no source.
+        UserError: If there is no dataset, or no source.
     """
     index = Index.load(storage)
     shards = [shard for split in SPLITS for shard in index.splits[split]]
@@ -99,7 +99,7 @@ def _look_at(storage: Storage, shard: ShardEntry, deep: bool) -> list[Problem]:
     found = [Problem(shard.name, damage)] if damage else []
     if damage == GONE or not (deep or damage):
         return found
-    # Which samples a damage hits tells what is lost; without one, they are decoded to see that they can be.
+    # In a damaged shard this names the damaged samples; else it checks that all can be decoded.
     for entry in shard.samples:
         try:
             decode_sample(entry, storage.read_range(shard.name, entry.offset, entry.size))
@@ -139,13 +139,11 @@ def _compare_with_source(
 
 
 def _differences(stored: Sample, again: NewSample) -> list[str]:
-    """Say in what a stored sample is not what its source gives now."""
+    """Return the parts in which a stored sample differs from the one that its source gives now, in words."""
     images = {name: getattr(stored, name) for name in again.images}
     found = [
-        f"{name} is not what the source gives"
+        f"{name} differs from the source"
         for name, image in again.images.items()
         if image.dtype != images[name].dtype or not np.array_equal(image, images[name])
     ]
-    return found or (
-        [] if stored.meta == json.loads(json.dumps(again.meta)) else ["its JSON is not what the source gives"]
-    )
+    return found or ([] if stored.meta == json.loads(json.dumps(again.meta)) else ["its JSON differs from the source"])

@@ -1,7 +1,7 @@
-"""Processes of this machine that make shards.
+"""Worker processes of this machine that build shards.
 
 They are forked from one process that has loaded torch and GDAL and done nothing else, since threads do not survive a
-fork: so each starts at once, and shares the libraries' memory with the others.
+fork. So each starts at once and shares the libraries' memory with the others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardResult]]:
-    """Return what does tasks in so many processes; one works here, without the cost of another.
+    """Return a runner that builds shards in ``workers`` processes; with 1, in this process.
 
-    Several begin to load their libraries now, while their work is planned: call it early.
+    With several, the libraries begin to load at once, while the caller plans: call it early.
 
     Raises:
-        UserError: for less than one.
+        UserError: For ``workers`` below 1.
     """
     if workers < 1:
         raise UserError(f"--workers {workers} is too small: the least is 1")
@@ -36,7 +36,7 @@ def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardRes
         _start_loading()
 
     def run(tasks: Sequence[ShardTask]) -> Iterator[ShardResult]:
-        # Not before: it loads torch, which the processes do at the same time.
+        # Not earlier: it loads torch, and the processes load it at the same time.
         from sharding.run.build import build_shard
 
         return map(build_shard, tasks) if workers == 1 else _in_processes(build_shard, tasks, workers)
@@ -47,7 +47,7 @@ def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardRes
 def _start_loading() -> None:
     """Start the process that the workers are forked from."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["sharding.run.preload"])
-    # It would look for modules in the current folder first, as this command does not.
+    # It would search the current folder for modules first; this command does not.
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -69,15 +69,15 @@ def _in_processes(
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, most often for want of memory: shard again with fewer --workers; what is "
-            "finished is kept"
+            "a worker process was killed, most often because memory ran out: shard again with fewer --workers; "
+            "finished shards are kept"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 def _begin(environment: Mapping[str, str]) -> None:
-    """Prepare a worker: the environment of now, cores left to the other workers, and no life after the command's."""
+    """Prepare a worker: the current environment, one torch thread, and an end with the command."""
     import torch  # imports torch, which other verbs need not wait for
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,7 +88,7 @@ def _begin(environment: Mapping[str, str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that gave it work is killed: its tasks would be waited for for ever."""
+    """End this process when its parent is killed: otherwise it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # a worker has one
     connection.wait([parent.sentinel])

@@ -1,8 +1,8 @@
-"""Whole objects by key, in a local folder or an S3 bucket, behind one small protocol.
+"""Storage of whole objects by key, in a local folder or an S3 bucket, behind one small protocol.
 
-The ground that every other room stands on: anything may import it, and it imports nothing of ours but
-`sharding.errors`. `open_storage` turns a URI into a `Storage` (`base`), which is a folder (`local`) or a bucket (`s3`).
-Nothing else in the project decides what a key becomes on disk or in a bucket. An object appears whole or not at all.
+Any package may import it; it imports nothing of ours except `sharding.errors`. `open_storage` turns a URI into a
+`Storage` (`base`), which is a folder (`local`) or a bucket (`s3`). Nothing else in the project maps a key to a path or
+an S3 key. An object appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ __all__ = [
 
 
 def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
-    """Open a local folder (made at the first write; ``~`` is the home) or ``s3://bucket[/prefix]``.
+    """Open a local folder (created at the first write; ``~`` is the home folder) or ``s3://bucket[/prefix]``.
 
     The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from boto3's standard chain. Nothing
     is sent until the first call.
 
     Args:
-        uri: the place.
-        options: how objects are stored in S3; a folder knows neither parts nor concurrency.
+        uri: Folder or S3 URI.
+        options: Options of objects written to S3; a folder ignores part size and concurrency.
 
     Raises:
-        UserError: for an empty URI, one with a secret, another scheme, no bucket, or encryption or a storage class on
+        UserError: For an empty URI, one with a secret, another scheme, no bucket, or encryption or a storage class on
             a local folder.
     """
     options = options or StorageOptions()
@@ -68,5 +68,5 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
         raise UserError("an empty URI names no place: give a local path or s3://BUCKET/PREFIX")
     for option, value in (("--sse", options.sse), ("--storage-class", options.storage_class)):
         if value is not None:
-            raise UserError(f"{option} {value} is for s3:// only, and {text} is a folder: leave it out")
+            raise UserError(f"{option} {value} is for s3:// only, and {text} is a folder: drop it")
     return LocalStorage(expanded(text).absolute())

@@ -1,4 +1,4 @@
-"""The protocol of a storage and its errors, which both back ends raise."""
+"""Protocol of a storage, and the errors that both back ends raise."""
 
 from __future__ import annotations
 
@@ -12,104 +12,104 @@ from sharding.errors import UserError
 from sharding.storage.retries import RetryCounter
 
 PIECE = 120 << 10
-"""Bytes of a piece of `Storage.stream`, and of any body that failed before. What came of a piece that stalls is lost;
-from 128 KiB up the C library asks the kernel for memory for each piece again."""
+"""Bytes of a piece of `Storage.stream`, and of any body after a failure. If a piece stalls, its bytes so far are lost.
+From 128 KiB up the C library requests memory from the kernel for each piece."""
 
 
 Fill = Callable[[memoryview], int]
-"""Reads the bytes that come next into a buffer, and returns how many came: fewer only where the object ends.
+"""Function that reads the next bytes into a buffer and returns their number: fewer only at the end of the object.
 
-The one type by which bytes reach memory, from a storage to a scene. Its maker retries and continues what breaks off, so
+It is the only type by which bytes reach memory, from a storage to a scene. Its implementation retries and resumes, so
 an error is final. Its caller compares the bytes with the index; only a `Fill` of `pipeline.data.sample_reader` has done
-so already, and fills the buffer or raises.
+so already: it fills the whole buffer or raises.
 """
 
 
 class NotFoundError(UserError):
-    """The object does not exist."""
+    """Error of an object that does not exist."""
 
 
 class BucketNotFoundError(NotFoundError):
-    """The bucket itself does not exist, so no key in it can."""
+    """Error of a bucket that does not exist, and so of every key in it."""
 
 
 class StorageUnavailableError(UserError):
-    """The store does not answer, breaks off, or says that it is overloaded or broken (HTTP 429 or 5xx).
+    """Error of a store that does not answer, drops the connection, is overloaded or fails (HTTP 429 or 5xx).
 
-    The call was retried already (`sharding.storage.retries`), but may succeed later, so a long run may start again.
-    Every other UserError of this module stays until the user repairs its cause: a wrong key, a denied or missing
+    The call was retried already (`sharding.storage.retries`), but may succeed later, so a long run may be restarted.
+    Every other UserError of this module persists until the user corrects its cause: a wrong key, a denied or missing
     bucket, a missing object, a full or protected disk.
     """
 
 
 class CorruptedError(UserError):
-    """The bytes that are read are not those that were written, each time they are read; the message says why.
+    """Error of bytes that differ from the written ones at each read; the message states the cause.
 
-    They do not fit the store's own checksum, or not the dataset's index (`sharding.format.sample`).
+    They do not match the store's own checksum, or not the dataset's index (`sharding.format.sample`).
     """
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object of a listing."""
+    """Object of a listing."""
 
     key: str
     """Its key relative to the storage's URI, with ``/`` between parts."""
 
     size: int
-    """Its length in bytes."""
+    """Its size in bytes."""
 
 
 class Storage(Protocol):
     """Objects by key under one URI. Safe in threads, and to pickle: the copy opens its own connection.
 
-    Any call raises StorageUnavailableError where the store does not answer, UserError for what the user must repair.
+    Any call raises StorageUnavailableError if the store does not answer, UserError if the user must correct the cause.
     """
 
     @property
     def uri(self) -> str:
-        """The absolute folder or ``s3://`` URI that keys are relative to."""
+        """Absolute folder or ``s3://`` URI to which keys are relative."""
         ...
 
     @property
     def retries(self) -> RetryCounter:
-        """Retries of this process, by this storage and those that came of it by `child`."""
+        """Retries in this process, by this storage and its `child` storages."""
         ...
 
     request_bytes: int
-    """Bytes that are worth reading by one request, neighbours of what is needed too; 0 where requests cost nothing."""
+    """Bytes worth reading by one request, unneeded neighbours included; 0 if requests cost nothing."""
 
     def read(self, key: str) -> bytes:
-        """Return an object whole; NotFoundError where there is none."""
+        """Return a whole object; NotFoundError if it does not exist."""
         ...
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset``, fewer where the object ends before."""
+        """Return ``length`` bytes from ``offset``, fewer at the end of the object."""
         ...
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` from ``offset``; return how many bytes came, fewer where the object ends before."""
+        """Fill ``buffer`` from ``offset``; return the number of bytes, fewer at the end of the object."""
         ...
 
     def open_range(self, key: str, offset: int, length: int) -> AbstractContextManager[Fill]:
         """Open ``length`` > 0 bytes for a `Fill` that reads them into one buffer after the other, by one request.
 
-        The request is sent when the first buffer is given. A checksum is compared only where the store sends one of the
-        range. From S3 nothing more comes once the object was replaced, or after an error.
+        The request is sent with the first buffer. A checksum is compared only if the store sends one for the range.
+        From S3 no further bytes arrive after the object was replaced, or after an error.
         """
         ...
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Yield an object whole, from its first byte to its last, in pieces of up to 120 KiB.
+        """Yield a whole object, from its first byte to its last, in pieces of up to 120 KiB.
 
-        All pieces are of one and the same object: one that is replaced meanwhile is a StorageUnavailableError. Only
-        an S3 object that arrived without a break was compared with the store's checksum (CorruptedError, after the
-        last piece), so compare a digest.
+        All pieces belong to one version of the object: if it is replaced meanwhile, StorageUnavailableError. Only an
+        S3 object that arrived in one response was compared with the store's checksum (CorruptedError, after the last
+        piece), so compare a digest.
         """
         ...
 
     def write(self, key: str, data: bytes) -> None:
-        """Store an object, whole or not at all, in place of an older one."""
+        """Store an object, whole or not at all; overwrite an older one."""
         ...
 
     def upload(self, key: str, path: Path) -> None:
@@ -117,11 +117,11 @@ class Storage(Protocol):
         ...
 
     def create(self, key: str, content: bytes) -> bool:
-        """Store a new small object, whole or not at all; return False where there is one already.
+        """Store a new small object, whole or not at all; return False if the key exists already.
 
-        Of several that create one key at once, one is told True. Only a place that cannot promise it (a file system
-        without hard links, an S3 store without conditional writes) looks first and then stores, so that two at the
-        same moment may both be told True; the object is then one of theirs, whole.
+        If several callers create one key at once, one of them gets True. A place that cannot guarantee this (a file
+        system without hard links, an S3 store without conditional writes) checks first and then stores, so that two
+        callers at the same moment may both get True; the object is then one of theirs, whole.
         """
         ...
 
@@ -130,13 +130,13 @@ class Storage(Protocol):
         ...
 
     def exists(self, key: str) -> bool:
-        """Say whether there is an object of that key."""
+        """Return True if the object exists."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; no error where there is none."""
+        """Delete an object; no error if it does not exist."""
         ...
 
     def child(self, name: str) -> Storage:
-        """Return the storage one prefix or folder below."""
+        """Return the storage of a prefix or folder below this one."""
         ...

@@ -1,4 +1,4 @@
-"""Objects as files under a folder."""
+"""Local storage: objects as files under a folder."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from sharding.storage.retries import RetryCounter
 
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
-# What a file system says that has no hard links: FAT, some network shares and FUSE mounts.
+# Errors of a file system without hard links: FAT, some network shares and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class LocalStorage:
-    """Objects as files under a folder."""
+    """Storage of objects as files under a folder."""
 
     request_bytes = 0
     retries = RetryCounter()
-    """Always 0: what a file system refuses is not tried again."""
+    """Always 0: errors of a file system are not retried."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     @property
     def uri(self) -> str:
-        """The absolute folder."""
+        """Absolute path of the folder."""
         return str(self._root)
 
     def __repr__(self) -> str:
         return f"LocalStorage({self.uri!r})"
 
     def read(self, key: str) -> bytes:
-        """Return a file whole."""
+        """Return a whole file."""
         with self._explained(key):
             return self._path(key).read_bytes()
 
@@ -51,7 +51,7 @@ class LocalStorage:
             return file.read(length)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Read straight into ``buffer``."""
+        """Read directly into ``buffer``."""
         with self._explained(key), self._path(key).open("rb", buffering=0) as file:
             file.seek(offset)
             count = 0
@@ -61,7 +61,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def open_range(self, key: str, offset: int, length: int) -> Iterator[Fill]:
-        """Read straight into each buffer."""
+        """Read directly into each buffer."""
         stop = offset + length
 
         def fill(buffer: memoryview) -> int:
@@ -73,7 +73,7 @@ class LocalStorage:
         yield fill
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Read the file piece by piece; one that is replaced meanwhile stays readable."""
+        """Read the file piece by piece; if it is replaced meanwhile, the old one stays readable."""
         with self._explained(key), self._path(key).open("rb") as file:
             while data := file.read(PIECE):
                 yield data
@@ -89,7 +89,7 @@ class LocalStorage:
             shutil.copyfile(path, temporary)
 
     def create(self, key: str, content: bytes) -> bool:
-        """Write beside the target, then link: of several links to one name the first succeeds."""
+        """Write beside the target, then link: only the first of several links to one name succeeds."""
         target = self._path(key)
         with self._explained(key), self._beside(key) as temporary:
             if target.exists():
@@ -98,7 +98,7 @@ class LocalStorage:
             return _publish_new(temporary, target)
 
     def list(self, prefix: str = "") -> list[StoredObject]:
-        """Walk the folder that ``prefix`` lies in."""
+        """Walk the folder that contains ``prefix``."""
         start = self._root / prefix.rpartition("/")[0]
         found = []
         with self._explained(prefix.rstrip("/")):
@@ -113,12 +113,12 @@ class LocalStorage:
         return sorted(found, key=lambda item: item.key)
 
     def exists(self, key: str) -> bool:
-        """Say whether the file is there."""
+        """Return True if the file exists."""
         with self._explained(key):
             return self._path(key).is_file()
 
     def delete(self, key: str) -> None:
-        """Remove the file if it is there, and the folders that it leaves empty: an object store shows none either."""
+        """Delete the file if it exists, and folders that become empty, as an object store shows no empty folders."""
         path = self._path(key)
         with self._explained(key):
             path.unlink(missing_ok=True)
@@ -129,7 +129,7 @@ class LocalStorage:
                 break
 
     def child(self, name: str) -> LocalStorage:
-        """Return the folder below."""
+        """Return the storage of a folder below."""
         return LocalStorage(self._path(name))
 
     def _path(self, key: str) -> Path:
@@ -143,7 +143,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _beside(self, key: str) -> Iterator[Path]:
-        """Give the path of a temporary file in the key's folder, and remove it if it is still there."""
+        """Yield the path of a temporary file in the key's folder; delete the file at the end if it still exists."""
         folder = self._path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
@@ -165,11 +165,11 @@ class LocalStorage:
 
 
 def _publish_new(temporary: Path, target: Path) -> bool:
-    """Give a finished file its name unless something has it; say whether it was given."""
+    """Link a finished file to its name if the name is free; return True on success."""
     try:
         os.link(temporary, target)
     except FileExistsError:
-        # Over NFS a link that was made may be answered so, when the first answer was lost.
+        # NFS may report this for a link that succeeded, when the first answer was lost.
         return target.samefile(temporary)
     except OSError as error:
         if error.errno not in _NO_LINKS:
@@ -181,6 +181,6 @@ def _publish_new(temporary: Path, target: Path) -> bool:
 
 
 def _unless_gone(error: OSError) -> None:
-    """Let a folder that cannot be read be an error; `os.walk` would take it for an empty one."""
+    """Raise the error of an unreadable folder; `os.walk` would take the folder for an empty one."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

@@ -1,6 +1,6 @@
-"""Checks of names from outside: keys of a store, which must stay below their folder, and URIs, which hold no secret.
+"""Checks of external names: keys of a store must stay below their folder, and URIs must not hold a secret.
 
-All code that makes a local path of a key uses `path_below`. A message shows a key escaped, and a secret never.
+All code that turns a key into a local path uses `path_below`. Messages show keys escaped, and never show a secret.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ _URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*):/+(?P<rest>\S*)", re.IGNORECAS
 _SIGNED = re.compile(
     r"[?&;](sig|[^=&;]*(signature|credential|token|secret|password|access[-_]?key)[^=&;]*)=", re.IGNORECASE
 )
-# `--output=URI`, `output.uri=URI`: the option stands in the argument itself.
+# `--output=URI`, `output.uri=URI`: the option is part of the argument.
 _OPTION = re.compile(r"(-{0,2}[A-Za-z][\w.-]*)=")
 
 
 def climbs(key: str) -> bool:
-    """Tell whether a path could lead anywhere but down, on any system."""
+    """Return True if a path could lead outside its folder on any system."""
     return "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/"))
 
 
 def path_below(folder: Path, key: str, place: str) -> Path:
-    """Return where the object of a key lies below a folder.
+    """Return the path of a key's object below a folder.
 
     Args:
-        folder: the folder; nothing of it is read.
-        key: the name that a listing or an index gives, parts separated by ``/``.
-        place: names the folder or store in the error.
+        folder: Folder; it is not read.
+        key: Name from a listing or an index, with ``/`` between parts.
+        place: Name of the folder or store in the error.
 
     Raises:
-        UserError: for a key that could lie elsewhere, or that holds control characters.
+        UserError: For a key that could lead elsewhere, or that holds control characters.
     """
     if climbs(key) or _CONTROL.search(key):
         raise UserError(
@@ -48,11 +48,11 @@ def refuse_secret(where: str, text: str) -> None:
     """Refuse a text with a URI that holds a user name, a password or a signature, before it is sent or logged.
 
     Args:
-        where: names the option in the error, which does not repeat the text.
-        text: a URI, or anything that may contain one.
+        where: Name of the option in the error, which does not repeat the text.
+        text: URI, or any text that may contain one.
 
     Raises:
-        UserError: for ``s3://KEY:SECRET@bucket``, ``https://user:password@host``, ``...?X-Amz-Signature=...`` and such.
+        UserError: For ``s3://KEY:SECRET@bucket``, ``https://user:password@host``, ``...?X-Amz-Signature=...`` and such.
     """
     if any(map(_holds_secret, _URI.finditer(text))):
         raise UserError(
@@ -63,10 +63,10 @@ def refuse_secret(where: str, text: str) -> None:
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
-    """Refuse a command line with a secret in a URI, before anything of it can be repeated in a message.
+    """Refuse a command line with a secret in a URI, before any message can repeat it.
 
     Raises:
-        UserError: naming the option, or the word that stands before the URI.
+        UserError: For such a URI; it names the option, or the word before the URI.
     """
     before = "satfusion"
     for argument in arguments:
@@ -76,14 +76,14 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
 
 
 def check_uri(where: str, uri: str) -> None:
-    """Refuse a URI with a secret, and one that looks like S3's and would be taken for a folder.
+    """Refuse a URI with a secret, and one that looks like an S3 URI but would be taken for a folder.
 
     Args:
-        where: names the option in the error.
-        uri: as the user gave it.
+        where: Name of the option in the error.
+        uri: URI as the user gave it.
 
     Raises:
-        UserError: naming ``where``.
+        UserError: For such a URI; it names ``where``.
     """
     refuse_secret(where, uri)
     if uri.lower().startswith("s3:") and not uri.lower().startswith("s3://"):
@@ -91,15 +91,15 @@ def check_uri(where: str, uri: str) -> None:
 
 
 def expanded(path: str) -> Path:
-    """Return a local path whose leading ``~`` is the home folder, as a shell leaves it in ``--output=~/x``.
+    """Expand a leading ``~`` of a local path to the home folder; a shell does not expand it in ``--output=~/x``.
 
     Raises:
-        UserError: where there is no such home.
+        UserError: If there is no such home folder.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{path!r} names a home folder that is not known: write the whole path") from None
+        raise UserError(f"{path!r} names a home folder that is not known: write the full path") from None
 
 
 def _holds_secret(uri: re.Match[str]) -> bool:

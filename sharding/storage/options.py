@@ -1,4 +1,4 @@
-"""How objects are stored in S3: parts, encryption, storage class."""
+"""Options of objects written to S3: parts, encryption, storage class."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """What is asked of an S3 store with each object that is written. Reading needs none of it."""
+    """Options of each object written to S3. Reads ignore them."""
 
     part_size: int = field(default=16 * MIB, metadata={"metavar": "MIB", "unit": MIB})
     """Larger objects are sent in parts of this size. In bytes, 5 MiB to 1 GiB; the option is in MiB."""
 
     concurrency: int = 4
-    """Parts of an object that are sent side by side, 1 to 64. Each is held in memory while it is sent."""
+    """Parts of an object that are sent in parallel, 1 to 64. Each is held in memory while it is sent."""
 
     sse: str | None = field(default=None, metadata={"metavar": "KIND"})
     """Encryption in the store: ``AES256``, ``aws:kms`` or ``aws:kms:KEY-ID``. None leaves it to the bucket."""
@@ -37,7 +37,7 @@ class StorageOptions:
         """Check the values.
 
         Raises:
-            UserError: naming the option, its value and what it may be.
+            UserError: For an invalid value; it names the option, the value and the valid ones.
         """
         if not LEAST_PART_MIB * MIB <= self.part_size <= MOST_PART_MIB * MIB:
             raise UserError(
@@ -50,7 +50,7 @@ class StorageOptions:
             raise UserError(f"--sse {self.sse!r} is unknown: it may be AES256, aws:kms or aws:kms:KEY-ID")
         if self.storage_class is not None and not _CLASS.fullmatch(self.storage_class):
             raise UserError(
-                f"--storage-class {self.storage_class!r} is no class: give one of the store's, as STANDARD_IA"
+                f"--storage-class {self.storage_class!r} is no storage class: give one of the store, as STANDARD_IA"
             )
         if self.storage_class in _ARCHIVES:
             raise UserError(
@@ -59,7 +59,7 @@ class StorageOptions:
             )
 
     def request(self) -> dict[str, str]:
-        """Return the parameters of PutObject and CreateMultipartUpload that ask for it."""
+        """Return these options as parameters of PutObject and CreateMultipartUpload."""
         wanted = {}
         if self.sse is not None and (match := _SSE.fullmatch(self.sse)):
             wanted["ServerSideEncryption"] = match["kind"]

@@ -1,4 +1,4 @@
-"""The one retry policy of storage and download: how often, how long, after which pauses; and a count of retries."""
+"""Retry policy of storage and download: number of attempts, time limit, back-off pauses; and a count of retries."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import threading
 import time
 from collections import Counter
 
-# A dead endpoint must be reported within 20 s: attempts begin in the first 10 s only, and a connection is given up
-# after 5 s. A store that has answered this process before is known to be there, and a restart of one takes a minute.
+# A dead endpoint must be reported within 20 s: attempts begin only in the first 10 s, and a connection times out
+# after 5 s. A store that has answered this process before exists, and its restart may take a minute.
 FIRST_CONTACT_S = 10.0
 KNOWN_S = 120.0
-# One that takes the connection and then says nothing uses up more than the first contact's time with one attempt.
+# With an endpoint that accepts the connection and stays silent, one attempt takes longer than the first contact may.
 LEAST_ATTEMPTS = 2
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 8.0
-# A server may ask for longer pauses (Retry-After). Of each, only so much counts as lost patience: else one long pause
-# would be the last.
+# A server may ask for longer pauses (Retry-After). Only this much of each counts against the time limit: otherwise
+# one long pause would be the last.
 LONGEST_ASKED_S = 600.0
 ASKED_COUNTS_S = 30.0
-# Single failures are daily life of an object store; a person should see those that last.
+# Single failures are normal for an object store; only lasting ones are logged as warnings.
 QUIET_S = 5.0
-# Not the `random` that others seed: a failure of the store must not change what they draw.
+# Not the global `random`, which others seed: a failure of the store must not change their numbers.
 _JITTER = random.SystemRandom()
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class RetryCounter:
-    """Counts how often a request was sent again, or a body continued, by reason. Safe in threads."""
+    """Counter of retried requests and resumed bodies, by reason. Safe in threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
 
     def add(self, reason: str) -> None:
-        """Count one."""
+        """Count one retry."""
         with self._lock:
             self._counts[reason] += 1
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Total number of retries."""
         with self._lock:
             return self._counts.total()
 
@@ -53,29 +53,29 @@ class RetryCounter:
 
 
 class Attempts:
-    """The attempts of one call: pauses that grow, with full jitter, until patience ends.
+    """Attempts of one call: it backs off with growing pauses and full jitter, until the time limit.
 
-    The last attempt begins at the latest when patience ends, so a call may last that long and one attempt more.
+    The last attempt begins at the time limit at the latest, so a call may take one attempt longer than the limit.
     """
 
     def __init__(self, what: str, stop: threading.Event | None = None) -> None:
-        """Begin the first attempt.
+        """Start the clock of the first attempt.
 
         Args:
-            what: names the object in the log.
-            stop: ends a pause early; the next failure is then the last.
+            what: Name of the object in the log.
+            stop: Event that ends a pause early; the next failure is then final.
         """
         self.failures = 0
-        """Attempts that failed and were followed by another."""
+        """Number of failed attempts that were retried."""
         self.in_a_row = 0
-        """Attempts that failed since the last progress."""
+        """Number of failed attempts since the last progress."""
 
         self._what = what
         self._stop = stop or threading.Event()
         self.progressed()
 
     def progressed(self) -> None:
-        """Restart patience and pauses: a body that keeps arriving is no failing store."""
+        """Restart the time limit and the pauses: the store is not failing while a body keeps arriving."""
         self.in_a_row = 0
         self._since = time.monotonic()
 
@@ -83,13 +83,13 @@ class Attempts:
         """Wait before the next attempt.
 
         Args:
-            error: why the last one failed.
-            reason: the same in a word, without endpoint or key, for the log.
-            patience_s: seconds from the first attempt, or from the last progress, in which another may begin.
-            asked_s: seconds that the server asks to wait, at most ``LONGEST_ASKED_S`` of which are waited.
+            error: Failure of the last attempt.
+            reason: The failure in a word for the log, without endpoint or key.
+            patience_s: Seconds from the first attempt, or from the last progress, in which another may begin.
+            asked_s: Seconds of pause that the server asks for; at most ``LONGEST_ASKED_S`` are waited.
 
         Raises:
-            Exception: ``error``, when patience ends.
+            Exception: ``error``, at the time limit.
         """
         self.in_a_row += 1
         waited = time.monotonic() - self._since
@@ -97,13 +97,13 @@ class Attempts:
         if enough or self._stop.is_set():
             raise error
         longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.in_a_row - 1, 30))
-        # Full jitter: many readers that were turned away together must not come back together.
+        # Full jitter: many readers that failed together must not retry together.
         seconds = min(_JITTER.uniform(0, longest), max(0.0, patience_s - waited))
         asked_s = min(asked_s, LONGEST_ASKED_S)
         if asked_s > seconds:
             seconds = asked_s
             self._since += max(0.0, asked_s - ASKED_COUNTS_S)
         level = logging.INFO if waited < QUIET_S else logging.WARNING
-        log.log(level, "%s: %s; attempt %d follows in %.1f s", self._what, reason, self.failures + 2, seconds)
+        logger.log(level, "%s: %s; attempt %d follows in %.1f s", self._what, reason, self.failures + 2, seconds)
         self.failures += 1
         self._stop.wait(seconds)

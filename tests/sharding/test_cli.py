@@ -152,9 +152,9 @@ def test_verify_says_what_is_wrong_and_ends_with_1(
     (tmp_path / name).write_bytes(data)
     assert run("verify", tmp_path) == 1
     said = capsys.readouterr().out
-    assert f"{name}: does not have the SHA-256" in said
+    assert f"{name}: does not match the SHA-256" in said
     assert index.splits["val"][0].samples[0].aoi in said
-    assert "2 problems: shard again to mend them" in said
+    assert "2 problems: shard again to repair them" in said
 
 
 def test_inspect_shows_one_place(tiny: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,10 +173,10 @@ def test_inspect_shows_one_place(tiny: World, tmp_path: Path, capsys: pytest.Cap
     ("verb", "options", "words"),
     [
         ("shard", ("--native", "--lr-size", "160"), "--native keeps both grids"),
-        ("shard", ("--fractions", "a,b"), "--fractions a,b cannot be"),
+        ("shard", ("--fractions", "a,b"), "--fractions a,b is invalid"),
         ("shard", ("--aois", "no/such/file"), "--aois no/such/file cannot be read"),
         ("shard", ("--sse", "AES256"), "--sse AES256 is for s3:// only"),
-        ("verify", ("--input", "x"), "--input is compared by --deep alone"),
+        ("verify", ("--input", "x"), "--input needs --deep"),
         ("verify", ("--num-aois", "0"), "--num-aois 0 is too small"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Small WorldStrat-shaped datasets of procedural scenes, for the demo and the tests.
+"""Small datasets of procedural scenes in WorldStrat's layout, for the demo and the tests.
 
-A scene is painted at 1.5 m (`terrain`) and seen by two instruments. SPOT: a panchromatic band at full detail, colours
-at 6 m, and the pansharpened product of both. Sentinel-2: every revisit through a wider point spread, moved by a part
-of a pixel, with the season's colours, haze, clouds, their shadows, and noise.
+A scene is painted at 1.5 m (`terrain`) and imaged by two instruments. SPOT: a panchromatic band at full detail,
+colours at 6 m, and the pansharpened product of both. Sentinel-2: every revisit through a wider point spread, with a
+sub-pixel shift, the season's colours, haze, clouds, their shadows, and noise.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch.nn import functional
 from sharding.sources.synthetic.terrain import Image, Land, fractal, make_land
 
 HR_SIDE = 1054
-"""Pixels of the real 1.5 m rasters."""
+"""Side of the real 1.5 m rasters, px."""
 LR_PER_HR = 0.15
-"""Sentinel-2's 10 m pixel covers 6.67 SPOT pixels."""
+"""Ratio of the LR side to the HR side: a 10 m pixel of Sentinel-2 is as wide as 6.67 SPOT pixels."""
 PAN_WEIGHTS = np.array([0.36, 0.34, 0.22, 0.08], np.float32)
 PSF_LR_PX = 0.42
-"""Deviation of Sentinel-2's point spread in its own pixels: a response of about 0.4 at its Nyquist frequency,
-which leaves the aliasing that several shifted revisits can undo."""
+"""Standard deviation of Sentinel-2's point spread in its own pixels: a response of about 0.4 at its Nyquist frequency,
+which keeps the aliasing that several shifted revisits can undo."""
 # Each L2A band in order (B01 ... B12 without B10) as a mix of red, green, blue, near infrared.
 L2A_MIX = np.array(
     [
@@ -60,23 +60,23 @@ SPLIT_COLUMNS = ("", "tile", "IPCC Class", "SMOD", "source", "joint_class", "spl
 
 @dataclass(frozen=True)
 class _Place:
-    """What is fixed for all rasters of one AOI."""
+    """Properties that all rasters of one AOI share."""
 
     name: str
     folder: Path
-    """Of the dataset."""
+    """Folder of the dataset."""
     bounds: tuple[float, float, float, float]
     """West, south, east, north in degrees."""
     shape: tuple[int, int]
     """Rows and columns of its L2A rasters."""
     taken: date
-    """The day of the SPOT image."""
+    """Day of the SPOT image."""
     offset: NDArray[np.float64]
-    """Rows and columns, in L2A pixels, by which SPOT shows the land further down and right than the revisits do."""
+    """Shift of SPOT against the revisits, down and right, in rows and columns of L2A pixels."""
 
     @property
     def lr_transform(self) -> Affine:
-        """The georeference of the L2A rasters."""
+        """Georeference of the L2A rasters."""
         west, south, east, north = self.bounds
         return Affine((east - west) / self.shape[1], 0.0, west, 0.0, (south - north) / self.shape[0], north)
 
@@ -88,9 +88,9 @@ class _Revisit:
     bands: Image
     """[12, h, w] reflectance."""
     cloud: Image
-    """[h, w] opacity of the clouds, from 0 to 1."""
+    """[h, w] opacity of the clouds, 0 to 1."""
     shadow: NDArray[np.bool_]
-    """[h, w] ground in a cloud's shadow."""
+    """[h, w] mask of ground in a cloud's shadow."""
     taken: date
 
 
@@ -111,18 +111,18 @@ def write_worldstrat(
     metadata, some have a SPOT border without data. A seed gives the same pixels everywhere.
 
     Args:
-        folder: where ``hr_dataset`` and ``lr_dataset`` go; made if need be.
-        aois: number of areas.
-        seed: of everything random.
-        revisits: Sentinel-2 images an AOI.
-        hr_side: pixels of the 1.5 m rasters; fewer show less land, and the L2A rasters follow.
-        l1c: also write the L1C product of the revisits: 13 bands and no masks.
-        split_file: also write ``stratified_train_val_test_split.csv`` (8 : 1 : 1).
-        offset: rows and columns, in pixels of the 1.5 m rasters, by which these show the land further down and
-            right than the revisits do on average, as where two products are georeferenced apart.
+        folder: Destination of ``hr_dataset`` and ``lr_dataset``; created if it does not exist.
+        aois: Number of AOIs.
+        seed: Seed of everything random.
+        revisits: Sentinel-2 images per AOI.
+        hr_side: Side of the 1.5 m rasters, px; a smaller one shows less land, and the L2A rasters shrink with it.
+        l1c: Also write the L1C product of the revisits: 13 bands and no masks.
+        split_file: Also write ``stratified_train_val_test_split.csv`` (8 : 1 : 1).
+        offset: Mean shift of the 1.5 m rasters against the revisits, down and right, in rows and columns of their
+            pixels, as between two products with different georeferences.
 
     Returns:
-        The AOIs' names in the order they were made.
+        The AOIs' names in the order of creation.
     """
     folder = Path(folder)
     names = [
@@ -170,7 +170,7 @@ def _write_aoi(
 
 
 def _write_spot(place: _Place, land: Land, rng: np.random.Generator, *, bordered: bool) -> None:
-    """Write ``_pan``, ``_ps`` and ``_rgbn`` as the instrument and its ground segment make them."""
+    """Write ``_pan``, ``_ps`` and ``_rgbn`` as the instrument and its ground segment produce them."""
     side = land.bands.shape[-1]
     sharp = _blur(torch.from_numpy(land.bands), 0.55).numpy()
     pan = np.tensordot(PAN_WEIGHTS, sharp, 1)[None]
@@ -178,7 +178,7 @@ def _write_spot(place: _Place, land: Land, rng: np.random.Generator, *, bordered
     coarse = round(side / 4)
     colours = _resize(sharp, (coarse, coarse))
     colours += 0.0008 * rng.standard_normal(colours.shape, dtype=np.float32)
-    # The product's pansharpening: colours at 6 m, detail as the ratio of PAN to itself at 6 m.
+    # Pansharpening of the product: colours at 6 m times the ratio of PAN to PAN at 6 m.
     low_pan = _resize(_resize(pan, (coarse, coarse)), (side, side))
     ps = _resize(colours, (side, side)) * np.clip(pan / np.maximum(low_pan, 0.005), 0.2, 3.0)
     rasters = {"pan": pan, "ps": ps, "rgbn": colours}
@@ -193,13 +193,13 @@ def _write_spot(place: _Place, land: Land, rng: np.random.Generator, *, bordered
 
 
 def _through_psf(land: Land, scale: float) -> torch.Tensor:
-    """Return bands, greenness and water [6, S, S] as Sentinel-2's optics blur them."""
+    """Return bands, greenness and water [6, S, S], blurred by Sentinel-2's optics."""
     layers = np.concatenate([land.bands, land.greenness[None], land.water[None].astype(np.float32)])
     return _blur(torch.from_numpy(layers), PSF_LR_PX * scale)
 
 
 def _see(place: _Place, land: torch.Tensor, gain: Image, rng: np.random.Generator, *, cloudy: bool) -> _Revisit:
-    """Take one Sentinel-2 image of the blurred land."""
+    """Make one Sentinel-2 image of the blurred land."""
     days = int(rng.integers(-60, 61))
     seen = _sample(land, place.shape, rng.uniform(-0.5, 0.5, 2) + place.offset).numpy()
     season = min(1.0, max(-0.2, days / 80 + rng.normal(0, 0.05)))
@@ -218,7 +218,7 @@ def _see(place: _Place, land: torch.Tensor, gain: Image, rng: np.random.Generato
 
 
 def _clouds(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[Image, Image, Image]:
-    """Return clouds' opacity, their shadows' depth and the reflectance of the thin veil between them, [h, w]."""
+    """Return opacity of clouds, depth of their shadows and reflectance of the thin veil between them, each [h, w]."""
     side = max(shape)
     cover = fractal(rng, side, 1.7, 0.5)
     cloud = np.clip((cover - np.quantile(cover, rng.uniform(0.55, 0.97))) * 1.6, 0, 1)
@@ -251,7 +251,7 @@ def _write_revisit(place: _Place, n: int, revisit: _Revisit, *, land_cover: bool
 
 
 def _write_l1c(place: _Place, n: int, revisit: _Revisit) -> None:
-    """Write the revisit as seen from space: the air adds light, least in the red, and there is a cirrus band (B10)."""
+    """Write the revisit at top of atmosphere: the air adds light, least in the red; there is a cirrus band (B10)."""
     air = np.linspace(0.08, 0.01, len(revisit.bands), dtype=np.float32)[:, None, None]
     cirrus = (0.001 + 0.01 * revisit.cloud + 0.002 * revisit.bands[0])[None]
     bands = np.concatenate([(0.95 * revisit.bands + air)[:10], cirrus, (0.95 * revisit.bands + air)[10:]])
@@ -311,7 +311,7 @@ def _write_raster(
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"compress": "deflate", "predictor": 2, "zlevel": 1} if compress else {}
     count, height, width = image.shape
-    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file.
+    # A session of its own: in an environment with S3 keys rasterio would open a new S3 session for every file.
     with warnings.catch_warnings(), rasterio.Env(DummySession()):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # SPOT's identity transform is meant
         with rasterio.open(
@@ -331,7 +331,7 @@ def _write_raster(
 
 
 def _blur(layers: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Blur [N, S, S] by a Gaussian of that deviation in px."""
+    """Blur [N, S, S] by a Gaussian with this standard deviation, px."""
     reach = max(1, round(3.5 * deviation))
     kernel = torch.exp(-(torch.arange(-reach, reach + 1, dtype=torch.float32) ** 2) / (2 * deviation**2))
     kernel = (kernel / kernel.sum())[None, None]

@@ -1,7 +1,7 @@
-"""Procedural land: what a satellite would see of fields, woods, water, roads and villages at 1.5 m.
+"""Procedural land: fields, woods, water, roads and villages at 1.5 m, as a satellite would see them.
 
-Numbers are reflectances of red, green, blue and near infrared. Everything follows from the generator that is
-passed in, so a seed gives the same scene everywhere.
+Numbers are reflectances of red, green, blue and near infrared. All randomness comes from the given
+generator, so a seed gives the same scene everywhere.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ SHADOW = (-0.75, -0.66)
 
 @dataclass(frozen=True)
 class Land:
-    """One scene at full detail."""
+    """Land of one scene at full detail."""
 
     bands: Image
     """[4, S, S] reflectance of red, green, blue, near infrared."""
 
     greenness: Image
-    """[S, S] from 0 to 1: how far the seasons change a pixel."""
+    """[S, S] strength of the seasons in a pixel, 0 to 1."""
 
     water: Mask
-    """[S, S] open water."""
+    """[S, S] mask of open water."""
 
 
 def make_land(rng: np.random.Generator, side: int) -> Land:
@@ -78,10 +78,10 @@ def fractal(rng: np.random.Generator, side: int, slope: float, coarsest: float =
     """Return [side, side] noise of mean 0 and deviation 1 whose amplitude falls as frequency ** -slope.
 
     Args:
-        rng: source of the noise.
-        side: pixels.
-        slope: 1 is rough, 2 is smooth.
-        coarsest: the largest wave, as a fraction of the side.
+        rng: Source of the noise.
+        side: Side of the image, px.
+        slope: Exponent; 1 is rough, 2 is smooth.
+        coarsest: Longest wave, as a fraction of the side.
     """
     white = np.fft.rfft2(rng.standard_normal((side, side), dtype=np.float32))
     y, x = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
@@ -92,7 +92,7 @@ def fractal(rng: np.random.Generator, side: int, slope: float, coarsest: float =
 
 
 class _Canvas:
-    """The scene while it is painted."""
+    """Scene while it is painted."""
 
     def __init__(self, rng: np.random.Generator, side: int) -> None:
         self.rng, self.side = rng, side
@@ -143,7 +143,7 @@ class _Canvas:
         self.greenness[mask] = 0.6
 
     def water_body(self) -> None:
-        """Cut a river with sand banks through the land, or fill a lake, or leave it dry."""
+        """Paint a river with sand banks, or a lake, or no water."""
         rng = self.rng
         choice = rng.random()
         if choice < 0.45:
@@ -211,7 +211,7 @@ class _Canvas:
         return self.x * c + self.y * s, self.y * c - self.x * s
 
     def _to_curve(self, angle: float, bend: float) -> Image:
-        """Return the distance in px to a winding line of that direction through the middle part."""
+        """Return the distance in px to a winding line with this direction through the middle part."""
         along, across = self._rotated(angle)
         middle = across[self.side // 2, self.side // 2] + self.rng.uniform(-0.25, 0.25) * self.side
         line = np.zeros_like(along)
@@ -248,14 +248,14 @@ class _Canvas:
         self.greenness[*window][mask] = 0.6
 
     def _shade(self, window: tuple[slice, slice], mask: Mask) -> None:
-        """Darken to what the sky alone lights; shading twice changes nothing."""
+        """Darken to the light of the sky without sun; a second shading changes nothing."""
         patch = self.bands[:, *window]
         sky = np.array([0.040, 0.043, 0.045, 0.06], np.float32)[:, None]
         patch[:, mask] = np.minimum(patch[:, mask], sky)
         self.greenness[*window][mask] *= 0.5
 
     def _window(self, row: float, column: float, reach: int) -> tuple[tuple[slice, slice], Image, Image]:
-        """Return a window around a place, and its pixels' coordinates from there."""
+        """Return a window around a place, and its pixels' coordinates relative to the place."""
         top, left = max(0, int(row) - reach), max(0, int(column) - reach)
         window = (slice(top, int(row) + reach + 1), slice(left, int(column) + reach + 1))
         return window, self.y[window] - np.float32(row), self.x[window] - np.float32(column)

@@ -1,5 +1,5 @@
-"""WorldStrat as it is published: zips read in place, or folders.
+"""WorldStrat source: the published zips, read in place, or folders.
 
-`files` finds and reads members of zips and folders, `layout` says which of them are an AOI's, `rasters` reads and
-checks them. `run` and `prepare` import it.
+`files` finds and reads members of zips and folders, `layout` assigns them to AOIs, `rasters` reads and checks the
+rasters. `run` and `prepare` import it.
 """

@@ -1,7 +1,7 @@
-"""Where the files of WorldStrat lie: published folders, or published zips whose members are read in place.
+"""Files of WorldStrat: in the published folders, or in the published zips, whose members are read in place.
 
-Listing is done once, by the planner: a zip's central directory, a folder's entries. What comes out of it is small
-and can be sent to other processes, which then read single files without listing anything again.
+The planner lists them once: a zip's central directory, a folder's entries. The listing is small and can be sent to
+other processes, which then read single files without listing again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sharding.storage.names import climbs
 
 HR_FOLDER, LR_FOLDER = "hr_dataset", "lr_dataset"
 MAX_BYTES = 256 << 20
-"""Most bytes of one file, packed or not: the largest published raster has 9 MB, and a worker must hold one."""
+"""Largest size of one file, packed or not: the largest published raster has 9 MB, and a worker holds one in memory."""
 
-# What samples are made of. Published folders hold as many files again (angles, cloud probabilities).
+# Files that samples use. Published folders hold as many others (angles, cloud probabilities).
 _WANTED = re.compile(r".+(_(ps|rgbn|pan)|-[0-9]+-(L2A_data|L1C_data|CLM|SCL|dataMask))\.tiff|.+-[0-9]+\.metadata")
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -36,50 +36,50 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a file lies in a zip, as the central directory says."""
+    """Place of a file in a zip, from the central directory."""
 
     offset: int
-    """Of its local header, bytes."""
+    """Offset of its local header, bytes."""
 
     packed: int
-    """Bytes as stored."""
+    """Packed size in the zip, bytes."""
 
     method: int
-    """Of compression: 0 stored, 8 deflate."""
+    """Compression method: 0 stored, 8 deflate."""
 
     crc32: int
-    """Of the unpacked bytes."""
+    """CRC-32 of the unpacked bytes."""
 
     flags: int
-    """General purpose bits."""
+    """General purpose flags."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file, to be read where it lies."""
+    """One file of a source, read in place."""
 
     name: str
-    """Its own name, without folders."""
+    """File name, without folders."""
 
     size: int
-    """Unpacked bytes when it was listed."""
+    """Unpacked size when it was listed, bytes."""
 
     place: str
-    """The folder or the zip that holds it; one text for all files of an AOI, where a plan lists 200,000."""
+    """Folder or zip that holds it; all files of an AOI share one string, since a plan lists 200,000 files."""
 
     member: Member | None = None
-    """Its place in the zip; None for a file of its own."""
+    """Its place in the zip; None for a file in a folder."""
 
     @property
     def path(self) -> str:
-        """The file, or the zip that holds it."""
+        """Path of the file, or of the zip that holds it."""
         return self.place if self.member else os.path.join(self.place, self.name)
 
     def check(self) -> None:
-        """Refuse what must not or cannot be read, from the listing alone.
+        """Refuse a file that must not or cannot be read, by the listing only.
 
         Raises:
-            UnusableError: ``absurd-size``, or ``unreadable`` for a method of packing that is not read here.
+            UnusableError: ``absurd-size``, or ``unreadable`` for encryption or an unsupported compression method.
         """
         largest = max(self.size, self.member.packed if self.member else 0)
         if largest > MAX_BYTES:
@@ -90,7 +90,7 @@ class SourceFile:
             raise UnusableError("unreadable", f"{self._where} is packed by method {self.member.method}")
 
     def read(self) -> bytes:
-        """Return the whole file; that of a zip is unpacked in memory, and its length and CRC-32 are checked.
+        """Read the whole file. A member of a zip is unpacked in memory, and its size and CRC-32 are checked.
 
         Raises:
             UnusableError: ``missing-file``, ``unreadable``, ``damaged-member`` or ``absurd-size``.
@@ -128,7 +128,7 @@ class SourceFile:
         data = packed
         if member.method == zipfile.ZIP_DEFLATED:
             try:
-                # One byte more than claimed is enough to know a bomb by.
+                # One byte more than claimed is enough to detect a zip bomb.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, self.size + 1)
             except zlib.error as error:
                 raise UnusableError("damaged-member", f"{self._where} cannot be inflated ({error})") from error
@@ -146,30 +146,30 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """What was found below a folder; nothing of it has been read."""
+    """Listing of a folder; no file has been read."""
 
     folder: Path
-    """Where it was looked for."""
+    """Folder that was listed."""
 
     level: str
     """Sentinel-2 product of ``lr``: ``l2a`` or ``l1c``."""
 
     hr: Mapping[str, tuple[SourceFile, ...]]
-    """Per AOI, its SPOT rasters."""
+    """SPOT rasters per AOI."""
 
     lr: Mapping[str, tuple[SourceFile, ...]]
-    """Per AOI, the rasters and metadata of its revisits."""
+    """Rasters and metadata of the revisits per AOI."""
 
     flaws: Mapping[str, tuple[Reason, str]]
-    """Per AOI that must not be read, the reason and what was met."""
+    """Reason and finding per AOI that must not be read."""
 
     strays: tuple[str, ...]
-    """Members of zips whose path climbs out, and that belong to no AOI; they are never read."""
+    """Members of zips whose path leads outside, and that belong to no AOI; they are never read."""
 
 
 @dataclass
 class _Listing:
-    """One part of a source while it is listed."""
+    """Listing of one part of a source, while it is made."""
 
     files: dict[str, list[SourceFile]] = field(default_factory=lambda: defaultdict(list))
     flaws: dict[str, tuple[Reason, str]] = field(default_factory=dict)
@@ -180,11 +180,11 @@ def open_source(folder: Path, level: str) -> Source:
     """List a folder that holds WorldStrat, each part as folders or as the published zip.
 
     Args:
-        folder: holds ``hr_dataset/`` or ``hr_dataset.zip``, and ``lr_dataset/`` or ``lr_dataset_<level>.zip``.
-        level: ``l2a`` or ``l1c``.
+        folder: Folder with ``hr_dataset/`` or ``hr_dataset.zip``, and ``lr_dataset/`` or ``lr_dataset_<level>.zip``.
+        level: Product, ``l2a`` or ``l1c``.
 
     Raises:
-        UserError: for a folder without one of the parts or with one twice, a zip that is none, or no AOI.
+        UserError: If a part is missing or exists twice, a zip is invalid, or there is no AOI.
     """
     places = f"{HR_FOLDER}/<AOI>/ or {HR_FOLDER}.zip, and {LR_FOLDER}/<AOI>/{level.upper()}/ or {LR_FOLDER}_{level}.zip"
     if not folder.is_dir():
@@ -205,7 +205,7 @@ def open_source(folder: Path, level: str) -> Source:
 
 
 def _list_part(folder: Path, name: str, archive: str, below: str) -> _Listing | None:
-    """List ``name`` or ``archive``, in both the files of ``<AOI>/<below>``; None where neither is."""
+    """List the files of ``<AOI>/<below>`` in folder ``name`` or zip ``archive``; None if neither exists."""
     unpacked, zipped = folder / name, folder / archive
     if zipped.is_file():
         if any((aoi / below).is_dir() for aoi in (unpacked.iterdir() if unpacked.is_dir() else ())):
@@ -239,7 +239,7 @@ def _list_zip(path: Path, top: str, below: str) -> _Listing:
     listing = _Listing()
     seen: set[str] = set()
     for info in _directory(path):
-        name = info.orig_filename  # the other one ends at a NUL
+        name = info.orig_filename  # `filename` ends at a NUL
         parts = name.split("/")
         if climbs(name.removesuffix("/")):
             aoi = _aoi_of(name, top)
@@ -247,7 +247,7 @@ def _list_zip(path: Path, top: str, below: str) -> _Listing:
                 listing.strays.append(f"{path.name}: {name}")
             else:
                 listing.flaws[aoi] = ("unsafe-path", f"{path.name} holds {name!r}, which leaves its folder")
-                listing.files[aoi]  # an AOI all the same
+                listing.files[aoi]  # the AOI is listed nevertheless
             continue
         if len(parts) < 3 or parts[0] != top:
             continue
@@ -273,14 +273,14 @@ def _directory(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _aoi_of(name: str, top: str) -> str | None:
-    """Return the AOI that an unsafe path belongs to by its words, None where they name none."""
+    """Return the AOI that an unsafe path names, or None."""
     parts = re.split(r"[/\\]", name)
     after = parts[parts.index(top) + 1 :] if top in parts else []
     return after[0] if len(after) > 1 and after[0] not in ("", ".", "..") else None
 
 
 def _alike(names: Iterable[str]) -> dict[str, tuple[Reason, str]]:
-    """Return a flaw for each AOI whose name differs from another one's only by case or by how accents are written."""
+    """Return a flaw for each AOI whose name equals another one's up to case and the encoding of accents."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names):
         groups[unicodedata.normalize("NFC", name).casefold()].append(name)

@@ -1,6 +1,6 @@
-"""WorldStrat as it is published: which files belong to an AOI, and which of them a sample needs.
+"""Layout of WorldStrat: the files of each AOI, and those that a sample needs.
 
-Facts of the data set that this module holds: AOI names contain spaces and hyphens; a revisit's number is the last
+Facts of the dataset that this module relies on: AOI names contain spaces and hyphens; a revisit's number is the last
 ``-<n>-`` of a file's name and the order is numeric; AOIs have 8 to 16 revisits; SCL is optional, and the L1C product
 has no cloud masks.
 """
@@ -26,30 +26,29 @@ _SPOT_FILE = re.compile(r"_(ps|rgbn|pan)\.tiff")
 
 @dataclass(frozen=True)
 class AoiFiles:
-    """Which files of an AOI exist; nothing has been read."""
+    """Existing files of an AOI; none has been read."""
 
     name: str
-    """The AOI."""
+    """Name of the AOI."""
 
     hr: Mapping[str, SourceFile]
-    """``ps``, ``rgbn``, ``pan`` to the SPOT raster."""
+    """SPOT rasters by name: ``ps``, ``rgbn``, ``pan``."""
 
     revisits: Mapping[int, Mapping[str, SourceFile]]
-    """Per revisit number in numeric order, the layer (``L2A_data``, ``CLM``, ``SCL``, ``dataMask``, ``metadata``) to
-    the file."""
+    """Files by revisit number, in order, and layer: ``L2A_data``, ``CLM``, ``SCL``, ``dataMask``, ``metadata``."""
 
     flaw: tuple[Reason, str] | None = None
-    """Why none of them may be read."""
+    """Reason why none of them may be read."""
 
     def candidates(self, options: SampleOptions) -> dict[int, Mapping[str, SourceFile]]:
-        """Return the revisits that a sample of these options chooses from."""
+        """Return the revisits from which a sample with these options is chosen."""
         numbers = list(self.revisits)
         if options.select == "first":
             numbers = numbers[: options.revisits]
         return {number: self.revisits[number] for number in numbers}
 
     def used(self, options: SampleOptions) -> tuple[SourceFile, ...]:
-        """Return the files that a sample of these options reads, by name: the same of a folder and of its zips."""
+        """Return the files that a sample with these options reads, sorted by name: the same for folders and zips."""
         layers = (options.data_layer, "CLM", "SCL", "dataMask", "metadata")
         files = [self.hr[suffix] for suffix in (options.hr, "pan") if suffix in self.hr]
         for revisit in self.candidates(options).values():
@@ -64,10 +63,10 @@ def find_aois(source: Source) -> list[AoiFiles]:
 
 
 def read_split_file(source: Source) -> list[tuple[str, str]] | None:
-    """Return the published split file's (AOI, split) rows, or None where there is no such file.
+    """Read the rows (AOI, split) of the published split file; None without such a file.
 
     Raises:
-        UserError: when it is no CSV in UTF-8 with the columns ``tile`` and ``split``.
+        UserError: If it is not a CSV in UTF-8 with the columns ``tile`` and ``split``.
     """
     path = source.folder / SPLIT_FILE
     if not path.is_file():
@@ -85,10 +84,10 @@ def read_split_file(source: Source) -> list[tuple[str, str]] | None:
 
 
 def check_files(aoi: AoiFiles, options: SampleOptions) -> None:
-    """Check that the files a sample needs are there and may be read, without reading them.
+    """Check that the files of a sample exist and may be read, without reading them.
 
     Raises:
-        UnusableError: for a flaw of the AOI, too few revisits, a missing file, or one that claims an absurd size.
+        UnusableError: For a flaw of the AOI, too few revisits, a missing file, or a file of absurd size.
     """
     if aoi.flaw is not None:
         raise UnusableError(*aoi.flaw)
@@ -108,7 +107,7 @@ def check_files(aoi: AoiFiles, options: SampleOptions) -> None:
 
 
 def _sort_files(source: Source, name: str) -> AoiFiles:
-    """Sort an AOI's files by what they are, after its own name, whose hyphens and numbers say nothing of a revisit."""
+    """Sort an AOI's files by kind. The AOI's name is removed first: its hyphens and numbers do not name a revisit."""
     hr: dict[str, SourceFile] = {}
     for file in source.hr.get(name, ()):
         if match := _SPOT_FILE.fullmatch(file.name.removeprefix(name)):
@@ -116,6 +115,6 @@ def _sort_files(source: Source, name: str) -> AoiFiles:
     revisits: dict[int, dict[str, SourceFile]] = {}
     for file in source.lr.get(name, ()):
         if match := _REVISIT_FILE.fullmatch(file.name.removeprefix(f"{name}-")):
-            # One text for all files of a layer: a source has 200,000 files.
+            # All files of a layer share one string: a source has 200,000 files.
             revisits.setdefault(int(match[1]), {})[sys.intern(match[2] or match[3])] = file
     return AoiFiles(name, hr, dict(sorted(revisits.items())), source.flaws.get(name))

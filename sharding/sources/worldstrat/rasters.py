@@ -1,6 +1,6 @@
-"""Reads one AOI: every raster of a sample as it is, checked on the way.
+"""Rasters of one AOI, read unchanged and checked on the way.
 
-Facts of the data set that this module holds: revisit rasters differ in size between AOIs but not within one; SPOT
+Facts of the dataset that this module relies on: revisit rasters differ in size between AOIs but not within one; SPOT
 rasters carry no georeference; the per-revisit metadata has one of two key sets.
 """
 
@@ -29,15 +29,15 @@ from sharding.sources.worldstrat.layout import AoiFiles
 # Bands of the SPOT rasters from 1: red, green, blue, near infrared.
 SPOT_RGB = (1, 2, 3)
 NO_CLM = 255
-"""Of a cloud mask where nothing is known."""
+"""Value of a cloud mask where nothing is known."""
 
 Georeference = tuple[str, tuple[float, float, float, float]]
-"""The coordinate system, and west, south, east, north in it."""
+"""Coordinate system, and west, south, east, north in it."""
 
 
 @dataclass(frozen=True)
 class Revisit:
-    """What is known of one Sentinel-2 image beside its pixels."""
+    """Metadata of one Sentinel-2 image."""
 
     number: int
     """Its number in the source."""
@@ -46,30 +46,30 @@ class Revisit:
     """Day of acquisition, ``YYYY-MM-DD``."""
 
     cloud_cover: float | None
-    """Percent, as the source's metadata says."""
+    """Cloud cover in percent, from the source's metadata."""
 
     has_clm: bool
-    """Whether the source has a cloud mask of it."""
+    """True if the source has a cloud mask of it."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One AOI as it was read, on the sources' grids."""
+    """Rasters of one AOI, on the sources' grids."""
 
     aoi: str
     """Its name."""
 
     lr: NDArray[np.float32]
-    """[R, C, h, w] Sentinel-2 reflectance of the revisits to choose from."""
+    """[R, C, h, w] Sentinel-2 reflectance of the candidate revisits."""
 
     clm: NDArray[np.uint8]
     """[R, 1, h, w] cloud masks: 0 clear, 1 cloud, 255 no data, also where the source has no mask."""
 
     scl: tuple[NDArray[np.uint8] | None, ...]
-    """Per revisit, [1, h, w] scene classification, None where the source has none."""
+    """Scene classification [1, h, w] per revisit; None if the source has none."""
 
     valid: NDArray[np.bool_]
-    """[R, 1, h, w] where the revisit has data."""
+    """[R, 1, h, w] mask of pixels with data."""
 
     hr: NDArray[np.uint16]
     """[3, H, W] SPOT red, green, blue in 1/10000; 0 is no data."""
@@ -78,7 +78,7 @@ class Scene:
     """[1, H, W] SPOT panchromatic in 1/10000; 0 is no data."""
 
     revisits: tuple[Revisit, ...]
-    """Of each image of ``lr``."""
+    """Metadata of each image of ``lr``."""
 
     hr_date: str | None
     """Day of the SPOT image."""
@@ -90,21 +90,21 @@ class Scene:
     """West, south, east, north of the Sentinel-2 rasters."""
 
     sources: Mapping[str, str]
-    """SHA-256 in hex of every file that was read, by file name."""
+    """SHA-256, in hex, of every file that was read, by file name."""
 
     bytes_in: int
-    """Length of these files together."""
+    """Total size of these files."""
 
 
 def read_scene(aoi: AoiFiles, options: SampleOptions) -> Scene:
-    """Read an AOI's SPOT images and the revisits that a sample is chosen from.
+    """Read an AOI's SPOT images and the candidate revisits of its sample.
 
     Args:
-        aoi: its files, for which ``check_files`` passes.
-        options: what to read.
+        aoi: Its files, which pass ``check_files``.
+        options: Options of the sample.
 
     Raises:
-        UnusableError: for a raster that is damaged, not finite, or of another size, type or band count than it must be.
+        UnusableError: For a raster that is damaged, not finite, or has a wrong size, type or number of bands.
     """
     reader = _Reader()
     candidates = aoi.candidates(options)
@@ -144,7 +144,7 @@ def read_scene(aoi: AoiFiles, options: SampleOptions) -> Scene:
 
 
 class _Reader:
-    """Reads files once each, and remembers their digests."""
+    """Reader of an AOI's files; it reads each once and keeps the digests."""
 
     def __init__(self) -> None:
         self.digests: dict[str, str] = {}
@@ -152,12 +152,12 @@ class _Reader:
 
     @contextlib.contextmanager
     def open(self, file: SourceFile, bands: Sequence[int], georeference: bool = False) -> Iterator[DatasetReader]:
-        """Open a raster that has these bands, numbered from 1; where it lies is read only if asked for."""
+        """Open a raster with these bands, numbered from 1; read its georeference only if ``georeference``."""
         data = self._bytes(file)
         if not data:
             raise UnusableError("unreadable", f"{file.name} is empty")
         try:
-            # As GeoTIFF and nothing else: some formats that GDAL reads name further files or addresses.
+            # Only as GeoTIFF: some other formats of GDAL refer to further files or addresses.
             places = {} if georeference else {"GEOREF_SOURCES": "NONE"}
             with MemoryFile(data) as memory, memory.open(driver="GTiff", **places) as raster:
                 if raster.count < max(bands):
@@ -172,7 +172,7 @@ class _Reader:
             raise UnusableError("unreadable", f"{file.name} is damaged or truncated ({error})") from error
 
     def mask(self, file: SourceFile, size: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return [1, h, w] of a mask; ``size`` is the (h, w) that it must have."""
+        """Read a mask [1, h, w]; ``size`` is the required (h, w)."""
         with self.open(file, (1,)) as raster:
             mask: NDArray[np.generic] = raster.read([1])
         if mask.dtype.kind not in "iuf":
@@ -185,7 +185,7 @@ class _Reader:
         return mask.astype(np.uint8)
 
     def metadata(self, file: SourceFile | None) -> dict[str, object]:
-        """Return a revisit's metadata, empty where there is none."""
+        """Read a revisit's metadata; empty if there is none."""
         if file is None:
             return {}
         try:
@@ -203,9 +203,9 @@ class _Reader:
 
 @contextlib.contextmanager
 def _gdal() -> Iterator[None]:
-    """Set GDAL up for many small rasters in memory."""
-    # A session of its own: in an environment with S3 keys rasterio would log in anew for every file. Pixels that are
-    # stored as they are go straight to the array, without the block cache.
+    """Configure GDAL for many small rasters in memory."""
+    # A session of its own: in an environment with S3 keys rasterio would open a new S3 session for every file. GDAL
+    # reads uncompressed pixels directly to the array, without the block cache.
     options = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GTIFF_VIRTUAL_MEM_IO": "IF_ENOUGH_RAM"}
     with warnings.catch_warnings(), rasterio.Env(DummySession(), **options):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -215,7 +215,7 @@ def _gdal() -> Iterator[None]:
 def _read_lr(
     reader: _Reader, files: Sequence[SourceFile], bands: Sequence[int]
 ) -> tuple[NDArray[np.float32], Georeference]:
-    """Return the revisits' images [R, C, h, w], and where they lie."""
+    """Read the revisits' images [R, C, h, w] and their georeference."""
     georeference = None
     images: list[NDArray[np.float32]] = []
     for file in files:
@@ -239,7 +239,7 @@ def _read_lr(
 def _read_spot(
     reader: _Reader, hr_file: SourceFile, pan_file: SourceFile, hr_source: str
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Return target and PAN, which cover the same land: four pixels to one of ``_rgbn``, one to one of ``_ps``."""
+    """Read target and PAN. They cover the same land: 4 pixels of PAN per pixel of ``_rgbn``, 1 per pixel of ``_ps``."""
 
     def read(file: SourceFile, bands: Sequence[int]) -> NDArray[np.uint16]:
         with reader.open(file, bands) as raster:
@@ -259,7 +259,7 @@ def _read_spot(
 
 
 def _range(file: SourceFile, image: NDArray[np.generic]) -> tuple[float, float]:
-    """Return the least and the greatest value of a raster, which must be finite; NaN would be both."""
+    """Return the least and the greatest value of a raster, and check that they are finite; NaN would be both."""
     low, high = float(image.min()), float(image.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UnusableError("not-finite", f"{file.name} holds NaN or infinite values")
@@ -282,5 +282,5 @@ def _revisit(number: int, metadata: Mapping[str, object], has_clm: bool) -> Revi
 
 
 def _text(metadata: Mapping[str, object], *keys: str) -> str | None:
-    """Return the first of the keys that is there: the two key sets have different names for one thing."""
+    """Return the value of the first existing key: the two key sets have different names for the same value."""
     return next((str(metadata[key]) for key in keys if metadata.get(key) is not None), None)

@@ -1,7 +1,7 @@
-"""Requests to one bucket, repeated while their failure may pass.
+"""Requests to one bucket, retried after transient failures.
 
-Nothing else in the project makes an S3 client. botocore sends each request once: its own patience is counted in
-attempts, ends at a quota that many threads share, and does not cover a body that breaks off.
+Nothing else in the project makes an S3 client. botocore sends each request once: its own retries are limited by number
+and by a quota that all threads share, and do not cover a body that ends early.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from botocore.client import BaseClient
 
 CONNECT_TIMEOUT_S = 5.0
-# The longest silence on a connection: before an answer, within a body.
+# Longest silence on a connection, before a response or within a body.
 READ_TIMEOUT_S = 20.0
 POOL_SIZE = 32
 
 _answered: set[str] = set()
-"""Endpoints that answered this process, be it with an error, and did not time out since."""
+"""Endpoints that answered this process, even with an error, and have not timed out since."""
 
 
 class Bucket:
-    """A bucket and this process's client for it. Safe in threads, and to pickle: the copy makes its own client."""
+    """Bucket with this process's client for it. Safe in threads, and to pickle: the copy makes its own client."""
 
     def __init__(self, name: str, options: StorageOptions) -> None:
         self.name = name
         self.options = options
         self.conditional = True
-        """Whether the store may know conditional writes: until it says that it does not."""
+        """True until the store reports that it does not support conditional writes."""
         self.retries = RetryCounter()
-        """Of this process's requests to the bucket by this client."""
+        """Retries of this process's requests by this client."""
         self._lock = threading.Lock()
         self._client: BaseClient | None = None
         self._client_pid = 0
@@ -46,11 +46,11 @@ class Bucket:
 
     @property
     def sends_checksums(self) -> bool:
-        """Whether requests carry checksums: unless ``AWS_REQUEST_CHECKSUM_CALCULATION`` says ``when_required``."""
+        """True if requests carry checksums: unless ``AWS_REQUEST_CHECKSUM_CALCULATION`` says ``when_required``."""
         return bool(self._connect().meta.config.request_checksum_calculation == "when_supported")
 
     def send(self, operation: str, **request: Any) -> dict[str, Any]:
-        """Send a request once; botocore's errors come as they are."""
+        """Send a request once; botocore's errors are not converted."""
         from botocore.exceptions import ClientError  # slow to import, and folders need none
 
         client = self._connect()
@@ -63,7 +63,7 @@ class Bucket:
         return answer
 
     def call(self, attempts: Attempts, operation: str, **request: Any) -> dict[str, Any]:
-        """Send a request until it succeeds, or fails for good."""
+        """Send a request, with retries; raise botocore's error when they end."""
         while True:
             try:
                 return self.send(operation, **request)
@@ -71,7 +71,7 @@ class Bucket:
                 self.pause(attempts, error)
 
     def pause(self, attempts: Attempts, error: Exception) -> None:
-        """Wait before another attempt, or raise ``error``: it does not pass, or was waited for long enough."""
+        """Wait before another attempt, or raise ``error`` if it is not transient or the time limit has passed."""
         reason = passing_reason(error)
         if reason is None:
             raise error
@@ -79,13 +79,13 @@ class Bucket:
         try:
             attempts.pause(error, reason, retries.KNOWN_S if endpoint in _answered else retries.FIRST_CONTACT_S)
         except Exception:
-            # What is left to send after a failure, and other threads, must not wait as long again one after another.
+            # Later requests and other threads must not each wait as long again.
             _answered.discard(endpoint)
             raise
         self.retries.add(reason)
 
     def _connect(self) -> BaseClient:
-        """Return this process's client: sockets must not be shared with a forked child."""
+        """Return this process's client; make it in a forked child, which must not share sockets."""
         with self._lock:
             if self._client is None or self._client_pid != os.getpid():
                 self._client, self._client_pid = _new_client(self.options.concurrency), os.getpid()
@@ -93,7 +93,7 @@ class Bucket:
 
 
 def _new_client(concurrency: int) -> BaseClient:
-    """Make an S3 client with short patience for silence and room for parallel requests."""
+    """Make an S3 client with short timeouts and enough connections for parallel requests."""
     import boto3  # slow to import, and folders need none
     from botocore.config import Config
 

@@ -1,6 +1,6 @@
-"""What S3's and botocore's errors mean: which of them pass by themselves, and what to tell the user of the others.
+"""Errors of S3 and botocore: the transient ones, and messages for the user about the others.
 
-Neither the endpoint nor a credential stands in a sentence of this module: both may be secrets.
+No message of this module contains the endpoint or a credential: both may be secrets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from botocore.exceptions import ClientError
 
 _BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
-# These come with other statuses. The digests are of a request's body that was damaged on its way.
+# Transient codes with other statuses. The digest errors mean that a request's body was damaged on its way.
 _PASSING_CODES = {
     "RequestTimeout",
     "SlowDown",
@@ -33,11 +33,11 @@ _NO_KEY_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRe
 
 
 class RestartReadError(Exception):
-    """The pieces of a body that arrived cannot be completed to an object."""
+    """Error of a body whose received pieces cannot be completed to an object."""
 
 
 def code_of(error: ClientError) -> str:
-    """Return S3's error code; the HTTP status where the answer had no body."""
+    """Return S3's error code, or the HTTP status if the response had no body."""
     return str(error.response["Error"]["Code"])
 
 
@@ -47,7 +47,7 @@ def status_of(error: ClientError) -> int:
 
 
 def passing_reason(error: Exception) -> str | None:
-    """Return in a word why a request failed that may succeed when it is sent again; None where it will not."""
+    """Return the reason of a transient failure in a word; None if a retry is of no use."""
     # Slow to import, and folders need none.
     from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
     from botocore.exceptions import ConnectionError as NotConnectedError  # slow to import, and folders need none
@@ -65,18 +65,18 @@ def passing_reason(error: Exception) -> str | None:
         HTTPError,
         IncompleteReadError,
         FlexibleChecksumError,
-        ResponseParserError,  # a listing or an acknowledgement whose body was cut
+        ResponseParserError,  # a listing or a confirmation whose body was cut
     )
     return type(error).__name__ if isinstance(error, passing) else None
 
 
 @contextlib.contextmanager
 def explained(where: str, bucket: str) -> Iterator[None]:
-    """Turn errors of botocore into sentences. ``from None``: their text holds the endpoint.
+    """Convert errors of botocore to errors for the user. ``from None``: their text holds the endpoint.
 
     Args:
-        where: the URI that the request was for.
-        bucket: its bucket.
+        where: URI of the request.
+        bucket: Its bucket.
     """
     from botocore.exceptions import BotoCoreError, ClientError  # slow to import, and folders need none
     from botocore.parsers import ResponseParserError
@@ -96,7 +96,7 @@ def _refusal(where: str, bucket: str, error: ClientError) -> UserError:
     code = code_of(error)
     if passing_reason(error):
         return StorageUnavailableError(
-            f"the S3 server cannot serve {where} now ({code}): try again later, or ask who runs it"
+            f"the S3 server cannot serve {where} now ({code}): try again later, or ask its operator"
         )
     if code == "NoSuchBucket":
         return BucketNotFoundError(f"bucket {bucket!r} does not exist: create it, or correct the URI {where}")
@@ -113,7 +113,7 @@ def _refusal(where: str, bucket: str, error: ClientError) -> UserError:
 
 
 def _no_answer(where: str, error: Exception) -> UserError:
-    """Explain a request that got no answer from S3."""
+    """Return the error for a request without a response from S3."""
     name = type(error).__name__
     if _is_untrusted(error):
         return UserError(

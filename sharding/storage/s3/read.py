@@ -1,4 +1,4 @@
-"""Bodies of S3 objects, whole: one that breaks off is continued by a ranged request from the byte it reached."""
+"""Bodies of S3 objects: one that ends early is resumed by a range request from the byte it reached."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sharding.storage.s3.errors import RestartReadError, code_of
 
 T = TypeVar("T")
 
-# An object that is replaced or damaged each time it is read is not waited for as a silent store is.
+# Reads of an object that is replaced or damaged each time; a silent store is retried for longer.
 READS = 3
-# Where a body is read to where it stays, fewer pieces cost less Python. A stall loses what came of its piece, so those
-# after a failure are of PIECE.
+# A body that is read into its final buffer comes in few large pieces, which cost less Python time. A stall loses the
+# bytes of its piece so far, so pieces after a failure are of PIECE.
 LONG_PIECE = 1 << 20
-_CORRUPTED = "{} does not match the checksum that the store has of it: write it again"
+_CORRUPTED = "{} does not match the store's checksum: write it again"
 
 
 def read_whole(bucket: Bucket, key: str, where: str) -> bytes:
-    """Return an object, all of one version.
+    """Return an object; all bytes belong to one version.
 
     Raises:
-        CorruptedError: it does not match the store's checksum, each time it is read.
-        RestartReadError: it is replaced each time while it is read.
+        CorruptedError: If it does not match the store's checksum at any read.
+        RestartReadError: If it is replaced during each read.
     """
 
     def read() -> bytes:
@@ -44,10 +44,10 @@ def read_whole(bucket: Bucket, key: str, where: str) -> bytes:
 
 
 def read_range(bucket: Bucket, key: str, where: str, start: int, buffer: memoryview) -> int:
-    """Fill ``buffer`` with an object's bytes from ``start`` on, all of one version; return how many there were.
+    """Fill ``buffer`` with an object's bytes from ``start``, all of one version; return their number.
 
     Raises:
-        CorruptedError, RestartReadError: as `read_whole`.
+        CorruptedError, RestartReadError: As `read_whole`.
     """
 
     def read() -> int:
@@ -61,19 +61,19 @@ def read_range(bucket: Bucket, key: str, where: str, start: int, buffer: memoryv
 
 
 class BodyFill:
-    """A `Fill` of one buffer after the other with a body, of which no more arrives than has room."""
+    """`Fill` of one buffer after the other from a body; it receives only as many bytes as the buffers hold."""
 
     def __init__(self, body: Body) -> None:
-        """Begin before the body's first byte; nothing is sent yet."""
+        """Start before the body's first byte; nothing is sent yet."""
         self._body = body
         self._room = memoryview(b"")
         self._pieces = body.pieces(lambda: self._room)
 
     def __call__(self, buffer: memoryview) -> int:
-        """Fill ``buffer``; return how many bytes came, fewer where the body ends before.
+        """Fill ``buffer``; return the number of bytes, fewer at the end of the body.
 
         Raises:
-            CorruptedError, RestartReadError: as `Body.pieces`; nothing more comes then.
+            CorruptedError, RestartReadError: As `Body.pieces`; no further bytes arrive then.
         """
         self._room = buffer
         while (self._room or self._body.arrived) and (piece := next(self._pieces, None)) is not None:
@@ -81,12 +81,12 @@ class BodyFill:
         return len(buffer) - len(self._room)
 
     def close(self) -> None:
-        """Drop what did not arrive yet."""
+        """Drop the rest of the body."""
         self._pieces.close()
 
 
 def _until_whole(bucket: Bucket, where: str, read: Callable[[], T]) -> T:
-    """Read again what is damaged on the way or replaced meanwhile, a few times."""
+    """Call ``read`` up to READS times, while the object is damaged on the way or replaced meanwhile."""
     attempts = Attempts(where)
     while True:
         try:
@@ -100,14 +100,14 @@ def _until_whole(bucket: Bucket, where: str, read: Callable[[], T]) -> T:
 
 
 class Body:
-    """One read of an object."""
+    """Body of one read of an object."""
 
     def __init__(self, bucket: Bucket, key: str, where: str, start: int, stop: int | None) -> None:
-        """Name the bytes from ``start`` to before ``stop`` (None: the object's end); nothing is sent yet."""
+        """Set the byte range from ``start`` to before ``stop`` (None: the object's end); nothing is sent yet."""
         self._bucket, self._key, self._where = bucket, key, where
         self._start, self._stop = start, stop
         self._position = start
-        # What the first answer says: where it ends, which version it is of, the store's checksum of it.
+        # From the first response: end of the body, ETag of the version, the store's checksum.
         self._end = stop
         self._etag: str | None = None
         self._crc32: str | None = None
@@ -115,18 +115,18 @@ class Body:
 
     @property
     def arrived(self) -> bool:
-        """Whether its last byte has."""
+        """True once its last byte has arrived."""
         return self._position == self._end
 
     def pieces(self, room: Callable[[], memoryview] | None = None) -> Generator[bytes | memoryview]:
-        """Yield the bytes in pieces, views of where ``room`` says that the next ones go.
+        """Yield the bytes in pieces, as views of the buffer that ``room`` returns for the next ones.
 
-        No room means that nothing more is wanted, and that nothing more should come.
+        An empty buffer means that no further bytes are wanted, and that the body should end.
 
         Raises:
-            CorruptedError: after the last piece, when the store's checksum is another. A body that was continued is
-                not compared: see ``check``.
-            RestartReadError: the pieces so far cannot be completed, because the object was replaced.
+            CorruptedError: After the last piece, if the store's checksum differs. A resumed body is not compared: see
+                ``check``.
+            RestartReadError: If the pieces so far cannot be completed, because the object was replaced.
         """
         from botocore.exceptions import FlexibleChecksumError  # slow to import, and folders need none
 
@@ -152,24 +152,24 @@ class Body:
             self._continued = self._position > self._start
 
     def _take(self, body: Any, room: Callable[[], memoryview] | None, longest: int) -> bytes | memoryview:
-        """Return the next piece; an empty one at the end."""
+        """Read the next piece; it is empty at the end."""
         if room is None:
             return cast(bytes, body.read(longest))
         into = room()[:longest]
-        # At the end botocore compares length and checksum, which it does only with who asks for more.
+        # At the end botocore compares length and checksum, but only if another read is requested.
         return into[: body.readinto(into)] if into else cast(bytes, body.read(1))[:0]
 
     def check(self, data: bytes | memoryview) -> None:
-        """Compare a continued body with the store's checksum: botocore does so only with one that came in one answer.
+        """Compare a resumed body with the store's checksum: botocore compares only a body of one response.
 
         Raises:
-            CorruptedError: it is another.
+            CorruptedError: If it differs.
         """
         if self._continued and self._crc32 and self._crc32 != base64.b64encode(crc32(data).to_bytes(4)).decode():
             raise CorruptedError(_CORRUPTED.format(self._where))
 
     def _open(self) -> Any:
-        """Return the body from the present position; None where the object ends before it."""
+        """Request the body from the current position; return None if the object ends before it."""
         from botocore.exceptions import ClientError  # slow to import, and folders need none
 
         request = {}
@@ -177,19 +177,21 @@ class Body:
             request["Range"] = f"bytes={self._position}-{'' if self._end is None else self._end - 1}"
         if self._continued:
             if self._etag is None:
-                raise RestartReadError("breaks off, and the server names no version by which to continue")
+                raise RestartReadError("breaks off, and the server sends no ETag by which to resume")
             request["IfMatch"] = self._etag
         try:
             answer = self._bucket.send("get_object", Key=self._key, **request)
         except ClientError as error:
             if code_of(error) == "PreconditionFailed":
                 raise RestartReadError("was replaced while it was read") from None
-            if code_of(error) == "InvalidRange" and not self._continued:  # begins past the end: as a file reads
+            if code_of(error) == "InvalidRange" and not self._continued:  # starts past the end: empty, as for a file
                 return None
             raise
         if "Range" in request and not answer.get("ContentRange", "").startswith(f"bytes {self._position}-"):
             answer["Body"].close()
-            raise UserError(f"the S3 server answers a range of {self._where} with other bytes: it must know ranges")
+            raise UserError(
+                f"the S3 server answers a range of {self._where} with other bytes: it must support byte ranges"
+            )
         if not self._continued:
             self._remember(answer)
         return answer["Body"]
@@ -199,5 +201,5 @@ class Body:
         self._end = self._stop if length is None else self._start + int(length)
         self._etag = answer.get("ETag")
         checksum = answer.get("ChecksumCRC32", "")
-        # Of parts, "<checksum>-<parts>", and of ranges nothing can be computed from the bytes.
+        # No checksum of parts ("<checksum>-<parts>") or of ranges can be computed from the bytes.
         self._crc32 = checksum if "-" not in checksum and "ContentRange" not in answer else None

@@ -1,4 +1,4 @@
-"""Objects in an S3 bucket."""
+"""S3 storage: objects under a prefix of a bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharding.storage.s3.write import Upload, opened
 
 
 class S3Storage:
-    """Objects under a prefix of an S3 bucket."""
+    """Storage of objects under a prefix of an S3 bucket."""
 
     request_bytes = 16 << 20
 
@@ -27,29 +27,29 @@ class S3Storage:
 
     @property
     def uri(self) -> str:
-        """``s3://bucket/prefix``."""
+        """URI ``s3://bucket/prefix``."""
         return f"s3://{self._bucket.name}/{self._prefix}" if self._prefix else f"s3://{self._bucket.name}"
 
     @property
     def retries(self) -> RetryCounter:
-        """Those of the storage that was opened, and of all children of it."""
+        """Retries by the opened storage and all its children."""
         return self._bucket.retries
 
     def __repr__(self) -> str:
         return f"S3Storage({self.uri!r})"
 
     def read(self, key: str) -> bytes:
-        """GET the object."""
+        """Send GET."""
         with self._explained(key):
             return read_whole(self._bucket, self._key(key), self._where(key))
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """GET with a Range header."""
+        """Send GET with a Range header."""
         data = bytearray(max(length, 0))
         return bytes(memoryview(data)[: self.read_into(key, offset, memoryview(data))])
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """GET with a Range header, piece by piece into ``buffer``."""
+        """Send GET with a Range header; read piece by piece into ``buffer``."""
         if not buffer:
             return 0
         with self._explained(key):
@@ -57,7 +57,7 @@ class S3Storage:
 
     @contextlib.contextmanager
     def open_range(self, key: str, offset: int, length: int) -> Iterator[Fill]:
-        """GET with a Range header, piece by piece into one buffer after the other."""
+        """Send GET with a Range header; read piece by piece into one buffer after the other."""
         body = Body(self._bucket, self._key(key), self._where(key), offset, offset + length)
         with contextlib.closing(BodyFill(body)) as fill_from_body:
 
@@ -65,30 +65,30 @@ class S3Storage:
                 with self._explained(key):
                     try:
                         return fill_from_body(buffer)
-                    except RestartReadError:  # it was replaced: what follows would be another object's
+                    except RestartReadError:  # it was replaced: further bytes would belong to another object
                         return 0
 
             yield fill
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """GET the object; a body that breaks off is continued by a ranged request."""
+        """Send GET; resume a body that ends early by a range request."""
         with self._explained(key):
             for piece in Body(self._bucket, self._key(key), self._where(key), 0, None).pieces():
                 yield bytes(piece)
 
     def write(self, key: str, data: bytes) -> None:
-        """PUT the object, in parallel parts where it is large; S3 publishes it at the end of the last request."""
+        """Send PUT, in parallel parts for a large object; S3 publishes it at the end of the last request."""
         self._put(key, data)
 
     def upload(self, key: str, path: Path) -> None:
-        """PUT a file's content in the same way."""
+        """Send a file's content in the same way."""
         self._put(key, path)
 
     def create(self, key: str, content: bytes) -> bool:
-        """PUT in one request with ``If-None-Match: *``.
+        """Send one PUT with ``If-None-Match: *``.
 
-        A HEAD comes first: it saves sending what is not wanted, and it is all there is with a store that ignores the
-        condition or does not know it (HTTP 501).
+        A HEAD is sent first: it avoids useless uploads, and it is the only check with a store that ignores the
+        condition or does not support it (HTTP 501).
         """
         if self.exists(key):
             return False
@@ -110,7 +110,7 @@ class S3Storage:
         return sorted(found, key=lambda item: item.key)
 
     def exists(self, key: str) -> bool:
-        """HEAD the object."""
+        """Send HEAD; return True if the object exists."""
         try:
             self._call(key, "head_object", Key=self._key(key))
         except BucketNotFoundError:
@@ -120,7 +120,7 @@ class S3Storage:
         return True
 
     def delete(self, key: str) -> None:
-        """DELETE the object; S3 answers the same where there is none."""
+        """Send DELETE; S3 answers the same if the object does not exist."""
         self._call(key, "delete_object", Key=self._key(key))
 
     def child(self, name: str) -> S3Storage:

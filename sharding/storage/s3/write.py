@@ -1,4 +1,4 @@
-"""Objects to S3, whole or not at all: in one request, or in parts side by side that the last request publishes."""
+"""Uploads to S3, whole or not at all: in one request, or in parallel parts that the last request publishes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.errors import code_of, status_of
 
 MOST_PARTS = 10_000
-"""S3's limit."""
+"""Largest number of parts that S3 accepts."""
 WRITER = "satfusion-writer"
-"""User metadata of every object: a number that its writer drew, by which it knows its own work again."""
+"""User metadata of every object: a random number of its writer, by which the writer recognises its own object."""
 
 _NOT_FOUND, _NOT_IMPLEMENTED = 404, 501
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Content(Protocol):
-    """What is to be stored."""
+    """Content of an object to be stored."""
 
     size: int
 
@@ -66,7 +66,7 @@ def opened(source: bytes | Path) -> Iterator[Content]:
     """Open bytes or a file for `Upload`.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: If the file cannot be read.
     """
     if isinstance(source, bytes):
         yield _Memory(source)
@@ -84,22 +84,22 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 class Upload:
-    """One object on its way into a bucket."""
+    """Upload of one object."""
 
     def __init__(self, bucket: Bucket, key: str, where: str) -> None:
-        """Prepare it.
+        """Prepare the upload; nothing is sent yet.
 
         Args:
-            bucket: where it goes, and how.
-            key: its key in the bucket.
-            where: its URI, for the log.
+            bucket: Bucket, with the options of its objects.
+            key: Key in the bucket.
+            where: URI of the object, for the log.
         """
         self._bucket, self._key, self._where = bucket, key, where
         self._writer = uuid.uuid4().hex
         self._wanted = {"Metadata": {WRITER: self._writer}, **bucket.options.request()}
 
     def put(self, content: Content) -> None:
-        """Store the content, in place of an older object."""
+        """Store the content; overwrite an older object."""
         if content.size <= self._bucket.options.part_size:
             body = content.part(0, content.size)
             self._bucket.call(Attempts(self._where), "put_object", Key=self._key, Body=body, **self._wanted)
@@ -116,7 +116,7 @@ class Upload:
             raise
 
     def create(self, content: bytes) -> bool:
-        """Store the content where there is no object yet; return whether it is there now."""
+        """Store the content if the key does not exist; return True if this upload created the object."""
         from botocore.exceptions import ClientError  # slow to import, and folders need none
 
         condition = {"IfNoneMatch": "*"} if self._bucket.conditional else {}
@@ -129,7 +129,7 @@ class Upload:
                 return self._writer_there() is None and self.create(content)
             if code_of(error) != "PreconditionFailed":
                 raise
-            # An earlier attempt may have succeeded and its answer been lost: this one then met our own object.
+            # If the response of a successful earlier attempt was lost, the object is our own.
             return attempts.failures > 0 and self._writer_there() == self._writer
         return True
 
@@ -155,10 +155,10 @@ class Upload:
             try:
                 return list(pool.map(send, range(0, content.size, size)))
             finally:
-                stop.set()  # on Ctrl-C too, parts that wait must not wait on
+                stop.set()  # also on Ctrl-C: ends the pauses of parts that wait for a retry
 
     def _complete(self, upload: str, parts: Sequence[dict[str, Any]]) -> None:
-        """Send the request that makes the parts one visible object."""
+        """Send the request that joins the parts to one visible object."""
         from botocore.exceptions import ClientError  # slow to import, and folders need none
 
         attempts = Attempts(self._where)
@@ -166,13 +166,13 @@ class Upload:
         try:
             self._bucket.call(attempts, "complete_multipart_upload", Key=self._key, **request)
         except ClientError as error:
-            # An earlier attempt may have completed it and its answer been lost.
+            # The response of a successful earlier attempt may have been lost.
             lost = attempts.failures > 0 and code_of(error) == "NoSuchUpload"
             if not lost or self._writer_there() != self._writer:
                 raise
 
     def _writer_there(self) -> str | None:
-        """Return who wrote the object that is there, empty where it does not say; None where there is none."""
+        """Return the writer's number of the existing object, empty without one; None if the object does not exist."""
         from botocore.exceptions import ClientError  # slow to import, and folders need none
 
         try:
@@ -184,15 +184,15 @@ class Upload:
         return str(head.get("Metadata", {}).get(WRITER, ""))
 
     def _abort(self, upload: str) -> None:
-        """Remove the parts, whose storage costs money and which no listing shows."""
+        """Delete the parts: their storage costs money, and no listing shows them."""
         from botocore.exceptions import BotoCoreError, ClientError  # slow to import, and folders need none
 
         try:
             self._bucket.send("abort_multipart_upload", Key=self._key, UploadId=upload)
         except (BotoCoreError, ClientError) as error:
-            # Whatever ended the upload is the error to report.
-            log.warning(
-                "parts of an upload that failed may be left at %s (%s): a lifecycle rule of the bucket removes such",
+            # The error that ended the upload is the one to report.
+            logger.warning(
+                "parts of a failed upload may remain at %s (%s): a lifecycle rule of the bucket can remove them",
                 self._where,
                 type(error).__name__,
             )

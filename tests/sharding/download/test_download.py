@@ -231,7 +231,7 @@ def test_a_server_without_ranges_starts_from_byte_0_and_not_for_ever(mirror: Mir
     assert [request.status for request in mirror.requests] == [200, 200]
     mirror.requests.clear()
     mirror.faults.extend([Fault(after=2_000_000)] * 99)
-    with pytest.raises(UserError, match="the answer ended early, 5 times in a row"):
+    with pytest.raises(UserError, match="the response ended early, 5 times in a row"):
         get(mirror, tmp_path / "always")
     assert len(mirror.requests) <= TRIES + 1
 
@@ -316,7 +316,7 @@ def test_the_second_of_two_says_so(mirror: Mirror, tmp_path: Path) -> None:
     first.start()
     while not mirror.sent:
         time.sleep(0.01)
-    with pytest.raises(UserError, match="another download is at work on"):
+    with pytest.raises(UserError, match="another download is writing"):
         get(mirror, tmp_path)
     first.join()
     assert (tmp_path / NAME).read_bytes() == BODY

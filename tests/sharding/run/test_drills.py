@@ -168,7 +168,7 @@ def test_a_full_staging_folder_is_a_sentence_and_costs_nothing(
     process = start(many, str(tmp_path / "out"), preexec_fn=small_files)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert re.search(r"satfusion: error: cannot write a shard in \S+ \(File too large\): make room there", output)
+    assert re.search(r"satfusion: error: cannot write a shard in \S+ \(File too large\): free some space there", output)
     assert "Traceback" not in output
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     finished(start(many, str(tmp_path / "out")))
@@ -218,7 +218,7 @@ def copy(many: World, tmp_path: Path) -> Storage:
 
 
 @pytest.mark.parametrize("region", REGIONS)
-def test_a_flipped_byte_is_found_and_mended(
+def test_a_flipped_byte_is_found_and_repaired(
     many: World, undisturbed: dict[str, str], copy: Storage, region: str
 ) -> None:
     folder = Path(copy.uri)
@@ -232,14 +232,14 @@ def test_a_flipped_byte_is_found_and_mended(
         assert broken.samples[0].aoi in problems[-1].detail
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     report = shard_folder(many.folder, copy, OPTIONS)
-    assert report.shards == {"mended": 1, "kept": 11}
+    assert report.shards == {"repaired": 1, "kept": 11}
     assert digests(copy) == undisturbed
     again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     assert {name for name in times if times[name] != again[name]} == {broken.name}
     assert verify(copy, deep=True).problems == ()
 
 
-def test_what_the_store_finds_corrupt_is_mended(
+def test_what_the_store_finds_corrupt_is_repaired(
     many: World, undisturbed: dict[str, str], copy: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an S3 store says it, whose own checksum fails in the last piece."""
@@ -252,7 +252,7 @@ def test_what_the_store_finds_corrupt_is_mended(
 
     monkeypatch.setattr(type(copy), "stream", corrupt)
     assert [problem.shard for problem in verify(copy).problems] == [broken]
-    assert shard_folder(many.folder, copy, OPTIONS).shards == {"mended": 1, "kept": 11}
+    assert shard_folder(many.folder, copy, OPTIONS).shards == {"repaired": 1, "kept": 11}
     assert digests(copy) == undisturbed
 
 
@@ -273,7 +273,7 @@ def spoil_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [spoil_sidecar, cut_shard, remove_shard, spoil_index])
-def test_a_damaged_dataset_is_mended(
+def test_a_damaged_dataset_is_repaired(
     many: World, undisturbed: dict[str, str], copy: Storage, damage: Callable[[Path], None]
 ) -> None:
     damage(Path(copy.uri))

@@ -133,7 +133,7 @@ def test_a_shard_of_another_size_is_not_the_sidecars(tiny: World, copy: Path) ->
     with pytest.raises(UserError, match=r"holds 'test-00000\.tar', which this program did not write"):
         shard_folder(tiny.folder, open_storage(copy), TINY)
     (copy / INDEX_NAME).write_bytes(index)
-    assert shard_folder(tiny.folder, open_storage(copy), TINY).shards == {"mended": 1, "kept": 2}
+    assert shard_folder(tiny.folder, open_storage(copy), TINY).shards == {"repaired": 1, "kept": 2}
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,9 @@ def test_the_published_split_needs_its_file() -> None:
     ("options", "words"),
     [
         ({"splits": "random"}, "--splits 'random' is unknown"),
-        ({"fractions": (0.9, 0.2, 0.1)}, "--fractions 0.9,0.2,0.1 cannot be"),
-        ({"fractions": (0.5, 0.5)}, "--fractions 0.5,0.5 cannot be"),
-        ({"fractions": (1.5, -0.5, 0.0)}, "--fractions 1.5,-0.5,0 cannot be"),
+        ({"fractions": (0.9, 0.2, 0.1)}, "--fractions 0.9,0.2,0.1 is invalid"),
+        ({"fractions": (0.5, 0.5)}, "--fractions 0.5,0.5 is invalid"),
+        ({"fractions": (1.5, -0.5, 0.0)}, "--fractions 1.5,-0.5,0 is invalid"),
         ({"seed": -1}, "--seed -1 is too small"),
         ({"shard_bytes": 0}, "--shard-size 0 is too small"),
         ({"for_ranks": 0}, "--for-ranks 0 is too small"),

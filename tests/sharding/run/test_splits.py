@@ -92,8 +92,8 @@ def test_an_aoi_in_two_splits_goes_to_the_rarer() -> None:
     assert split.splits == {"train": list("cdef"), "val": ["b"], "test": ["a", "g"]}
     assert split.moved == ()
     assert describe_split(split) == [
-        "AOI 'a' is listed in test and train: it went to test",
-        "AOI 'b' is listed in train and val: it went to val",
+        "AOI 'a' is listed in test and train: assigned to test",
+        "AOI 'b' is listed in train and val: assigned to val",
     ]
 
 

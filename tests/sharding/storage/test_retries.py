@@ -115,7 +115,7 @@ def test_retries_are_counted_by_reason() -> None:
         (lambda: StorageOptions(concurrency=0), "--concurrency 0 is out of range"),
         (lambda: StorageOptions(sse="rot13"), "--sse 'rot13' is unknown: it may be AES256"),
         (lambda: StorageOptions(sse="aws:kms:"), "--sse 'aws:kms:' is unknown"),
-        (lambda: StorageOptions(storage_class="a b"), "--storage-class 'a b' is no class"),
+        (lambda: StorageOptions(storage_class="a b"), "--storage-class 'a b' is no storage class"),
         (lambda: StorageOptions(storage_class="GLACIER"), "GLACIER cannot be read without restoring"),
         (lambda: open_storage("folder", StorageOptions(sse="AES256")), "--sse AES256 is for s3:// only, and folder"),
         (lambda: open_storage("folder", StorageOptions(storage_class="COLD")), "--storage-class COLD is for s3://"),

@@ -385,7 +385,7 @@ def test_neither_endpoint_nor_keys_are_logged_or_shown(
     proxy.faults = lambda request: Faults(busy=1.0) if "uploadId" in request.path else Faults()
     with pytest.raises(StorageUnavailableError):
         storage.write("big", DATA * 6)
-    assert "parts of an upload that failed may be left" in caplog.text
+    assert "parts of a failed upload may remain" in caplog.text
     assert "SlowDown; attempt 2 follows in" in caplog.text
     for text in (caplog.text, *told, repr(storage), storage.uri):
         assert not [secret for secret in secrets if secret in text]
