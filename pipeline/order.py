@@ -97,14 +97,10 @@ class OrderState:
     lanes: int
     """As in `Shuffle`."""
 
-    def differences(self, now: OrderState) -> list[str]:
-        """Return what differs in words, each with the value of this state and of ``now``."""
+    def differences(self, now: OrderState) -> dict[str, tuple[object, object]]:
+        """Return each field that differs, with its value here and in ``now``."""
         before, after = vars(self), vars(now)
-        return [
-            f"{name.replace('_', ' ')} ({before[name]}, now {after[name]})"
-            for name in before
-            if before[name] != after[name]
-        ]
+        return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
 def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, window: int) -> Chips:

@@ -118,9 +118,9 @@ class TrainLoader:
         Raises:
             UserError: Its order was another; the difference is named.
         """
-        differences = OrderState(**state["order"]).differences(self._order_state)
-        if differences:
-            raise UserError(f"the state is of another {differences[0]}: resume with the same, or begin a new run")
+        for name, (before, now) in OrderState(**state["order"]).differences(self._order_state).items():
+            what = name.replace("_", " ")
+            raise UserError(f"the state is of another {what} ({before}, now {now}): resume with the same")
         self.step = int(state["step"])
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:

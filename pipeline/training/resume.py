@@ -18,6 +18,15 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 SPLIT = "train"
 """The split that runs train on."""
+ORDER_KEYS = {
+    "index_digest": "dataset (digest of its index)",
+    "split": "split",
+    "seed": "train.seed",
+    "global_batch": "train.global_batch",
+    "shuffle_window": "data.shuffle_window",
+    "lanes": "data.lanes",
+}
+"""What the user calls each field of `OrderState`."""
 
 
 def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, world: World) -> Checkpoint | None:
@@ -59,20 +68,22 @@ def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
 
 def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:
     (config, digest), (config_now, digest_now) = then, now
-    others = [
-        f"{name} ({before}, now {after})"
-        for name, before, after in (
-            ("model", config.model, config_now.model),
-            ("loss", config.loss, config_now.loss),
-            ("data.simulate", config.data.simulate, config_now.data.simulate),
+    found = {
+        name: values
+        for name, values in (
+            ("model", (config.model, config_now.model)),
+            ("loss", (config.loss, config_now.loss)),
+            ("data.simulate", (config.data.simulate, config_now.data.simulate)),
         )
-        if before != after
-    ]
-    differences = others + order_state(config, digest).differences(order_state(config_now, digest_now))
-    if differences:
+        if values[0] != values[1]
+    }
+    order = order_state(config, digest).differences(order_state(config_now, digest_now))
+    found |= {ORDER_KEYS[name]: values for name, values in order.items()}
+    if found:
+        differences = "; ".join(f"{name} ({before}, now {after})" for name, (before, after) in found.items())
         raise UserError(
-            f"{run.storage.uri} holds a run with another {'; '.join(differences)}: name another output.uri, or give the"
-            " same configuration to resume"
+            f"{run.storage.uri} holds a run with another {differences}: name another output.uri, or give the same"
+            " configuration to resume"
         )
 
 

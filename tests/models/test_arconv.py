@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.heads.arconv import adaptive
 from models.heads.arconv.adaptive import AdaptiveConv, sample_taps
-from models.heads.arconv.head import adaptive
 from models.registry import build_model, check_sizes
 from models.satfusion import SatFusion
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.heads.pan_mamba.head import scan
+from models.heads.pan_mamba import scan
 from models.heads.pan_mamba.scan import BACKWARD_FLOPS, FORWARD_FLOPS, Plan, selective_scan
 
 
