@@ -68,15 +68,12 @@ def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
 
 def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:
     (config, digest), (config_now, digest_now) = then, now
-    found = {
-        name: values
-        for name, values in (
-            ("model", (config.model, config_now.model)),
-            ("loss", (config.loss, config_now.loss)),
-            ("data.simulate", (config.data.simulate, config_now.data.simulate)),
-        )
-        if values[0] != values[1]
+    parts: dict[str, tuple[object, object]] = {
+        "model": (config.model, config_now.model),
+        "loss": (config.loss, config_now.loss),
+        "data.simulate": (config.data.simulate, config_now.data.simulate),
     }
+    found = {name: values for name, values in parts.items() if values[0] != values[1]}
     order = order_state(config, digest).differences(order_state(config_now, digest_now))
     found |= {ORDER_KEYS[name]: values for name, values in order.items()}
     if found:
