@@ -16,7 +16,7 @@ from tests.conftest import SMALL
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """URIs of datasets by their number of training shards: five AOIs to train, one to validate, one to test."""
+    """Return URIs of datasets by their number of training shards: five AOIs to train, one to validate, one to test."""
     source = tmp_path_factory.mktemp("small")
     write_worldstrat(source, 7, seed=4, revisits=2, hr_side=80)
 
