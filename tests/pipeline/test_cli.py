@@ -52,7 +52,7 @@ def refused(*arguments: str, environment: Mapping[str, str] | None = None) -> st
         (["evaluate", "{tmp}", "--checkpoint", "best"], ["has no checkpoint 'best'", "none yet"]),
         (["train", "{tmp}/binary.toml"], ["binary.toml", "neither a file nor a recipe"]),
         (["evaluate"], ["needs the run folder RUN, or --published-checkpoint FILE"]),
-        (["evaluate", "{tmp}", "--model", "srcnn+pnn"], ["--model belongs to --published-checkpoint"]),
+        (["evaluate", "{tmp}", "--model", "srcnn+pnn"], ["--model is only for --published-checkpoint"]),
         (["evaluate", "--published-checkpoint", "f.pt", "--data", "{tmp}"], ["needs --model ENCODER+HEAD"]),
         (["evaluate", "{tmp}", "--published-checkpoint", "f.pt"], ["RUN", "exclude each other"]),
         (["monitor", "{tmp}"], ["holds no events/", "run folder"]),
