@@ -1,4 +1,7 @@
-"""Attention without its matrix against the form that holds it: time and memory of U2Net's and INNformer's forward.
+"""Attention without its matrix against the form with it: time and memory of U2Net's and INNformer's forward pass.
+
+``python -m benchmarks.attention``. Each form runs in a process of its own, in turn with the other, several times;
+medians are printed. U2Net's n x n weights need 16 GiB of free memory at 156 x 156.
 
 ``python -m benchmarks.attention``. Each form runs in a process of its own, in turn with the other, several times;
 medians are printed. U2Net's n x n weights need 16 GiB of free memory at 156 x 156.
@@ -25,13 +28,13 @@ from models.registry import HEADS
 
 
 def n_by_n(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """U2Net's spatial attention as the paper writes it: products, scale, softmax, products."""
+    """Return U2Net's spatial attention as the paper writes it: products, scale, softmax, products."""
     weights = torch.matmul(query, key.transpose(-2, -1)) * 0.25
     return torch.matmul(weights.softmax(dim=-1), value)
 
 
 def all_similarities(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """INNformer's search as the paper writes it, through the similarities of all windows [P, 576, 576]."""
+    """Return INNformer's search as the paper writes it, through the similarities of all windows [P, 576, 576]."""
     queries, keys = F.unfold(query, 3, padding=1), F.unfold(key, 3, padding=1)
     similarity = torch.bmm(F.normalize(queries, dim=1).transpose(1, 2), F.normalize(keys, dim=1))
     cosine, index = similarity.max(dim=1)
@@ -43,13 +46,15 @@ PAPER: dict[str, dict[str, Callable[..., object]]] = {
     "u2net": {"models.heads.u2net.spatial_attention": n_by_n},
     "innformer": {"models.heads.innformer.transfer": all_similarities, "models.heads.innformer.CHUNK": 10**9},
 }
-"""By head, what the paper's form has instead of ours."""
+"""The paper's form of our function, by head."""
 
 NEEDED_GIB = 16
 
 
 def measure(head: str, form: str, graph: bool, size: int) -> dict[str, float]:
-    """Return seconds, peak MiB above what was resident, and the mean of the result; call it in a fresh process."""
+    """Return seconds, peak MiB above the initial resident memory, and the mean of the result; call it in a fresh
+    process.
+    """
     torch.manual_seed(0)
     model = HEADS[head](ModelConfig("none", head))
     images = torch.rand(1, 3, size, size), torch.rand(1, 1, size, size)
@@ -61,7 +66,7 @@ def measure(head: str, form: str, graph: bool, size: int) -> dict[str, float]:
             return model(*(image[..., :side, :side] for image in images)).mean().item()
 
     forward(24)  # loads libraries and starts threads
-    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM counts anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts from here
     before = _kib("/proc/self/status", "VmRSS")
     mean = forward()
     peak = (_kib("/proc/self/status", "VmHWM") - before) / 1024

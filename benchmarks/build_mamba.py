@@ -1,9 +1,10 @@
-"""Build mamba-ssm as a wheel for H100 and H200 alone: ``python -m benchmarks.build_mamba --output FOLDER``.
+"""Build of mamba-ssm as a wheel for H100 and H200 only: ``python -m benchmarks.build_mamba --output FOLDER``.
 
-No wheel is published, and the published build makes machine code for nine kinds of GPU. This one takes eight minutes
-on two cores and 11 MB; with line information and without compression the wheel has 39 MB. It needs the network, nvcc
-13.0 and Python 3.12, for which it makes an environment with the PyTorch of the GPU machine, 4.7 GB, beside the wheel's
-source in a temporary folder; ``--python`` names an environment's interpreter that has these already.
+No wheel is published, and the published build makes machine code for nine GPU architectures. This build takes eight
+minutes on two cores, and its wheel has 11 MB; with line information and without compression the wheel has 39 MB. It
+needs the network, nvcc 13.0 and Python 3.12. It creates an environment with the PyTorch of the GPU machine, 4.7 GB,
+beside the wheel's source in a temporary folder; ``--python`` names the interpreter of an environment that has PyTorch
+already.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ CUDA_IF = re.compile(r"^ *if bare_metal_version >= Version\([^)]*\):\n(?! +cc_fl
 def for_one_gpu(setup: str) -> str:
     """Return mamba-ssm's setup.py with one architecture, one thread, no line information, and smaller code.
 
-    It does not look at TORCH_CUDA_ARCH_LIST.
+    It ignores TORCH_CUDA_ARCH_LIST.
 
     Raises:
-        ValueError: It is not the setup.py that is known here.
+        ValueError: The text is not the setup.py that this script knows.
     """
     found = GENCODE.findall(setup)
     setup = GENCODE.sub(lambda match: match[0] if match[1] == ARCHITECTURE else "", setup)
@@ -49,7 +50,7 @@ def for_one_gpu(setup: str) -> str:
 
 
 def pinned(name: str) -> str:
-    """Return ``name==version`` as constraints.txt has it."""
+    """Return ``name==version`` from constraints.txt."""
     match = re.search(rf"^{re.escape(name)}==\S+$", CONSTRAINTS.read_text(encoding="utf-8"), re.M)
     if match is None:
         raise ValueError(f"{name} has no line in {CONSTRAINTS.name}")
@@ -57,22 +58,22 @@ def pinned(name: str) -> str:
 
 
 def call(*command: str | Path, folder: Path | None = None, **variables: str) -> None:
-    """Run a command, shown before it is run."""
+    """Print a command, then run it."""
     print("+", *command, flush=True)
     subprocess.run(list(map(str, command)), check=True, cwd=folder, env={**os.environ, **variables})
 
 
 def make_environment(folder: Path, python: str) -> Path:
-    """Make an environment with PyTorch and what the build imports; return its interpreter."""
+    """Make an environment with PyTorch and the imports of the build; return its interpreter."""
     call(python, "-m", "venv", folder)
     call(folder / "bin/python", "-m", "pip", "install", "--quiet", f"torch=={TORCH}", *TOOLS)
     return folder / "bin/python"
 
 
 def unpack_source(folder: Path, python: Path) -> Path:
-    """Download the source, with its setup.py changed; return its folder."""
+    """Download the source and change its setup.py; return its folder."""
     options = ("--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
-    # Its metadata, which pip asks it for, needs no compiler.
+    # pip builds its metadata, which needs no compiler.
     name = pinned("mamba-ssm")
     call(python, "-m", "pip", "download", *options, "--dest", folder, name, MAMBA_SKIP_CUDA_BUILD="TRUE")
     [archive] = folder.glob("mamba_ssm-*.tar.gz")
@@ -90,7 +91,7 @@ def build(output: Path, cuda: Path, python: str, has_torch: bool, jobs: int) -> 
         folder = Path(temporary)
         interpreter = Path(python) if has_torch else make_environment(folder / "environment", python)
         source = unpack_source(folder, interpreter)
-        # Without MAMBA_FORCE_BUILD it tries a download first.
+        # Without MAMBA_FORCE_BUILD the build tries a download first.
         variables = {"CUDA_HOME": str(cuda), "MAMBA_FORCE_BUILD": "TRUE", "MAX_JOBS": str(jobs)}
         options = ("--no-deps", "--no-build-isolation", "--wheel-dir", output.resolve())
         call(interpreter, "-m", "pip", "wheel", *options, ".", folder=source, **variables)
@@ -113,7 +114,7 @@ def find_cuda() -> Path | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the wheel")
-    parser.add_argument("--python", help=f"a Python 3.12 that imports torch {TORCH}; without it one is made")
+    parser.add_argument("--python", help=f"a Python 3.12 that imports torch {TORCH} (default: a new environment)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once (default: %(default)s)"
     )

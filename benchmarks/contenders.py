@@ -1,4 +1,4 @@
-"""Training steps that `benchmarks.step` compares: of our engines, and of the published code."""
+"""Training steps that `benchmarks.step` compares: those of our engines, and that of the published code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pipeline.world import World
 LR, HR = 50, 156
 PHASES = ("forward", "loss", "backward", "optimizer")
 SETTLED = 10**9
-"""A step at which ARConv's kernels are frozen, as they must be to be compiled."""
+"""A step at which ARConv's kernels are frozen, because compilation requires it."""
 
 
 class Contender(Protocol):
-    """A way to take one training step; the phases are called in their order."""
+    """One training step in phases, which are called in their order."""
 
     def forward(self) -> None: ...
     def loss(self) -> None: ...
@@ -52,7 +52,7 @@ def random_batch(size: int, revisits: int, bands: int, device: torch.device) -> 
 
 
 class Ours:
-    """A step through one of our engines."""
+    """A step of one of our engines."""
 
     def __init__(self, name: str, model: ModelConfig, batch: Batch, precision: str, world: World) -> None:
         """Build network and engine.
@@ -61,7 +61,7 @@ class Ours:
             name: ``deepspeed`` or ``torch``, then options after colons: ``zero1`` to ``zero3``, ``channels_last``,
                 ``compile``, ``tf32``.
             model: The network.
-            batch: What each step is taken on.
+            batch: Batch of each step.
             precision: ``fp32`` or ``bf16``.
             world: This process's place.
         """
@@ -81,7 +81,7 @@ class Ours:
         self._compiled, self._taken = config.compile, 0
 
     def forward(self) -> None:
-        # The first step chooses ARConv's kernels; only then can they be frozen.
+        # The first step chooses ARConv's kernels; they can be frozen only after it.
         self.engine.begin_step(SETTLED if self._compiled and self._taken else 0)
         self.images = self.engine.forward(self.batch)
 
@@ -97,7 +97,7 @@ class Ours:
 
 
 class Published:
-    """A step of the published code, from a folder that the user names; none of it is in here."""
+    """A step of the published code, from a folder that the user names; this file holds none of it."""
 
     def __init__(self, folder: Path, encoder: str, head: str, batch: Batch, precision: str) -> None:
         """Build the published network."""
@@ -125,6 +125,6 @@ class Published:
 
 
 def model_config(pair: str, width: int) -> ModelConfig:
-    """Return the model of ``encoder+head`` with that many features; 128 is the published width."""
+    """Return the model of ``encoder+head`` with this number of features; 128 is the published width."""
     encoder, head = parse_pair(pair)
     return ModelConfig(encoder, head, hidden=width)

@@ -1,11 +1,11 @@
-"""How long two training ranks wait for data, and whether twenty epochs take more memory than two.
+"""Wait of two training ranks for data, and memory over twenty epochs.
 
 ``python -m benchmarks.datawait [--worldstrat DIR]``: two ranks of one thread each train on the CPU through
-`pipeline.training.loop`, from a local folder and from an S3 server. Memory holds fewer scenes than there are, so
-every epoch reads from the store again. The wait is the mean over both ranks, its share that of the time of all steps;
-the very first step, before which nothing could be read ahead, is told apart. Memory is what is resident after each
-epoch's validation, as it is and once the C library has given back to the system what it keeps of freed memory; all
-threads share one arena, the only one whose free end it gives back. Then a loader alone goes through twenty epochs.
+`pipeline.training.loop`, from a local folder and from an S3 server. Memory holds fewer scenes than there are, so every
+epoch reads from the store again. The wait is the mean over both ranks, its share that of the time of all steps; the
+very first step, before which nothing could be prefetched, is reported apart. Memory is the resident memory after each
+epoch's validation, before and after the C library returns its freed memory to the system; all threads share one arena,
+the only one whose free end is returned. Then a loader alone runs through twenty epochs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ AFTER = 2
 
 
 def resident() -> str:
-    """Return this process's resident memory, MiB: as it is, and without what was freed."""
+    """Return this process's resident memory, MiB: before and after freed memory is returned to the system."""
 
     def now() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -65,7 +65,7 @@ def configuration(uri: str, output: Path, options: argparse.Namespace) -> RunCon
 
 
 def train_here(config: Path) -> None:
-    """Train as one rank, and write what is resident after each epoch beside the configuration."""
+    """Train as one rank, and write the resident memory after each epoch beside the configuration."""
     rank = os.environ["RANK"]
     configure_logging(int(rank))
     with config.with_name(f"resident-{rank}").open("w", buffering=1) as file:
@@ -73,7 +73,7 @@ def train_here(config: Path) -> None:
 
 
 def load_here(config: Path) -> None:
-    """Go through the epochs of a loader alone, and of the validation, and write what is resident after each."""
+    """Run the epochs of a loader alone, and of the validation, and write the resident memory after each."""
     run = load_config(str(config))
     torch.set_num_threads(1)
     dataset = ChipDataset(run.data.uri, "train", run.data)
@@ -88,14 +88,14 @@ def load_here(config: Path) -> None:
 
 
 def memory(folder: Path, ranks: int) -> str:
-    """Return what each rank's memory came to."""
+    """Return the memory of each rank as text."""
     parts = []
     for rank in range(ranks):
         rows = [line.split() for line in (folder / f"resident-{rank}").read_text().splitlines()]
         whole, held = ([float(row[column]) for row in rows][AFTER - 1 :] for column in (0, 1))
         parts.append(
             f"rank {rank}: {held[0]:.0f} MiB after epoch {AFTER}, {held[-1]:.0f} after epoch {len(rows)}"
-            f" ({100 * (held[-1] / held[0] - 1):+.1f} %, asked: within 3 %), {min(held):.0f} to {max(held):.0f};"
+            f" ({100 * (held[-1] / held[0] - 1):+.1f} %, target: within 3 %), {min(held):.0f} to {max(held):.0f};"
             f" with what was freed {whole[0]:.0f} and {whole[-1]:.0f}, {min(whole):.0f} to {max(whole):.0f}"
         )
     return "\n".join(parts)
@@ -129,7 +129,7 @@ def launch(mode: str, config: Path) -> None:
 
 
 def report(name: str, uri: str, folder: Path, options: argparse.Namespace) -> None:
-    """Train from one place, then load from it alone, and print what was found."""
+    """Train from one place, then load from it alone, and print the results."""
     folder.mkdir()
     run = folder / "run"
     config = folder / "config.toml"
@@ -144,7 +144,7 @@ def report(name: str, uri: str, folder: Path, options: argparse.Namespace) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worldstrat", type=Path, help="a WorldStrat folder; without it AOIs are generated")
+    parser.add_argument("--worldstrat", type=Path, help="a WorldStrat folder (default: generated AOIs)")
     parser.add_argument("--aois", type=int, default=20)
     parser.add_argument("--recipe", default="srcnn_pnn")
     parser.add_argument("--epochs", type=int, default=20)

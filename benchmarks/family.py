@@ -1,4 +1,4 @@
-"""Time and memory of every encoder and head, forward and backward, on a GPU where there is one.
+"""Time and memory of every encoder and head, forward and backward, on a GPU if there is one.
 
 ``python -m benchmarks.family`` trains each stage alone (``--pairs`` all 41 models), in float32 or under bfloat16
 autocast. On CUDA the memory is the allocator's peak during the step, on CPU what autograd keeps in float32

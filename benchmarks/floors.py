@@ -1,8 +1,8 @@
-"""How fast this machine does a model's own convolutions and matrix products, each alone.
+"""Floor of a model's step: its convolutions and matrix products on this machine, each alone.
 
 `record` lists every convolution, matrix product and attention that a piece of work runs, forward and backward; `replay`
-times each distinct one on random tensors of the same shapes, strides and types. Their sum is what a step would take if
-nothing else had to be done and nothing overlapped: the floor that `benchmarks.step` compares steps with.
+times each distinct one on random tensors of the same shapes, strides and types. Their sum is the time of a step without
+any other work and without overlap: the floor that `benchmarks.step` compares steps with.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HEAVY = frozenset(
 )
 REPEATS = 5
 SECONDS = 0.5
-"""Most that a single operation is repeated for."""
+"""Upper bound of the repetitions of a single operation."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Shape:
     device: torch.device
 
     def tensor(self) -> Tensor:
-        # Strides may be 0 or overlap, so the memory is filled before it is seen in that shape.
+        # Strides may be 0 or overlap, so the memory is filled before it is viewed in that shape.
         last = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
         values = torch.empty(last + 1, dtype=self.dtype, device=self.device)
         values = values.normal_() if values.is_floating_point() else values.zero_()
@@ -64,16 +64,16 @@ class _Shape:
 
 @dataclass(frozen=True)
 class Floor:
-    """What the heavy operations of a piece of work come to."""
+    """Sum over the heavy operations of a piece of work."""
 
     flops: int
-    """Floating-point operations, two a multiply-add."""
+    """Floating-point operations, two per multiply-add."""
     seconds: float
     """Sum of the medians of each operation alone."""
     operations: int
-    """How many there are."""
+    """Number of operations."""
     distinct: int
-    """How many of them differ."""
+    """Number of distinct operations."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -94,7 +94,7 @@ def measure_floor(work: Callable[[], object], synchronise: Callable[[], object])
 
     Args:
         work: Forward and backward pass.
-        synchronise: Waits until the device is idle.
+        synchronise: Function that waits until the device is idle.
     """
     recorder = _Recorder()
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, recorder:

@@ -1,10 +1,10 @@
 """All GPU checks in one command, without network: ``python3 -m benchmarks.gpu --kit gpu-kit --output DIR``.
 
-It needs Python, PyTorch and the kit that ``make gpu-kit`` gathers, runs its parts in order of their worth, each in a
-process of its own, and takes eight minutes at most. DIR then holds ``results.jsonl``, one line for each result from the
-moment it is known, ``table.txt``, ``log.txt`` with what the parts printed, and gzipped traces. A part that fails or
-runs past its time leaves its traceback there, and the next one runs. ``--device cpu --quick`` goes the same way on any
-machine, in less than two minutes once DeepSpeed's CPU op is compiled.
+It needs Python, PyTorch and the kit that ``make gpu-kit`` gathers. It runs its parts in order of importance, each in a
+process of its own, and takes eight minutes at most. DIR then holds ``results.jsonl``, one line for each result as soon
+as it is known, ``table.txt``, ``log.txt`` with the output of the parts, and gzipped traces. A part that fails or times
+out leaves its traceback there, and the next part runs. ``--device cpu --quick`` takes the same path on any machine, in
+less than two minutes once DeepSpeed's CPU op is compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.results import VARIABLE, table
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 480
-"""For everything."""
+"""Seconds for all parts."""
 MODELS = (
     *("srcnn+pnn", "highresnet+pannet", "rams+pannet", "trnet+pannet"),
     *("trnet_pan+pnn", "trnet+innformer", "srcnn+arconv", "none+u2net"),
@@ -51,37 +51,37 @@ TRACEBACK_CHARACTERS = 8000
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the parts run."""
+    """Settings shared by the parts."""
 
     kit: Path
-    """The kit's folder."""
+    """Folder of the kit."""
     output: Path
-    """Where results go."""
+    """Folder of the results."""
     device: str
     """``cuda`` or ``cpu``."""
     quick: bool
-    """Whether each part does the least."""
+    """Whether each part does its minimum."""
     environment: Mapping[str, str]
-    """Of the processes."""
+    """Environment variables of the processes."""
 
     @property
     def data(self) -> str:
-        """URI of one of the kit's datasets."""
+        """Return the URI of one of the kit's datasets."""
         return str(self.kit / ("small" if self.quick else "dataset"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: a process, and the time that is kept for it whatever comes before."""
+    """One part: a process, and the time reserved for it whatever comes before."""
 
     name: str
-    """As in the results."""
+    """Name in the results."""
     seconds: float
-    """Kept for it; time that earlier parts left over is added."""
+    """Reserved seconds; time left over by earlier parts is added."""
     module: str
-    """What ``python -m`` runs."""
+    """Module that ``python -m`` runs."""
     arguments: Sequence[str]
-    """``{device}``, ``{data}``, ``{output}`` and ``{json}``, a file for lines of JSON, are filled in."""
+    """Arguments; ``{device}``, ``{data}``, ``{output}`` and ``{json}``, a file for lines of JSON, are filled in."""
 
 
 def parts(setting: Setting) -> list[Part]:
@@ -111,22 +111,22 @@ def parts(setting: Setting) -> list[Part]:
 
 
 def allowed_seconds(left: float, later: Sequence[Part]) -> float:
-    """Return how long a part may take: all that is left but what is kept for those after it."""
+    """Return the seconds that a part may take: all that is left except the seconds reserved for later parts."""
     return max(0.0, left - sum(part.seconds for part in later))
 
 
 class Results:
-    """``results.jsonl``."""
+    """The file ``results.jsonl``."""
 
     def __init__(self, output: Path) -> None:
-        """Begin anew."""
+        """Create an empty file."""
         self.lines: list[dict[str, object]] = []
         self._began = time.monotonic()
         self._adding = threading.Lock()
         self._file = (output / "results.jsonl").open("w", encoding="utf-8", buffering=1)
 
     def add(self, part: str, fields: Mapping[str, object]) -> None:
-        """Write a line, at once."""
+        """Write a line at once."""
         line = {"part": part, "at": round(time.monotonic() - self._began, 1), **fields}
         with self._adding:
             self.lines.append(line)
@@ -134,12 +134,12 @@ class Results:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """End."""
+        """Close the file."""
         self._file.close()
 
 
 class Follower:
-    """Takes over the lines of JSON that a process appends to a file, while it does."""
+    """Reader of the lines of JSON that a process appends to a file while it runs."""
 
     def __init__(self, path: Path, part: str, results: Results) -> None:
         """Follow ``path``, which need not exist yet."""
@@ -147,7 +147,7 @@ class Follower:
         self._taken = 0
 
     def take(self) -> None:
-        """Take over the whole lines that are new."""
+        """Read the complete new lines into the results."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -162,7 +162,7 @@ class Follower:
 
 
 def run_part(part: Part, setting: Setting, seconds: float, results: Results) -> str:
-    """Run one part and write how it ended; return ``passed``, ``failed`` or ``timed out``."""
+    """Run one part and write its outcome; return ``passed``, ``failed`` or ``timed out``."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, (Path(temporary) / "said").open("w+b") as said:
         lines = Path(temporary) / "lines"
@@ -196,7 +196,7 @@ def run_part(part: Part, setting: Setting, seconds: float, results: Results) -> 
 
 @contextlib.contextmanager
 def cpu_op_beside(setting: Setting, results: Results) -> Iterator[None]:
-    """Have DeepSpeed's CPU op compiled beside the parts, a minute or so: those that compute on the CPU wait for it."""
+    """Compile DeepSpeed's CPU op beside the parts, in about a minute: parts that compute on the CPU wait for it."""
     on_cpu = replace(setting, environment={**setting.environment, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
     part = Part("cpu op", 0, "pipeline.training.build_op", [])
     thread = threading.Thread(target=run_part, args=(part, on_cpu, CPU_OP_SECONDS, results))
@@ -208,7 +208,7 @@ def cpu_op_beside(setting: Setting, results: Results) -> Iterator[None]:
 
 
 def run_all(setting: Setting, until: float, results: Results) -> bool:
-    """Run all parts until the clock stands at ``until``; return whether all passed."""
+    """Run all parts until the time ``until``; return whether all passed."""
     todo = parts(setting)
     outcomes = []
     with cpu_op_beside(setting, results):
@@ -221,7 +221,7 @@ def run_all(setting: Setting, until: float, results: Results) -> bool:
 
 
 def _wait(process: subprocess.Popen[bytes], until: float, follower: Follower) -> bool:
-    """Wait for the end of a process, taking its lines; return whether it came in time."""
+    """Wait for the end of a process and read its lines; return whether it ended in time."""
     while process.poll() is None:
         if time.monotonic() > until:
             return False
@@ -231,7 +231,7 @@ def _wait(process: subprocess.Popen[bytes], until: float, follower: Follower) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and what it started and left running."""
+    """End a process and its remaining child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -244,14 +244,14 @@ def _append_log(path: Path, part: str, text: str) -> None:
 
 
 def install(kit: Path, target: Path) -> dict[str, object]:
-    """Install the kit's wheels into ``target``, if they are of this Python; return what was done, as a result."""
+    """Install the kit's wheels into ``target``, if they are for this Python; return a result that reports it."""
     wheels = sorted((kit / "wheels").glob("*.whl"))
     wanted = json.loads((kit / "kit.json").read_text(encoding="utf-8"))["python"]
     here = ".".join(platform.python_version_tuple()[:2])
     if wanted != here:
         return {
             "installed": 0,
-            "why": f"the kit is for Python {wanted} and this is {here}: what is installed here is used",
+            "why": f"the kit is for Python {wanted} and this is {here}: the packages installed here are used",
         }
     options = ("--no-index", "--no-deps", "--no-compile", "--quiet", "--disable-pip-version-check")
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *map(str, wheels)]
@@ -271,7 +271,7 @@ def environment(kit: Path, target: Path, device: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(target), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         "SATFUSION_KIT": str(kit),
-        # Plugins of other projects' tests cost seconds, and may need what is not here.
+        # Plugins of other projects' tests take seconds, and may need packages that are absent here.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
     if device == "cpu":
@@ -283,7 +283,7 @@ def environment(kit: Path, target: Path, device: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def installed(options: argparse.Namespace, results: Results) -> Iterator[Setting]:
-    """Give the setting, with the kit's wheels in a folder that is removed afterwards."""
+    """Yield the setting, with the kit's wheels in a folder that is removed afterwards."""
     kit, output = options.kit.resolve(), options.output.resolve()
     with tempfile.TemporaryDirectory(prefix="gpu-kit-") as target:
         began = time.monotonic()
@@ -291,7 +291,7 @@ def installed(options: argparse.Namespace, results: Results) -> Iterator[Setting
             results.add("kit", install(kit, Path(target)))
             end: dict[str, object] = {"outcome": "passed"}
         except Exception as error:
-            # The parts run all the same: the machine may have what they need.
+            # The parts run all the same: the machine may have the packages.
             end = {"outcome": "failed", "traceback": str(error)}
         results.add("kit", {**end, "took": round(time.monotonic() - began, 1)})
         variables = environment(kit, Path(target), options.device)
@@ -300,15 +300,15 @@ def installed(options: argparse.Namespace, results: Results) -> Iterator[Setting
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kit", type=Path, required=True, help="the folder that `make gpu-kit` made")
+    parser.add_argument("--kit", type=Path, required=True, help="folder made by `make gpu-kit`")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the results; an earlier run's are replaced"
+        "--output", type=Path, required=True, help="folder for the results; those of an earlier run are overwritten"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="the least of each part, for a check of the way itself")
+    parser.add_argument("--quick", action="store_true", help="the minimum of each part, to check that the parts run")
     options = parser.parse_args(arguments)
     if not (options.kit / "kit.json").is_file():
-        sys.exit(f"{options.kit} is no kit: make it with `make gpu-kit` where there is a network")
+        sys.exit(f"{options.kit} is not a kit: make it with `make gpu-kit` on a machine with a network")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "log.txt").write_text("")
     until = time.monotonic() + SECONDS

@@ -1,9 +1,9 @@
-"""Gather what the GPU checks need on a machine without network: ``python -m benchmarks.gpu_kit``, or ``make gpu-kit``.
+"""Kit of the GPU checks for a machine without network: ``python -m benchmarks.gpu_kit``, or ``make gpu-kit``.
 
-The folder, ``gpu-kit`` if not named, then holds ``wheels/`` for Python 3.12 on x86-64 Linux, of what that machine does
-not have beside PyTorch; ``dataset/``, a few generated AOIs at the published sizes, to measure with; ``small/``, some in
-a fifth of the pixels, to test with; and ``kit.json``, which says what is in it. Golden cases are in the working tree,
-which travels with the kit. `benchmarks.gpu` takes it from there.
+The folder, by default ``gpu-kit``, then holds ``wheels/`` for Python 3.12 on x86-64 Linux, with the packages that a
+machine with PyTorch lacks; ``dataset/``, a few generated AOIs at the published sizes, for measurements; ``small/``,
+some with a fifth of the pixels, for tests; and ``kit.json``, which lists the contents. Golden cases are in the working
+tree, which is copied with the kit. `benchmarks.gpu` uses the kit.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from sharding.storage import open_storage
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "linux_x86_64")
 THERE = frozenset({"torch", "triton", "numpy", "tensorboard", "safetensors", "pytest", "ninja", "psutil"})
-"""What the GPU machine has, with all that these need."""
+"""Packages of the GPU machine, with all that they require."""
 
 WHEELS = (
-    # What DeepSpeed imports.
+    # Imports of DeepSpeed.
     *("annotated-types", "einops", "hjson", "msgpack", "packaging", "py-cpuinfo", "pydantic", "pydantic_core", "tqdm"),
     *("typing-inspection", "typing_extensions"),
     # Samples are checked with it.
     "zlib-ng",
-    # One test that hangs must not cost the others their time.
+    # A limit, so that one test that hangs does not take the time of the others.
     "pytest-timeout",
 )
 DEEPSPEED = "deepspeed"
-"""Published as source alone; without its ops it is pure Python."""
+"""Published as source only; without its ops it is pure Python."""
 
 UNUSED = frozenset({"transformers", "tilelang", "apache-tvm-ffi", "quack-kernels", "setuptools", "nvidia-ml-py"})
-"""What mamba-ssm wants for parts of it that nothing here imports (`import_mamba` in Pan-Mamba's scan), and a library
-that DeepSpeed can do without."""
+"""Requirements of mamba-ssm that nothing here imports (`import_mamba` in Pan-Mamba's scan), and a library that
+DeepSpeed does not need."""
 
 LIMIT_MIB = 55
 AOIS = 6
-"""Of each dataset: four to train, one to validate, one to test."""
+"""AOIs of each dataset: four to train, one to validate, one to test."""
 HR_SIDE = 264
 """Pixels of the generated rasters, a quarter of the real side: samples are resized to the published sizes anyway."""
 SMALL = SampleOptions(revisits=2, lr_size=150, hr_size=200)
@@ -81,28 +81,28 @@ def platform_options() -> list[str]:
 
 
 def gather_wheels(folder: Path) -> None:
-    """Download the published wheels, and make DeepSpeed's of its source."""
+    """Download the published wheels, and build DeepSpeed's from its source."""
     versions = pins()
     wanted = [f"{name}=={versions[canonicalize_name(name)]}" for name in WHEELS]
     pip("download", "--no-deps", *platform_options(), "--dest", folder, *wanted)
-    # Not the wheel that pip may hold of an installation here, which was made for the CPU.
+    # Not the wheel that pip may have cached from an installation here, which was built for the CPU.
     options = ("--no-deps", "--no-build-isolation", "--no-cache-dir", "--wheel-dir", folder)
     pip("wheel", *options, f"{DEEPSPEED}=={versions[DEEPSPEED]}", DS_BUILD_OPS="0", DS_ACCELERATOR="cuda")
 
 
 def add_mamba(folder: Path, given: Path | None) -> str:
-    """Copy mamba-ssm's wheel, or build it where that is possible; return a sentence on what was done."""
+    """Copy mamba-ssm's wheel, or build it if possible; return a sentence that reports the action."""
     if given is not None:
         shutil.copyfile(given, folder / given.name)
         return f"mamba-ssm: {given.name}, as given"
     if find_python() is None or find_cuda() is None:
-        return "mamba-ssm: left out, since there is no python3.12 with nvcc here; name a wheel with MAMBA_WHEEL=FILE"
+        return "mamba-ssm: skipped, because there is no python3.12 with nvcc here; name a wheel with MAMBA_WHEEL=FILE"
     subprocess.run([sys.executable, "-m", "benchmarks.build_mamba", "--output", str(folder)], check=True, cwd=ROOT)
     return "mamba-ssm: built"
 
 
 def make_datasets(folder: Path) -> None:
-    """Shard generated AOIs twice, two a shard: 3.4 MB each at the published sizes, and 0.6 MB."""
+    """Shard generated AOIs twice, two per shard: 3.4 MB each at the published sizes, and 0.6 MB."""
     with tempfile.TemporaryDirectory() as source:
         write_worldstrat(source, AOIS, seed=15, hr_side=HR_SIDE)
         for name, sample, shard_bytes in (("dataset", SampleOptions(), 7_000_000), ("small", SMALL, 1_300_000)):
@@ -111,7 +111,7 @@ def make_datasets(folder: Path) -> None:
 
 
 def requirements(wheel: Path) -> Iterator[str]:
-    """Yield the names of what a wheel needs on the GPU machine."""
+    """Yield the names of the requirements of a wheel on the GPU machine."""
     environment = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
     with zipfile.ZipFile(wheel) as archive:
         [metadata] = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
@@ -123,17 +123,17 @@ def requirements(wheel: Path) -> Iterator[str]:
 
 
 def missing(wheels: Sequence[Path]) -> dict[str, str]:
-    """Return what neither kit nor GPU machine has, and the wheel that needs it."""
+    """Return the packages that neither kit nor GPU machine has, and the wheel that needs each."""
     there = {parse_wheel_filename(wheel.name)[0] for wheel in wheels} | THERE | UNUSED
     return {name: wheel.name for wheel in wheels for name in requirements(wheel) if name not in there}
 
 
 def check_installation(folder: Path) -> int:
-    """Install the kit as the GPU machine would, into a folder that is thrown away; return how many wheels.
+    """Install the kit as the GPU machine would, into a temporary folder; return the number of wheels.
 
     Raises:
-        ValueError: A wheel needs what neither the kit nor that machine has.
-        subprocess.CalledProcessError: pip does not find or take a wheel for that Python.
+        ValueError: A wheel needs a package that neither the kit nor that machine has.
+        subprocess.CalledProcessError: pip does not find or accept a wheel for that Python.
     """
     wheels = sorted((folder / "wheels").glob("*.whl"))
     if absent := missing(wheels):
@@ -155,7 +155,7 @@ def sizes(folder: Path) -> Mapping[str, int]:
 
 
 def gather(folder: Path, mamba: Path | None) -> None:
-    """Make the kit anew, in a folder that gets its name once it is whole."""
+    """Build the kit from scratch, in a folder that gets its final name only when it is complete."""
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "wheels").mkdir(parents=True)
@@ -170,10 +170,8 @@ def gather(folder: Path, mamba: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "gpu-kit", help="the kit's folder; replaced")
-    parser.add_argument(
-        "--mamba-wheel", type=Path, help="mamba-ssm as built for the GPU machine; else it is built here"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "gpu-kit", help="the kit's folder; overwritten")
+    parser.add_argument("--mamba-wheel", type=Path, help="wheel of mamba-ssm for the GPU machine (default: built here)")
     options = parser.parse_args()
     gather(options.output, options.mamba_wheel)
     taken = sizes(options.output)
@@ -184,7 +182,7 @@ def main() -> None:
     print(f"{options.output}: {total:.1f} MiB of {LIMIT_MIB}")
     print(f"its {count} wheels install for Python {PYTHON} with --no-index")
     if total > LIMIT_MIB:
-        sys.exit(f"the kit has {total:.1f} MiB, and {LIMIT_MIB} may travel: leave something out")
+        sys.exit(f"the kit has {total:.1f} MiB, and {LIMIT_MIB} may be sent: drop something")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from benchmarks.results import emit
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write a test's call, or the phase before or after it that went wrong or skipped it."""
+    """Write the outcome of a test's call, or of the phase before or after it that failed or skipped it."""
     if report.when != "call" and report.passed:
         return
     outcome = "error" if report.failed and report.when != "call" else report.outcome
@@ -21,11 +21,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Write what could not be collected."""
+    """Write an error for each file that could not be collected."""
     if report.failed:
         emit(test=report.nodeid, outcome="not collected", traceback=str(report.longrepr))
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Write how many tests were chosen not to run."""
+    """Write the number of deselected tests."""
     emit(tests=len(items), outcome="not chosen")

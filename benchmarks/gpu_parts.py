@@ -1,6 +1,6 @@
 """Parts of `benchmarks.gpu`: ``python -m benchmarks.gpu_parts PART --device cuda --data URI --output DIR``.
 
-They call what training calls, and write a line of JSON for each result.
+They call the same functions as training, and write a line of JSON for each result.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from benchmarks.results import VARIABLE, emit
 PACKAGES = ("deepspeed", "mamba_ssm", "numpy", "pydantic", "pytest", "tensorboard", "triton", "zlib-ng")
 ACTIVITY = {"cuda": torch.profiler.ProfilerActivity.CUDA, "cpu": torch.profiler.ProfilerActivity.CPU}
 TRACE_BYTES = 15 << 20
-"""A longer trace is not kept."""
+"""Size limit of traces; a larger trace is not kept."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a part is told."""
+    """Options of a part."""
 
     device: str
     """``cuda`` or ``cpu``."""
     data: str
     """URI of a dataset."""
     output: Path
-    """Where files that are kept go."""
+    """Folder of the files that are kept."""
     quick: bool
-    """Whether to do the least."""
+    """Whether to do the minimum."""
     models: tuple[str, ...]
     """Pairs as ``encoder+head``."""
 
@@ -71,7 +71,7 @@ class Options:
 
 
 def environment(options: Options) -> None:
-    """Say what machine this is."""
+    """Write a result that describes the machine."""
     emit(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, cpus=os.cpu_count())
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -152,7 +152,7 @@ def _one_step(pair: str, batch: int, device: str) -> bool:
 
 @contextlib.contextmanager
 def trainer(options: Options, overrides: list[str]) -> Iterator[Any]:
-    """Give a trainer of one process, in a run folder that is removed afterwards."""
+    """Yield a trainer of one process, in a run folder that is removed afterwards."""
     from pipeline.config import load_config
     from pipeline.data import ChipDataset
     from pipeline.order import BatchPlan
@@ -170,7 +170,7 @@ def trainer(options: Options, overrides: list[str]) -> Iterator[Any]:
 
 
 def timed_steps(options: Options, overrides: list[str], count: int) -> tuple[list[float], list[float]]:
-    """Take steps; return the seconds of each, waited for on the GPU, and the losses."""
+    """Take steps; return the seconds of each, measured after the GPU has finished, and the losses."""
     seconds, losses = [], []
     with trainer(options, overrides) as one:
         while len(seconds) < count:
@@ -184,13 +184,13 @@ def timed_steps(options: Options, overrides: list[str], count: int) -> tuple[lis
 
 
 def compile_all(options: Options) -> None:
-    """Train each pair some steps as it is and compiled; those of the step benchmark first."""
+    """Train each pair for some steps as it is and compiled, and the pairs of the step benchmark first."""
     from models.registry import all_pairs
 
     pairs = list(dict.fromkeys([*options.models, *("+".join(pair) for pair in all_pairs())]))
     count = 3 if options.quick else 8
     for pair in pairs[:1] if options.quick else pairs:
-        # ARConv is compiled once its kernels are frozen.
+        # ARConv is compiled after its kernels are frozen.
         common = [*options.overrides(pair, 2 if options.quick else 8), "model.kernel_freeze_step=1"]
         try:
             plain, expected = timed_steps(options, common, count)
@@ -209,7 +209,7 @@ def compile_all(options: Options) -> None:
 
 
 def loader(options: Options) -> None:
-    """Train with the loader beside it, and say what share of the time a step waits for data."""
+    """Train with the loader beside it, and write the share of the time that steps wait for data."""
     from pipeline.config import load_config
     from pipeline.training.loop import run_training
 
@@ -233,7 +233,7 @@ def loader(options: Options) -> None:
 
 
 def profile(options: Options) -> None:
-    """Write a trace of some steps, and what took most of the device's time."""
+    """Write a trace of some steps, and the operations that took most of the device's time."""
     pair, batch, steps = ("none+pnn", 2, 2) if options.quick else ("srcnn+pnn", 8, 5)
     with trainer(options, options.overrides(pair, batch)) as one:
         batches = list(itertools.islice(one.loader, 2 + steps))

@@ -1,4 +1,4 @@
-"""The loader beside the floors of memory and link, and beside others' ways to the same chips of the same samples.
+"""Rates of the loader beside the floors of memory and link, and beside other loaders of the same chips and samples.
 
 ``python -m benchmarks.loader [--worldstrat DIR]``; for MosaicML Streaming and LitData see ``benchmarks/peers.py``, for
 the forms ``benchmarks/loader_forms.py``. Each runs in a process of its own, on one core and on two; rates are medians
@@ -39,22 +39,22 @@ from sharding.storage import open_storage
 SHARD_BYTES = 64 << 20
 LEAST_SECONDS = 1.5
 FRESH_BYTES = 7 << 29
-"""More than a cold form takes, for files in the page cache too."""
+"""Upper bound of the seconds of a cold form, with files in the page cache too."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to the chips, and how it is timed."""
+    """A way to read the chips, and the way it is timed."""
 
     open: Callable[[Place], Epoch]
     cold: bool = False
-    """The clock starts before it is opened."""
+    """Whether the clock starts before it is opened."""
     first: bool = False
-    """The clock takes the first epoch."""
+    """Whether the clock includes the first epoch."""
     workers: bool = False
-    """It may have worker processes where there are two cores."""
+    """Whether it may have worker processes on two cores."""
     alone: bool = False
-    """It has one thread, so two cores are no use to it."""
+    """Whether it has one thread only, so that a second core does not help."""
 
 
 mosaicml, litdata = forms.mosaicml_chips, forms.litdata_chips
@@ -64,12 +64,12 @@ FORMS = {
     "floor in order: read, copy": Form(partial(forms.floor_in_order, check=False), alone=True),
     "floor in order: read, CRC-32, copy": Form(partial(forms.floor_in_order, check=True), alone=True),
     "ours, checks off": Form(forms.ours_unchecked),
-    "ours": Form(partial(forms.ours, anew=True)),
-    "ours, from the disk cache": Form(partial(forms.ours_cached, anew=True)),
+    "ours": Form(partial(forms.ours, evict=True)),
+    "ours, from the disk cache": Form(partial(forms.ours_cached, evict=True)),
     "ours, scenes in memory": Form(forms.ours),
-    "ours, floats": Form(partial(forms.ours, anew=True, turns=True)),
+    "ours, floats": Form(partial(forms.ours, evict=True, turns=True)),
     "ours, first epoch": Form(forms.ours, cold=True),
-    "ours, cold": Form(partial(forms.ours_cached, anew=False), cold=True),
+    "ours, cold": Form(partial(forms.ours_cached, evict=False), cold=True),
     "WebDataset": Form(partial(peer, open_chips=forms.webdataset_chips), workers=True),
     "MosaicML": Form(partial(peer, open_chips=partial(mosaicml, cold=False)), workers=True),
     "MosaicML, cold": Form(partial(peer, open_chips=partial(mosaicml, cold=True)), cold=True, workers=True),
@@ -77,7 +77,7 @@ FORMS = {
     "LitData, cold": Form(partial(peer, open_chips=partial(litdata, cold=True)), cold=True, workers=True),
     "published": Form(forms.published),
     "S3: ranged GETs": Form(forms.ranged_gets, first=True),
-    "S3: ours": Form(partial(forms.ours_s3, anew=True)),
+    "S3: ours": Form(partial(forms.ours_s3, evict=True)),
     "S3: ours, first epoch": Form(forms.ours_s3, first=True),
     "S3: ours, filling a disk cache": Form(partial(forms.ours_s3, cached=True), first=True),
 }
@@ -102,14 +102,14 @@ CLAIMS = [
     ("S3: ours", "S3: ranged GETs", 0.85),
     ("S3: ours, first epoch", "S3: ranged GETs", 0.85),
 ]
-"""How many times as fast as another a form is to be."""
+"""Required ratios of one form's rate to another's."""
 
 Case = tuple[str, int, int]
 """A form, cores, worker processes."""
 
 
 def measure(form: Form, place: Place) -> dict[str, float]:
-    """Return chips a second and, of warm forms, the sum of an epoch's values; call it in a fresh process."""
+    """Return chips per second and, for warm forms, the sum of an epoch's values; call it in a fresh process."""
     sums: list[int] = []
 
     def add(batch: Images) -> None:
@@ -136,12 +136,12 @@ def measure(form: Form, place: Place) -> dict[str, float]:
 
 
 def take_memory() -> None:
-    """Take memory and give it back: where the machine is virtual, its host is slow to hand out what was never used."""
+    """Allocate memory and free it: on a virtual machine, the host is slow to supply memory that was never used."""
     np.empty(FRESH_BYTES, np.uint8)[::4096] = 1
 
 
 def prepare(folder: Path, worldstrat: Path | None, aois: int) -> None:
-    """Make the tree, its shards and the peers' copies of the training split, unless they are there."""
+    """Make the tree, its shards and the peers' copies of the training split, unless they exist."""
     made = folder / "made.json"
     wanted = json.dumps([str(worldstrat), aois])
     if made.exists():
@@ -160,7 +160,7 @@ def prepare(folder: Path, worldstrat: Path | None, aois: int) -> None:
 
 
 def write_peers(folder: Path, samples: Iterable[Sample]) -> None:
-    """Write samples as MDS shards and as LitData's chunks: all that ours hold, uncompressed, without hashes."""
+    """Write samples as MDS shards and as LitData's chunks: everything in ours, uncompressed, without hashes."""
     from litdata.streaming.writer import BinaryWriter
     from streaming import MDSWriter
 
@@ -187,21 +187,21 @@ def run(case: Case, folder: Path) -> dict[str, float]:
 
 
 def run_here(case: Case, folder: Path) -> None:
-    """Measure one case on as many cores as it says, and print the result."""
+    """Measure one case on its number of cores, and print the result."""
     name, cores, workers = case
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
     (folder / "caches").mkdir(exist_ok=True)
     cache = Path(tempfile.mkdtemp(dir=folder / "caches"))
     print(json.dumps(measure(FORMS[name], Place(folder, cache, cores, workers))))
-    # Not removed before the end: ext4 passes over each inode that was freed in the last minutes, with each new file.
+    # Not removed before the end: ext4 checks each inode that was freed in the last minutes for every new file.
     for path in cache.rglob("*"):
         if path.is_file():
             os.truncate(path, 0)
 
 
 def run_all(folder: Path, names: Sequence[str], rounds: int) -> dict[Case, float]:
-    """Return the median rates, after a look whether all warm forms delivered the same."""
+    """Return the median rates, after a check that all warm forms delivered the same."""
     cases = [(name, 1, 0) for name in names]
     two = [name for name in names if not FORMS[name].alone]
     cases += [(name, 2, workers) for name in two for workers in (range(3) if FORMS[name].workers else [0])]
@@ -217,7 +217,7 @@ def run_all(folder: Path, names: Sequence[str], rounds: int) -> dict[Case, float
 
 
 def report(rates: dict[Case, float]) -> None:
-    """Print all rates, and what they are to show."""
+    """Print all rates, and the required ratios."""
     best: dict[tuple[str, int], float] = {}
     print(f"{'':34}{'cores':>6}{'workers':>9}{'chips/s':>10}{'MB/s':>8}")
     for (name, cores, workers), rate in sorted(rates.items(), key=lambda item: list(FORMS).index(item[0][0])):
@@ -236,11 +236,11 @@ def report(rates: dict[Case, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worldstrat", type=Path, help="a WorldStrat folder; without it AOIs are generated")
+    parser.add_argument("--worldstrat", type=Path, help="a WorldStrat folder (default: generated AOIs)")
     parser.add_argument("--aois", type=int, default=480)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the samples are made, and found again; else a temporary one")
-    parser.add_argument("--only", nargs="+", default=[""], help="how the names of forms begin; all without it")
+    parser.add_argument("--folder", type=Path, help="folder of the samples, made and reused (default: temporary)")
+    parser.add_argument("--only", nargs="+", default=[""], help="prefixes of the names of forms (default: all)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"

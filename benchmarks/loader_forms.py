@@ -1,6 +1,6 @@
-"""Ways to the same chips of the same samples: ours, the floors of memory and link, and others'.
+"""Ways to read the same chips of the same samples: ours, the floors of memory and link, and other loaders'.
 
-Each fills batches of 32 chips as they are stored, nine of each scene of the training split.
+Each fills batches of 32 stored chips, nine of each scene of the training split.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ WINDOWS = [chip_window(chip, 3.125) for chip in range(CHIPS_PER_SCENE)]
 CHIP_SHAPES = [(8, 3, 50, 50), (3, 156, 156), (1, 156, 156)]
 CHIP_BYTES = 2 * sum(int(np.prod(shape)) for shape in CHIP_SHAPES)
 THREADS = 8
-"""Of whoever reads from S3."""
+"""Parallel requests of forms that read from S3."""
 PUBLISHED_SCENES = 6
 
 Images = Sequence[Any]
 """LR, HR and PAN, of a scene, a chip or a batch: arrays or tensors."""
 See = Callable[[Images], None]
-"""Is given every batch."""
+"""Consumer of every batch."""
 Epoch = Callable[[int, See], int]
-"""Delivers an epoch, by its number, and returns its chips."""
+"""Function that delivers an epoch, by its number, and returns its chips."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a form reads, and with what."""
+    """Input of a form."""
 
     folder: Path
-    """Holds the tree, the dataset and the peers' copies of it."""
+    """Folder of the tree, the dataset and the peers' copies of it."""
     cache: Path
     """An empty folder."""
     cores: int
@@ -80,13 +80,13 @@ def cut_all(scenes: Iterable[Images]) -> Iterator[Images]:
 
 
 class Gather:
-    """Memory for one batch, filled again and again."""
+    """Memory for one batch, filled repeatedly."""
 
     def __init__(self, dtype: type = np.uint16) -> None:
         self._images = [np.empty((BATCH, *shape), dtype) for shape in CHIP_SHAPES]
 
     def __call__(self, chips: Iterable[Images], see: See) -> int:
-        """Copy chips into batches; return how many there were."""
+        """Copy chips into batches; return their number."""
         count = 0
         for count, chip in enumerate(chips, start=1):
             slot = (count - 1) % BATCH
@@ -110,7 +110,7 @@ def views(entry: SampleEntry, memory: bytearray) -> list[NDArray[np.uint16]]:
 
 
 def floor(place: Place, check: bool) -> Epoch:
-    """Read each span into one buffer, scene after scene, and copy its windows: on two cores by two threads."""
+    """Read each span into one buffer, scene after scene, and copy its windows: on two cores in two threads."""
     samples = place.index().samples("train")
     files = {shard.name: os.open(place.folder / "dataset" / shard.name, os.O_RDONLY) for shard, _ in samples}
     each = -(-len(samples) // place.cores)
@@ -163,15 +163,15 @@ def floor_in_order(place: Place, check: bool) -> Epoch:
     return lambda number, see: gather(chips(loader.order(number).ravel().tolist(), {}), see)
 
 
-def ours(place: Place, uri: str = "", *, anew: bool = False, turns: bool = False, **options: Any) -> Epoch:
-    """Stored batches of the loader, its threads as many as cores unless ``options`` say otherwise.
+def ours(place: Place, uri: str = "", *, evict: bool = False, turns: bool = False, **options: Any) -> Epoch:
+    """Return the form that reads stored batches of the loader, with as many threads as cores unless ``options`` differ.
 
     Args:
-        place: Where the dataset is.
-        uri: Where it is if not there.
-        anew: Forget all scenes before each epoch, but keep their memory: what a dataset costs that is larger than it.
-        turns: Turned, flipped and float, as training gets them.
-        options: Of the configuration.
+        place: Place of the dataset.
+        uri: URI of the dataset, if it is elsewhere.
+        evict: Evict all scenes before each epoch, but keep their memory: the cost of a dataset larger than memory.
+        turns: Turn, flip and convert to float, as in training.
+        options: Options of the configuration.
     """
     settings = {"rotate_flip": turns, "loader_threads": place.cores, **options}
     config = DataConfig(uri=uri or str(place.folder / "dataset"), **settings)
@@ -179,7 +179,7 @@ def ours(place: Place, uri: str = "", *, anew: bool = False, turns: bool = False
     loader = TrainLoader(dataset, BatchPlan.create(BATCH, 0, 1), 0, 0)
 
     def epoch(number: int, see: See) -> int:
-        if anew:
+        if evict:
             forget(dataset.scenes)
         count = 0
         for batch in loader.batches(number) if turns else loader.stored_batches(number):
@@ -197,14 +197,14 @@ def forget(scenes: SceneCache) -> None:
 
 
 def ours_unchecked(place: Place) -> Epoch:
-    """Make the loader take all bytes for good."""
+    """Make the loader skip its checks."""
     patch("pipeline.data.sample_reader.check_sample", lambda *_: None).start()
-    return ours(place, anew=True)
+    return ours(place, evict=True)
 
 
-def ours_cached(place: Place, anew: bool) -> Epoch:
-    """Read from the node's disk cache, or fill it where it is empty."""
-    return ours(place, anew=anew, cache_dir=str(place.cache))
+def ours_cached(place: Place, evict: bool) -> Epoch:
+    """Read from the node's disk cache, or fill it if it is empty."""
+    return ours(place, evict=evict, cache_dir=str(place.cache))
 
 
 class Chips(IterableDataset[Images]):
@@ -246,7 +246,7 @@ def webdataset_chips(place: Place) -> Chips:
 
 
 def mosaicml_chips(place: Place, cold: bool) -> Chips:
-    """Read MDS shards, which are copied to a folder of its own first where it is cold; in order, no hashes."""
+    """Read MDS shards, first copied to a new folder if cold; in order, without hashes."""
     from streaming import StreamingDataset
 
     source = str(place.folder / "mds")
@@ -255,7 +255,7 @@ def mosaicml_chips(place: Place, cold: bool) -> Chips:
 
 
 def litdata_chips(place: Place, cold: bool) -> Chips:
-    """Read LitData's chunks, which are copied to a folder of its own first where it is cold; in order."""
+    """Read LitData's chunks, first copied to a new folder if cold; in order."""
     from litdata import StreamingDataset
     from litdata.streaming.resolver import Dir
 
@@ -264,7 +264,7 @@ def litdata_chips(place: Place, cold: bool) -> Chips:
 
 
 def published(place: Place) -> Epoch:
-    """Decode the rasters of each scene, resize them and cut: floats, as the published loader gives them."""
+    """Decode the rasters of each scene, resize them and cut: floats, as in the published loader."""
     import rasterio
     from torch.nn import functional
 
@@ -315,13 +315,13 @@ def ranged_gets(place: Place) -> Epoch:
     return epoch
 
 
-def ours_s3(place: Place, *, anew: bool = False, cached: bool = False) -> Epoch:
-    """Stream from S3 through memory that holds nothing at first.
+def ours_s3(place: Place, *, evict: bool = False, cached: bool = False) -> Epoch:
+    """Stream from S3 through memory that is empty at first.
 
     Args:
-        place: Where the disk cache is.
-        anew: Use the memory of the epoch before again.
+        place: Place of the disk cache.
+        evict: Reuse the memory of the previous epoch.
         cached: Fill a disk cache too.
     """
     cache_dir = str(place.cache) if cached else ""
-    return ours(place, os.environ["LOADER_S3_URI"], anew=anew, loader_threads=THREADS, cache_dir=cache_dir)
+    return ours(place, os.environ["LOADER_S3_URI"], evict=evict, loader_threads=THREADS, cache_dir=cache_dir)

@@ -1,9 +1,9 @@
-"""Where a trained network puts its image: the offset to HR with centred and with published registration.
+"""Position of a trained network's image: the offset to HR with centred and with published registration.
 
 ``python -m benchmarks.offsets WORLDSTRAT --output FOLDER`` shards the six sample AOIs (seeded split, 4/1/1) and six
 generated ones whose HR and PAN lie off the revisits by a known amount, trains SRCNN+PNN and HighRes-net alone on each
 with either registration, prints a table and draws a picture. The networks are narrow and run under 16-bit autocast, so
-that two cores take half an hour. A run that stands in FOLDER is not trained again.
+that two cores take half an hour. A run that exists in FOLDER is not trained again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sharding.storage import open_storage
 
 MODELS = {"SRCNN + PNN": ("srcnn", "pnn"), "HighRes-net alone": ("highresnet", "none")}
 GENERATED_OFFSET = (1.5, -1.0)
-"""Rows and columns by which HR and PAN of the generated scenes lie off the revisits, HR pixels."""
+"""Rows and columns by which HR and PAN of the generated scenes are shifted from the revisits, HR pixels."""
 GENERATED_SEED = 5
 CROP, ENLARGED = 40, 8
 """Side of the picture's crops, pixels, and their enlargement."""
@@ -45,16 +45,17 @@ class Measured:
     """Offsets of one trained network on the test chips."""
 
     offsets: NDArray[np.float64]
-    """(dy, dx) of the fused image to HR by chip, HR pixels: it shows the land further down and right than HR."""
+    """(dy, dx) of the fused image to HR by chip, HR pixels: positive if it shows the land further down and right than
+    HR."""
     data: NDArray[np.float64]
-    """The same of the revisits' median, enlarged: how far the data themselves are apart."""
+    """The same for the revisits' median, enlarged: the offset within the data."""
     fused: Tensor
     """The picture's chip [C, H, W]."""
     hr: Tensor
     """Its target."""
 
     def row(self) -> str:
-        """Return the medians over the chips: dy, dx, length, length once the data's own offset is taken off, data."""
+        """Return the medians over the chips: dy, dx, length, length without the data's own offset, data."""
         dy, dx = np.median(self.offsets, axis=0)
         lengths = [float(np.median(np.hypot(*way.T))) for way in (self.offsets, self.offsets - self.data)]
         own_dy, own_dx = np.median(self.data, axis=0)
@@ -62,7 +63,7 @@ class Measured:
 
 
 def make_datasets(worldstrat: Path, output: Path) -> dict[str, Path]:
-    """Shard both sources where that has not been done; return the datasets by what they are called."""
+    """Shard both sources unless that was done; return the datasets by name."""
     generated = output / "generated"
     if not generated.is_dir():
         off = (GENERATED_OFFSET[0] * HR_SIDE / HR_SIZE, GENERATED_OFFSET[1] * HR_SIDE / HR_SIZE)
@@ -71,7 +72,7 @@ def make_datasets(worldstrat: Path, output: Path) -> dict[str, Path]:
     for name, source in (("real", worldstrat), ("generated", generated)):
         datasets[name] = output / f"{name}-dataset"
         if not (datasets[name] / "index.json").exists():
-            # Not the published split: its test AOI here is under snow, of which a network without PAN makes no image.
+            # Not the published split: its test AOI here is under snow, from which a network without PAN makes no image.
             shard_folder(
                 source, open_storage(datasets[name]), ShardOptions(plan=PlanOptions(splits="seeded")), workers=1
             )
@@ -105,7 +106,7 @@ def configure(dataset: Path, run: Path, model: str, mode: Mode, options: argpars
 
 @torch.no_grad()
 def measure(run: Path, drawn_chip: int) -> Measured:
-    """Return what the run's last weights do on the test split."""
+    """Return the offsets of the run's last weights on the test split."""
     checkpoint = read_checkpoint(open_storage(run), select_checkpoint(open_storage(run), "last"))
     network = load_network(checkpoint).eval()
     dataset = ChipDataset(checkpoint.config.data.uri, "test", checkpoint.config.data)
@@ -141,7 +142,7 @@ def draw(results: dict[tuple[str, str, Mode], Measured]) -> Image.Image:
 
 
 def busiest(image: NDArray[np.floating]) -> tuple[int, int]:
-    """Return the first row and column of the CROP x CROP window with most contrast, away from the border."""
+    """Return the first row and column of the CROP x CROP window with the highest contrast, away from the border."""
     starts = range(8, image.shape[-1] - CROP - 8, 4)
     return max(
         ((y, x) for y in starts for x in starts),
@@ -152,7 +153,7 @@ def busiest(image: NDArray[np.floating]) -> tuple[int, int]:
 
 
 def marked(pixels: NDArray[np.uint8], arrow: NDArray[np.float64] | None) -> NDArray[np.uint8]:
-    """Enlarge a crop, mark its middle by a cross of hairlines, and draw an arrow from there, to scale."""
+    """Enlarge a crop, mark its middle with a cross of hairlines, and draw an arrow from there, to scale."""
     side = CROP * ENLARGED
     image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
     canvas = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""What lanes and shuffle windows cost in reads and memory, and what they give of a full shuffle.
+"""Cost of lanes and shuffle windows in reads and memory, and their quality as a shuffle.
 
 ``python -m benchmarks.order``: numbers alone, no data. Reads are distinct shards and scenes of an epoch, summed over
 the ranks; a rank that holds as many scenes as the table says reads none twice.
@@ -17,7 +17,7 @@ from pipeline.order import CHIPS_PER_SCENE, BatchPlan, Chips, Shuffle, epoch_bat
 
 RANKS = (1, 2, 4, 8)
 LABELS = 64
-"""Random labels that are averaged over."""
+"""Number of random labels that are averaged over."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Dataset:
 
     shards: int
     scenes: int
-    """Of each shard."""
+    """Samples of each shard."""
 
     @property
     def chips(self) -> int:
-        """Of an epoch."""
+        """Return the chips of an epoch."""
         return self.shards * self.scenes * CHIPS_PER_SCENE
 
 
@@ -40,11 +40,11 @@ class Order:
 
     name: str
     epochs: list[Chips]
-    """[steps, global batch] each."""
+    """[steps, global batch] chips of each epoch."""
 
 
 def orders(dataset: Dataset, batch: int, epochs: int) -> Iterator[Order]:
-    """Yield ours by lanes and windows, then a full shuffle."""
+    """Yield our orders by lanes and windows, then a full shuffle."""
     layout = [dataset.scenes] * dataset.shards
     for lanes in (1, 8, 32):
         for window in (1, 4, 16):
@@ -58,13 +58,13 @@ def orders(dataset: Dataset, batch: int, epochs: int) -> Iterator[Order]:
 
 
 def reads(batches: Chips, ranks: int, chips: int) -> int:
-    """Return how many distinct runs of ``chips`` chips (scenes, shards) the ranks read, in all."""
+    """Return the number of distinct runs of ``chips`` chips (scenes, shards) that the ranks read, in all."""
     plan = BatchPlan.create(batches.shape[1], 0, ranks)
     return sum(len(np.unique(rank_slots(batches, plan, rank) // chips)) for rank in range(ranks))
 
 
 def held(batches: Chips, ranks: int) -> int:
-    """Return the most scenes that one of the ranks has begun and not ended."""
+    """Return the most scenes that any rank has begun and not finished."""
     plan = BatchPlan.create(batches.shape[1], 0, ranks)
     most = 0
     for rank in range(ranks):
@@ -79,7 +79,7 @@ def held(batches: Chips, ranks: int) -> int:
 
 
 def sharing(batches: Chips) -> float:
-    """Return the share of chips in whose batch another chip of their scene is."""
+    """Return the share of chips whose batch holds another chip of their scene."""
     scenes = np.sort(batches // CHIPS_PER_SCENE, axis=1)
     same = scenes[:, 1:] == scenes[:, :-1]
     edge = np.zeros((len(scenes), 1), dtype=bool)
@@ -87,18 +87,19 @@ def sharing(batches: Chips) -> float:
 
 
 def shards_of_a_batch(batches: Chips, per_shard: int) -> float:
-    """Return how many shards a batch draws from, on average."""
+    """Return the mean number of shards in a batch."""
     shards = np.sort(batches // per_shard, axis=1)
     return float(1 + (shards[:, 1:] != shards[:, :-1]).sum(1).mean())
 
 
 def spread(batches: Chips, chips: int) -> float:
-    """Return the mean distance of two chips of one scene or shard, in shares of an epoch; 1/3 if all is mixed."""
+    """Return the mean distance of two chips of one scene or shard, as a share of an epoch; 1/3 for a full mix."""
     step = np.full(batches.size + batches.shape[1], np.nan)
     step[batches.ravel()] = np.repeat(np.arange(len(batches)), batches.shape[1])
     groups = np.sort(step[: step.size // chips * chips].reshape(-1, chips), axis=1)
     groups = groups[~np.isnan(groups).any(1)]
-    # The sum over all pairs of sorted numbers is one over the numbers, each by how many lie below it less above.
+    # The sum over all pairs of sorted numbers is one over the numbers, each weighted by the numbers below less those
+    # above.
     weights = 2 * np.arange(chips) - chips + 1
     return float((groups @ weights).mean() / (chips * (chips - 1) / 2) / len(batches))
 
@@ -109,7 +110,7 @@ def correlation(batches: Chips) -> float:
 
 
 def variance(batches: Chips, chips: int, chips_in_all: int, generator: np.random.Generator) -> float:
-    """Return the variance of a batch's mean label, where all chips of a scene or shard have one random label."""
+    """Return the variance of a batch's mean label, if all chips of a scene or shard have one random label."""
     labels: npt.NDArray[np.float64] = generator.standard_normal((LABELS, chips_in_all // chips))
     return float(np.mean([label[batches // chips].mean(1).var() for label in labels]))
 
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=200)
     parser.add_argument("--scenes", type=int, default=19, help="of each shard")
     parser.add_argument("--batch", type=int, default=32, help="global batch, a multiple of 8")
-    parser.add_argument("--epochs", type=int, default=5, help="that figures are means of")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs that the results are averaged over")
     options = parser.parse_args()
     dataset = Dataset(options.shards, options.scenes)
     per_shard = dataset.scenes * CHIPS_PER_SCENE

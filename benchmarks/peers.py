@@ -1,4 +1,4 @@
-"""Lets MosaicML Streaming and LitData be imported from ``benchmarks/.peers``, without what they do not need here.
+"""Imports of MosaicML Streaming and LitData from ``benchmarks/.peers``, without dependencies that are not needed here.
 
 ``python -m pip install --no-deps --target benchmarks/.peers -c constraints.txt -r benchmarks/peers.txt`` installs them.
 """
@@ -19,11 +19,11 @@ UNUSED = (
     "torchvision.datasets",
     "torchvision.transforms.functional",
 )
-"""Imported by their datasets of text and photographs; gigabytes that play no part in reading arrays."""
+"""Imports of their datasets of text and photographs; gigabytes that reading arrays does not need."""
 
 
 def enable() -> None:
-    """Make the peers importable, or end with a sentence that says how to install them."""
+    """Make the peers importable, or exit with a sentence that explains how to install them."""
     if not FOLDER.is_dir():
         sys.exit(f"{FOLDER} is absent: {' '.join(__doc__.split('``')[3].split())}")
     sys.path.append(str(FOLDER))

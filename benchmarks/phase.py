@@ -1,4 +1,4 @@
-"""By how much one image is moved against another, to a fraction of a pixel."""
+"""Shift between two images, to a fraction of a pixel."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 LOWEST, HIGHEST = 0.02, 0.15
-"""Band whose phases count, cycles per pixel: slower ones are the window's, faster ones a fused image's noise."""
+"""Band of the phases that count, cycles per pixel: lower ones belong to the window, higher ones to a fused image's
+noise."""
 
 SEARCH = ((8.0, 0.5), (0.5, 0.05), (0.05, 0.005))
 """Reach and step of each round, pixels."""
 
 
 def offset(moved: Tensor, reference: Tensor, border: int = 8) -> tuple[float, float]:
-    """Return (dy, dx) in pixels: ``moved`` shows what ``reference`` does, further down by dy and right by dx.
+    """Return (dy, dx) in pixels: ``moved`` shows the content of ``reference`` shifted down by dy and right by dx.
 
-    Phase correlation (Kuglin and Hines, 1975) with the spectra's amplitudes halved rather than levelled, so that
-    what a blurred image has lost does not count as much as what it has; sub-pixel by matrix products that evaluate
-    the correlation on ever finer grids (Guizar-Sicairos, Thurman and Fienup, 2008). A Hann window keeps out what
-    enters at the borders.
+    Phase correlation (Kuglin and Hines, 1975) with square roots of the spectra's amplitudes instead of unit amplitudes,
+    so that frequencies lost in a blurred image count less than those kept; sub-pixel by matrix products that evaluate
+    the correlation on ever finer grids (Guizar-Sicairos, Thurman and Fienup, 2008). A Hann window suppresses content
+    that enters at the borders.
 
     Args:
         moved: Image [C, H, W].
         reference: Image of the same shape.
-        border: Pixels left out at each side, where a fused image may have a frame.
+        border: Pixels cropped at each side, where a fused image may have a frame.
     """
     spectrum, other = _spectrum(moved, border), _spectrum(reference, border)
     rows, columns = (torch.fft.fftfreq(length, dtype=torch.float64) for length in spectrum.shape)

@@ -1,9 +1,9 @@
 """The published SatFusion as a peer, from a folder that the user names; nothing of it is in this repository.
 
 ``python -m benchmarks.published DIR`` builds every model and compares it with ours and with the golden cases. DIR is a
-copy of the authors' repository, or its ``code_worldstrat``. It needs kornia, which `benchmarks/peers.txt` installs.
-Of what else the published modules import, a network and its training loss use PyTorch and einops alone; the rest is
-replaced by empty modules while they are imported.
+copy of the authors' repository, or its ``code_worldstrat``. It needs kornia, which `benchmarks/peers.txt` installs. Of
+their other imports, a network and its training loss use only PyTorch and einops; the rest is replaced by empty modules
+during the import.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ HEADS = {
     "pan_mamba": "Pan_Mamba",
     "arconv": "ARConv",
 }
-"""Our names, and those that the published code knows."""
+"""Our names, and the names in the published code."""
 
 LR, HR = 50, 156
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-4
 
 WEIGHTS = {"w_mse": 0.3, "w_mae": 0.3, "w_ssim": 0.2, "w_sam": 0.2}
 SHIFTS = {"shift_px": 2, "shift_mode": "lanczos", "shift_step": 0.5}
-"""Of the published training command."""
+"""Options of the published training command."""
 
 SUPERVISED = ("train/MSE", "train/MAE", "train/SSIM_loss", "train/SAM_loss")
-"""What the loss is a sum of. A published step also computes ERGAS, SSIM and SAM for its log; that is left out here."""
+"""Weights of the loss. A published step also computes ERGAS, SSIM and SAM for its log; these are omitted here."""
 
 UNUSED = (
     "kornia_rs",  # kornia's reader of image files
     "pandas",
     "pytorch_lightning",
-    "pytorch_msssim",  # of a loss that no training uses
+    "pytorch_msssim",  # imported for a loss that no training uses
     "tkinter",
     "torchmetrics",
     "torchvision",  # augmentations, the grid of a logged picture
@@ -73,14 +73,15 @@ UNUSED = (
 )
 
 SAMPLE_BYTES = 59
-"""What ARConv keeps of a sample, measured: four int64 indices (32), four values (16), their sum twice (8), features."""
+"""Bytes that ARConv keeps per sample, measured: four int64 indices (32), four values (16), their sum twice (8),
+features."""
 
 SMALL = 100
-"""Side at which U2Net is compared, pixels: divisible by 4, the size of the upsampler's image, and in 1.6 GB."""
+"""Side for the comparison of U2Net, pixels: divisible by 4, the size of the upsampler's image, and in 1.6 GB."""
 
 
 class Unavailable(RuntimeError):
-    """A published network cannot be had; the message says why in a sentence."""
+    """A published network is not available; the message gives the reason in a sentence."""
 
 
 class Network(nn.Module):
@@ -106,7 +107,7 @@ def enable(folder: Path) -> None:
     """Import the published modules from ``folder``, the authors' repository or its ``code_worldstrat``.
 
     Raises:
-        Unavailable: If they are not there, others were imported before, or what they need is not installed.
+        Unavailable: If they are absent, others were imported before, or a requirement is not installed.
     """
     root = _root(folder)
     loaded = sys.modules.get("src")
@@ -152,12 +153,12 @@ def training_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def optimizer(network: nn.Module) -> torch.optim.Adam:
-    """Return the published optimizer, as PyTorch has it by default; its rate falls by 1 % in 20 epochs and is fixed."""
+    """Return the published optimizer, with PyTorch's defaults; its rate falls by 1 % in 20 epochs and is fixed here."""
     return torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 def attention_bytes(head: str, batch: int, side: int = HR) -> int:
-    """Return how many bytes of n x n similarities a published head holds at once in a training step, in float32.
+    """Return the bytes of n x n similarities that a published head holds at once in a training step, in float32.
 
     That is at the beginning of its backward pass. U2Net keeps the weights of all five blocks and needs two more of
     its last block for their gradient; a forward pass without gradient needs the two alone. Under autocast it keeps
@@ -179,7 +180,7 @@ def attention_bytes(head: str, batch: int, side: int = HR) -> int:
 
 
 def sampling_bytes(head: str, batch: int, side: int = HR, taps: int = 16) -> int:
-    """Return about how many bytes ARConv keeps of its samples for the backward pass; other heads have none.
+    """Return approximately the bytes that ARConv keeps of its samples for the backward pass; 0 for other heads.
 
     Args:
         head: Our name of the head.
@@ -194,7 +195,7 @@ def sampling_bytes(head: str, batch: int, side: int = HR, taps: int = 16) -> int
 
 
 def head_bytes(head: str, batch: int, side: int = HR) -> int:
-    """Return about the least bytes of a training step in float32, by which one that cannot fit is known before it."""
+    """Return approximately the minimum bytes of a training step in float32, to skip a step that cannot fit."""
     return attention_bytes(head, batch, side) + sampling_bytes(head, batch, side)
 
 
@@ -206,7 +207,7 @@ def _root(folder: Path) -> Path:
 
 
 def _import_kornia() -> None:
-    """Import kornia, whose resizing and SSIM the published code computes with, and not a part of it replaced."""
+    """Import kornia, which the published code uses for resizing and SSIM, and no replaced part of it."""
     if importlib.util.find_spec("kornia") is None and str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     with _replaced(("kornia_rs",)):
@@ -215,7 +216,7 @@ def _import_kornia() -> None:
 
 @contextmanager
 def _importable(root: Path) -> Iterator[None]:
-    """Let the published modules be imported, and leave no trace of what stood in for others."""
+    """Make the published modules importable, and remove every trace of the replacements afterwards."""
     sys.path.insert(0, str(root))
     try:
         with _replaced(UNUSED):
@@ -226,7 +227,7 @@ def _importable(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _replaced(names: tuple[str, ...]) -> Iterator[None]:
-    """Put an empty module, or what is needed of Lightning, in the place of each of ``names``."""
+    """Replace each of ``names`` by an empty module, or by the used part of Lightning."""
     before = {name: sys.modules.get(name) for name in names}
     for name in names:
         module = Unused(name)
@@ -247,7 +248,7 @@ def _replaced(names: tuple[str, ...]) -> Iterator[None]:
 
 
 class _LightningModule(nn.Module):
-    """What the published loss uses of Lightning's class."""
+    """The part of Lightning's class that the published loss uses."""
 
     current_epoch = 0
 
@@ -295,13 +296,13 @@ def _build(encoder: str, head: str, side: int) -> Network:
     }
     try:
         backbone = modules.OurFramework(**settings)
-    except Exception as error:  # whatever a version of the code, or of what it needs, may raise
+    except Exception as error:  # any error that a version of the code, or of its requirements, may raise
         raise Unavailable(f"the published constructor raises {type(error).__name__}: {error}") from error
     return Network(backbone).train()
 
 
 def _add_pan_mamba(modules: ModuleType) -> None:
-    """Give ``modules`` the Pan-Mamba that the published code has, and does not import by default."""
+    """Add to ``modules`` the Pan-Mamba of the published code, which the code does not import by default."""
     try:
         block = importlib.import_module("mamba_ssm.modules.mamba_simple").Mamba
     except (ImportError, OSError) as error:
@@ -329,7 +330,7 @@ def _check(encoder: str, head: str) -> str:
     assert count == count_parameters(ours), f"{count} parameters, where ours has {count_parameters(ours)}"
     lr, pan = cases.golden_inputs()
     if encoder == ABSENT:
-        lr = lr[:, :1]  # what is random there has then one outcome
+        lr = lr[:, :1]  # random parts then have one outcome
     pan = pan[..., :side, :side]
     result, expected = theirs(lr, pan), ours(lr, pan).fused
     difference = ((result - expected).abs().max() / expected.abs().max()).item()

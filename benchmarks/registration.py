@@ -1,7 +1,7 @@
 """Registered squared error, forward and backward, against the form that keeps 81 copies.
 
-``python -m benchmarks.registration``. Each form runs in a process of its own: its peak of resident memory above what
-was resident before, then its time.
+``python -m benchmarks.registration``. Each form runs in a process of its own. Results are its peak of resident memory
+above the initial one, and its time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ours(prediction: Tensor, target: Tensor, mode: Mode) -> Tensor:
 
 
 def one_convolution(prediction: Tensor, target: Tensor, mode: Mode) -> Tensor:
-    """The same from 81 shifted targets by 81 kernels of 11 x 11, and autograd through the least of their errors."""
+    """Return the same from 81 shifted targets by 81 kernels of 11 x 11; autograd runs through the least error."""
     kernels = shift_kernels(mode).to(target)
     taps = kernels.shape[1]
     grid = torch.einsum("im,jn->ijmn", kernels, kernels).reshape(COPIES, 1, taps, taps)
@@ -39,7 +39,7 @@ def one_convolution(prediction: Tensor, target: Tensor, mode: Mode) -> Tensor:
 
 
 def separable(prediction: Tensor, target: Tensor, mode: Mode) -> Tensor:
-    """The same from 81 shifted targets by 9 kernels down and 9 across."""
+    """Return the same from 81 shifted targets by 9 kernels down and 9 across."""
     kernels = shift_kernels(mode).to(target)
     count, taps = kernels.shape
     rows = F.conv2d(target.flatten(0, 1).unsqueeze(1), kernels.view(count, 1, taps, 1))
@@ -76,7 +76,7 @@ def measure(form: str, mode: Mode, batch: int, size: int, repeats: int) -> dict[
         return loss.item()
 
     step(1, 24)  # loads libraries and starts threads
-    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM counts anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts from here
     before = _status("VmRSS")
     loss = step()
     peak = (_status("VmHWM") - before) / 1024

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, and their table. Nothing is imported that a bare Python does not have."""
+"""Results as lines of JSON, and their table. The module imports only the standard library."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 VARIABLE = "SATFUSION_RESULTS"
-"""Names the file that a process appends its lines to; without it they are printed."""
+"""Variable that names the file to which a process appends its lines; without it they are printed."""
 
 Line = Mapping[str, object]
 
 
 def emit(**fields: object) -> None:
-    """Write one result, in the file at once."""
+    """Write one result to the file at once."""
     line = json.dumps(fields)
     if path := os.environ.get(VARIABLE):
         with Path(path).open("a", encoding="utf-8") as file:
@@ -24,7 +24,7 @@ def emit(**fields: object) -> None:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as text, each column as wide as its widest cell; rows may end early."""
+    """Return rows as text, each column as wide as its widest cell; rows may be shorter."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
@@ -37,7 +37,7 @@ def shown(value: object) -> str:
 
 
 def table(lines: Iterable[Line]) -> str:
-    """Return a table of all results: the parts and how they ended, then the lines of each.
+    """Return a table of all results: the parts and their outcomes, then the lines of each.
 
     A part's last line has ``outcome`` and ``took``; the others are its results. Tracebacks stay in the file.
     """
@@ -56,7 +56,7 @@ def table(lines: Iterable[Line]) -> str:
 
 
 def _rows(lines: Sequence[Line]) -> list[str]:
-    """Return results one below the other; those with the same keys under one head."""
+    """Return results one below the other; those with the same keys under one heading."""
     text: list[str] = []
     group: list[list[str]] = []
     keys: list[str] = []
@@ -70,7 +70,7 @@ def _rows(lines: Sequence[Line]) -> list[str]:
 
 
 def _as_row(line: Line) -> Line:
-    """Return a test's line with all that it measured in one field, others as they are."""
+    """Return a test's line with all its measurements in one field, other lines unchanged."""
     if "test" not in line:
         return line
     fixed = ("test", "outcome", "seconds")
@@ -81,6 +81,6 @@ def _as_row(line: Line) -> Line:
 
 
 def _reason(end: Line) -> str:
-    """Return the last line of a traceback that says something."""
+    """Return the last line of a traceback that has content."""
     lines = [line for line in str(end.get("traceback", "")).splitlines() if line.strip()]
     return lines[-1].strip()[:160] if lines else ""

@@ -24,7 +24,7 @@ from models.heads.pan_mamba.scan import chunked_scan, selective_scan
 
 
 def step_by_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Scan with one operation a token under autograd; all that needs no loop is outside of it."""
+    """Scan with one operation per token under autograd; work that needs no loop is outside of it."""
     decays = torch.exp(delta.unsqueeze(-1) * A).unbind(1)
     terms = ((delta * x).unsqueeze(-1) * B.unsqueeze(2)).unbind(1)
     state = torch.zeros_like(terms[0])
@@ -43,7 +43,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 
 
 def arguments(options: argparse.Namespace, tokens: int, device: torch.device) -> list[Tensor]:
-    """Return what Mamba gives the scan when training begins."""
+    """Return the arguments that Mamba passes to the scan when training begins."""
     torch.manual_seed(0)
     sequence = (options.batch, tokens)
     values = [
@@ -58,16 +58,16 @@ def arguments(options: argparse.Namespace, tokens: int, device: torch.device) ->
 
 
 def peak(device: torch.device) -> int:
-    """Return the most memory used so far, bytes."""
+    """Return the peak of used memory, bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return median seconds forward, forward and backward, and the bytes that both need beside the inputs."""
+    """Return median seconds forward, forward and backward, and the bytes that both need in addition to the inputs."""
     scan = FORMS[options.form]
-    for tokens in (2, options.tokens):  # the first call loads libraries, which are not the scan's memory
+    for tokens in (2, options.tokens):  # the first call loads libraries, whose memory is not the scan's
         inputs = arguments(options, tokens, device)
         before = peak(device)
         torch.autograd.grad(scan(*inputs).sum(), inputs)

@@ -1,9 +1,9 @@
 """Sharding against its floor, two workers against one, and the writer against others' writers.
 
-``python -m benchmarks.sharding [--worldstrat DIR]``; for the writers see ``benchmarks/peers.py``. The floor decodes
-the same bands of the same rasters, resizes them by the same calls, rounds and writes them, and does nothing else: no
-plan, no checks, no choice of the clearest revisit, no digests, no statistics, no index. It exists twice: as a script
-has it, which opens rasters by their paths, and with GDAL set up and fed as ours is.
+``python -m benchmarks.sharding [--worldstrat DIR]``; for the writers see ``benchmarks/peers.py``. The floor decodes the
+same bands of the same rasters, resizes them by the same calls, rounds and writes them, and does nothing else: no plan,
+no checks, no choice of the clearest revisit, no digests, no statistics, no index. It has two forms: one opens rasters
+by their paths, as a script does, the other configures and feeds GDAL like ours.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def floor(aois: Sequence[AoiFiles], output: Path, read: Read) -> None:
 
 
 def ours(tree: Path, output: Path) -> None:
-    """Shard a tree, whole."""
+    """Shard a whole tree."""
     shard_folder(tree, open_storage(output), ShardOptions(), say=lambda _: None)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long it takes."""
+    """Return the seconds of a call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -89,7 +89,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Leave this process one core."""
+    """Restrict this process to one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     yield
@@ -122,7 +122,7 @@ def _in_gdal(work: Callable[[], None]) -> None:
 
 
 def workers(folder: Path, worldstrat: Path | None, aois: int, repeats: int) -> None:
-    """Print the time of the command with one worker and with two, the start of its processes included."""
+    """Print the time of the command with one worker and with two, including the start of its processes."""
     plant(folder / "many", aois, worldstrat)
     times: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(repeats):
@@ -154,13 +154,13 @@ def write_ours(samples: Sequence[NewSample], folder: Path) -> None:
 
 
 class NoDigest:
-    """Takes the place of SHA-256."""
+    """A replacement of SHA-256 that does nothing."""
 
     def update(self, data: object) -> None:
         """Do nothing."""
 
     def hexdigest(self) -> str:
-        """Return nothing."""
+        """Return an empty digest."""
         return ""
 
 
@@ -219,7 +219,7 @@ def writers(folder: Path, worldstrat: Path | None, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worldstrat", type=Path, help="a WorldStrat folder; without it AOIs are generated")
+    parser.add_argument("--worldstrat", type=Path, help="a WorldStrat folder (default: generated AOIs)")
     parser.add_argument("--aois", type=int, default=60)
     parser.add_argument("--many", type=int, default=600, help="AOIs for the workers")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,9 +1,9 @@
-"""Memory of `satfusion shard` over 100 and over 2,000 AOIs, and how fast an index of 4,000 opens.
+"""Memory of `satfusion shard` over 100 and over 2,000 AOIs, and the time to open an index of 4,000.
 
 ``python -m benchmarks.sharding_memory`` plants trees of full-size AOIs, shards them by the real command with one and
 with two workers, and prints the peak of resident memory of each process. Then it shards 4,000 AOIs of few pixels and
 opens their index, each time in a fresh process. Ten minutes, and 8 GB in the temporary folder; ``--only`` and
-``--workers`` do a part of it.
+``--workers`` run a part of it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from benchmarks.trees import plant
 from sharding.format.index import INDEX_NAME
 
 REVISITS = 16
-"""Of each AOI: the most that published ones have."""
+"""Revisits of each AOI: the maximum of the published ones."""
 EVERY_S = 0.02
-"""Between two looks at the processes. The kernel keeps the peaks, so only growth since the last look is missed."""
+"""Seconds between two polls of the processes. The kernel keeps the peaks, so only growth since the last poll is
+missed."""
 LARGEST = ("--bands", "all", "--select", "clearest", "--native", "--dtype", "float32")
-"""The options whose samples take most: 28 MB each."""
+"""The options with the largest samples: 28 MB each."""
 OPEN = """
 import sys, time
 from sharding.format.index import SPLITS, Index
@@ -43,25 +44,25 @@ print(time.perf_counter() - start, sum(len(index.samples(split)) for split in SP
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most resident memory of each process of one command, bytes."""
+    """The peak of resident memory of each process of one command, bytes."""
 
     command: int
-    """Of the process that was started: it plans and collects, and where one worker is asked for it also works."""
+    """Peak of the started process: it plans and collects, and with one worker it also builds."""
 
     workers: tuple[int, ...]
-    """Of the processes that it started to work; none where one worker is asked for."""
+    """Peaks of its worker processes; none with one worker."""
 
     @property
     def worker(self) -> int:
-        """Of the largest process that makes shards."""
+        """Return the peak of the largest process that builds shards."""
         return max(self.workers, default=self.command)
 
 
 def watch(folder: Path, output: Path, workers: int, *options: str) -> Peaks:
-    """Run `satfusion shard` as people do, and return what memory it took.
+    """Run `satfusion shard` as a user does, and return its memory.
 
     Raises:
-        RuntimeError: where it fails, with what it said.
+        RuntimeError: The command fails; the message holds its output.
     """
     command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(folder), "--output", str(output)]
     peaks: dict[int, int] = {}
@@ -84,7 +85,7 @@ def watch(folder: Path, output: Path, workers: int, *options: str) -> Peaks:
 
 
 def _workers_of(pid: int) -> list[int]:
-    """Return the processes that work for one: those that its child forks which does nothing else."""
+    """Return a command's worker processes: those forked by its child process that does nothing else."""
     servers = [child for child in _children_of(pid) if b"forkserver" in _command_of(child)]
     return [worker for server in servers for worker in _children_of(server)]
 
@@ -104,7 +105,7 @@ def _command_of(pid: int) -> bytes:
 
 
 def _peak_of(pid: int) -> int:
-    """Return the most resident memory that a process has had, bytes; 0 where it is gone."""
+    """Return the peak of a process's resident memory, bytes; 0 if the process has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -135,9 +136,9 @@ def report_memory(sizes: Sequence[int], numbers: Sequence[int], folder: Path) ->
 
 
 def report_index(aois: int, repeats: int, folder: Path) -> None:
-    """Print how long the index of so many AOIs takes to open."""
+    """Print the time to open the index of so many AOIs."""
     plant(folder / "small", aois, revisits=2, hr_side=80)
-    # As many samples a shard as full-size ones have, about.
+    # About as many samples per shard as with full-size ones.
     options = ("--revisits", "2", "--lr-size", "16", "--hr-size", "50", "--shard-size", "0.5")
     watch(folder / "small", folder / "index", 2, *options)
     size = (folder / "index" / INDEX_NAME).stat().st_size

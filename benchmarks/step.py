@@ -1,14 +1,14 @@
-"""What a training step costs, phase by phase, beside a floor, a plain PyTorch engine and the published code.
+"""Cost of a training step, phase by phase, beside a floor, a plain PyTorch engine and the published code.
 
 ``python -m benchmarks.step --models srcnn+pnn trnet+innformer --batch 8`` takes whole steps of each contender in turn
 (A B A B ...) on random chips of WorldStrat's shape, and prints the median, the spread and the ratio to the first one,
-pair by pair. Then each phase is timed by itself, with the device idle in between. The floor is the time of the model's
-own convolutions and matrix products, each alone (`benchmarks.floors`); FLOP/s count these only.
+pair by pair. Then each phase is timed alone, with the device idle in between. The floor is the time of the model's own
+convolutions and matrix products, each alone (`benchmarks.floors`); FLOP/s count these only.
 
-``--contenders`` names what is compared: ``deepspeed`` and ``torch`` (our two engines), with options after colons, as in
-``deepspeed:zero2``, ``torch:channels_last``, ``torch:compile``, ``torch:tf32``. ``--published DIR`` adds the published
-code from a folder of your own. ``--data URI`` also runs the real loop, with its loader, and tells how long it waits for
-data. A contender that cannot be built or does not fit into memory is a row that says so.
+``--contenders`` names the compared steps: ``deepspeed`` and ``torch`` (our two engines), with options after colons, as
+in ``deepspeed:zero2``, ``torch:channels_last``, ``torch:compile``, ``torch:tf32``. ``--published DIR`` adds the
+published code from a folder of your own. ``--data URI`` also runs the real loop, with its loader, and reports its wait
+for data. A contender that cannot be built or does not fit into memory becomes a row with the reason.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Row:
     batch: int
     threads: int
     error: str = ""
-    """Why there are no figures."""
+    """Reason if there are no results."""
     step_ms: float = 0.0
     """Median of whole steps."""
     step_ms_min: float = 0.0
@@ -68,14 +68,14 @@ class Row:
     phase_ms: dict[str, float] = field(default_factory=dict)
     """Medians of each phase, with the device idle before and after."""
     peak_mib: float = 0.0
-    """Most memory during a step: the allocator's on CUDA; on the CPU what the process grew by."""
+    """Peak memory during a step: the allocator's on CUDA; on the CPU the growth of the process."""
     flops: float = 0.0
-    """Of a step's convolutions, matrix products and attention."""
+    """Operations of a step's convolutions, matrix products and attention."""
     flop_per_second: float = 0.0
     floor_ms: float = 0.0
-    """The same operations, each alone."""
+    """Time of the same operations, each alone."""
     floor_share: float = 0.0
-    """Floor / step: what is missing to 1 is everything else."""
+    """Floor / step; the rest up to 1 is all other work."""
     data_wait_share: float | None = None
     """With --data: waiting for data / time of all steps, in the real loop."""
     loop_chips_per_second: float | None = None
@@ -124,7 +124,7 @@ class Bench:
             self._synchronise()
             row.peak_mib = self._peak(contender)
             self.steps[name] = contender
-        except Exception as error:  # anything: the other contenders still have their figures
+        except Exception as error:  # any error: the other contenders still have their results
             row.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             traceback.print_exc(file=sys.stderr)
             gc.collect()
@@ -151,7 +151,7 @@ class Bench:
             row.phase_ms = {phase: 1e3 * seconds for phase, seconds in zip(PHASES, medians, strict=True)}
 
     def _floor(self) -> None:
-        """Measure the floor of our eager network, or of the first contender, and hold every step against it."""
+        """Measure the floor of our eager network, or of the first contender, and compare every step with it."""
         plain = [name for name in self.steps if "compile" not in name and name != "published"]
         contender = self.steps[plain[0] if plain else next(iter(self.steps))]
 
@@ -185,7 +185,7 @@ class Bench:
             return torch.cuda.max_memory_allocated(self.world.device) / 2**20
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from the current resident memory
         before = _status_mib("VmRSS")
         take_step(contender)
         return _status_mib("VmHWM") - before
@@ -238,16 +238,16 @@ def table(rows: list[Row]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=PAIRS, metavar="PAIR", help="encoder+head")
-    parser.add_argument("--contenders", default="torch,deepspeed", help="the first is what the others are held against")
+    parser.add_argument("--contenders", default="torch,deepspeed", help="the others are compared with the first")
     parser.add_argument("--published", type=Path, metavar="DIR", help="folder of the published code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves them")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 keeps the default")
     parser.add_argument("--data", metavar="URI", help="a dataset for the real loop")
     parser.add_argument("--loop-steps", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="one small model, few repeats: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one small model, few repeats: only checks that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line per row")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""WorldStrat trees of any number of AOIs, made of a few by hard links."""
+"""WorldStrat trees of any number of AOIs, made from a few by hard links."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def plant(
     revisits: int = 8,
     hr_side: int = HR_SIDE,
 ) -> None:
-    """Write a tree in WorldStrat's layout; what it holds is copied once and takes the room of a few AOIs.
+    """Write a tree in WorldStrat's layout; its files are copied once and take the space of a few AOIs.
 
     Args:
-        folder: where it goes; it must not exist.
-        aois: how many AOIs it shows.
-        worldstrat: a folder whose AOIs are shown again and again; None makes generated ones.
-        originals: how many are generated.
+        folder: Folder of the tree; it must not exist.
+        aois: Number of AOIs in the tree.
+        worldstrat: A folder whose AOIs are repeated; None generates AOIs.
+        originals: Number of generated AOIs.
         revisits: Sentinel-2 images of a generated AOI.
-        hr_side: pixels of its 1.5 m rasters.
+        hr_side: Pixels of its 1.5 m rasters.
     """
     source = folder.with_name(f"{folder.name}-originals")
     if worldstrat is None:

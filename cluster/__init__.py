@@ -1,3 +1,3 @@
-"""Where training runs, never what it computes: local Ray clusters, job submission, the command line."""
+"""Local Ray clusters, job submission and the command line; they decide where training runs, not its results."""
 
 __version__ = "0.1.0"

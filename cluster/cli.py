@@ -1,4 +1,4 @@
-"""The command ``satfusion``: the verbs of sharding and pipeline, and those of the cluster."""
+"""The command ``satfusion``: the verbs of sharding and pipeline, and the verbs of the cluster."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a mistake in it, 130 for Ctrl-C."""
+    """Run the command line and return its exit status: 0, 2 for a user error, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        refuse_secrets(arguments)  # before argparse, which repeats what it does not understand
+        refuse_secrets(arguments)  # before argparse, which repeats arguments that it does not recognise
         args = _parse(arguments)
         configure_logging(rank=int(os.environ.get("RANK", "0")))
         status: int = args.run(args)
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("satfusion: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return status
@@ -54,7 +54,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Compose the command from the packages' verbs."""
+    """Build the command from the packages' verbs."""
     parser = argparse.ArgumentParser(
         prog="satfusion", description="Shard WorldStrat, train SatFusion on a Ray cluster, watch it, evaluate it."
     )
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit``, ``demo`` and ``cluster up|status|down`` to the command, and a cluster to ``shard``."""
+    """Add ``submit``, ``demo`` and ``cluster up|status|down`` to the command, and the cluster options to ``shard``."""
     shard = verbs.choices["shard"]
     shard.add_argument(
         "--address", metavar="URL", help="shard on a Ray cluster by its job server, http://HOST:8265; it sees --input"
@@ -76,51 +76,51 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _add_submit(verbs)
     demo = verbs.add_parser(
         "demo",
-        help="the whole line on this machine, in minutes",
-        description="Start an S3 server and two Ray nodes, shard, train, evaluate, and end what was started. "
+        help="run all steps on this machine, in minutes",
+        description="Start an S3 server and two Ray nodes, shard, train, evaluate, and stop everything it started. "
         "Exit status 1 unless the fused image's PSNR lies above both baselines'.",
     )
     demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe demo")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default demo-output")
-    demo.add_argument("--worldstrat", type=Path, metavar="DIR", help="real data; without it scenes are made")
+    demo.add_argument("--worldstrat", type=Path, metavar="DIR", help="real data (default: generated scenes)")
     demo.set_defaults(run=_demo)
     cluster = verbs.add_parser(
         "cluster",
         help="a local multi-node Ray cluster: up, status, down",
-        description="Run real Ray nodes on this machine, each on a loopback address of its own.",
+        description="Run real Ray nodes on this machine, each on its own loopback address.",
     )
     actions = cluster.add_subparsers(metavar="ACTION", required=True)
     up = actions.add_parser("up", help="start the nodes and the job server")
     up.add_argument("--nodes", type=int, default=2, metavar="N", help="Ray nodes (default 2)")
-    up.add_argument("--cpus-per-node", type=int, metavar="C", help="default: this machine's CPUs shared out")
+    up.add_argument("--cpus-per-node", type=int, metavar="C", help="default: this machine's CPUs divided by the nodes")
     up.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="default 0")
     up.add_argument(
         "--object-store-mb", type=int, default=200, metavar="MB", help="Ray's shared memory a node (default 200)"
     )
     up.set_defaults(run=_up)
-    status = actions.add_parser("status", help="say what is up; exit status 1 unless every node is")
+    status = actions.add_parser("status", help="show the running nodes; exit status 1 unless every node is up")
     status.set_defaults(run=_status)
-    down = actions.add_parser("down", help="end exactly what `up` started")
+    down = actions.add_parser("down", help="stop exactly the processes that `up` started")
     down.set_defaults(run=_down)
     for action in (up, status, down):
-        action.add_argument("--state", type=Path, metavar="DIR", help="state folder, one a cluster")
+        action.add_argument("--state", type=Path, metavar="DIR", help="state folder, one per cluster")
 
 
 def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     submit = verbs.add_parser(
         "submit",
         help="train on a Ray cluster",
-        description="Send a training job to a Ray cluster, follow its log, and end with the job's exit status.",
+        description="Send a training job to a Ray cluster, follow its log, and exit with the job's exit status.",
     )
     pipeline.cli.add_config_arguments(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="Ray's job server, http://HOST:8265")
     add_options(submit, Placement)
-    submit.add_argument("--no-wait", action="store_true", help="print the job's id and how to follow it, and end")
+    submit.add_argument("--no-wait", action="store_true", help="print the job's id and how to follow it, and exit")
     submit.set_defaults(run=_submit)
 
 
 def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
-    """Give a verb the overrides that stand after its options, which argparse leaves over."""
+    """Add the overrides that follow a verb's options, which argparse does not consume."""
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -144,23 +144,23 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _shard(args: argparse.Namespace) -> int:
     """Shard in processes of this machine, or as a job of a Ray cluster."""
-    job = sharding.cli.shard_job(args)  # refuses what cannot be, before anything is sent
+    job = sharding.cli.shard_job(args)  # refuses invalid options before anything is sent
     if args.address is None:
         return sharding.cli.run_shard(job)
     from cluster.jobs.submit import build_shard_request, run  # Ray is slow to import
 
-    open_storage(job.output, job.storage)  # refuses as well
+    open_storage(job.output, job.storage)  # refuses invalid options too
     return run(build_shard_request(job, os.environ, Path.cwd()), args.address, sys.stdout)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from cluster.local.demo import run_demo  # other verbs need no local cluster
+    from cluster.local.demo import run_demo  # other verbs do not use a local cluster
 
     return run_demo(args.output, args.worldstrat, args.overrides)
 
 
 def _up(args: argparse.Namespace) -> int:
-    from cluster.local import nodes as local  # other verbs need no local cluster
+    from cluster.local import nodes as local  # other verbs do not use a local cluster
 
     options = local.NodeOptions(args.nodes, args.cpus_per_node, args.gpus_per_node, args.object_store_mb)
     cluster = local.up(options, args.state or local.default_state())
@@ -170,7 +170,7 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cluster.local import nodes as local  # other verbs need no local cluster
+    from cluster.local import nodes as local  # other verbs do not use a local cluster
 
     cluster = local.read_state(args.state or local.default_state())
     if cluster is None:
@@ -184,7 +184,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _down(args: argparse.Namespace) -> int:
-    from cluster.local import nodes as local  # other verbs need no local cluster
+    from cluster.local import nodes as local  # other verbs do not use a local cluster
 
     cluster = local.down(args.state or local.default_state())
     print("no cluster is up" if cluster is None else f"took down the {len(cluster.nodes)} nodes of {cluster.address}")

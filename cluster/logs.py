@@ -1,4 +1,4 @@
-"""How the command and each rank log: our own packages at INFO on stderr, everybody else from WARNING up."""
+"""Logging of the command and of each rank: our own packages at INFO on stderr, all others at WARNING and up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("sharding", "models", "pipeline", "cluster")
 
 
 def configure_logging(rank: int = 0) -> None:
-    """Log to stderr in a short form; of several ranks only the first at INFO."""
+    """Log to stderr in a short form; with several ranks only the first at INFO."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""Building blocks that several models share."""
+"""Building blocks shared by several models."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def double_conv_names(published: str, own: str) -> NamePairs:
 
 
 def check_reflectable(lr: Size, encoder: str) -> None:
-    """Raise ValueError where revisits of size ``lr`` are too small for a reflect padding of 1 pixel."""
+    """Raise ValueError if revisits of size ``lr`` are too small for a reflect padding of 1 pixel."""
     if min(lr) < 2:
         raise ValueError(f"{encoder} needs revisits of at least 2 x 2 px, and these are {lr[0]} x {lr[1]}")
 
 
 def check_published_bands(config: ModelConfig, model: str) -> None:
-    """Raise ValueError where the published form of a model is asked for other than 3 bands."""
+    """Raise ValueError if the published form of a model is requested for another number of bands than 3."""
     if config.published and config.bands != 3:
         raise ValueError(
             f"the published {model} is written for 3 bands and cannot take bands = {config.bands}; "
@@ -61,7 +61,7 @@ def check_published_bands(config: ModelConfig, model: str) -> None:
 
 
 def check_published_grid(config: ModelConfig, pan: Size, grid: int, model: str) -> None:
-    """Raise ValueError where the published form of a model is asked for sides that ``grid`` does not divide."""
+    """Raise ValueError if the published form of a model is requested for sides that ``grid`` does not divide."""
     if config.published and (pan[0] % grid or pan[1] % grid):
         raise ValueError(
             f"the published {model} halves its images twice and cannot take a PAN of {pan[0]} x {pan[1]} px, whose "
@@ -82,10 +82,11 @@ def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
 
 @torch.library.custom_op("satfusion::bilinear", mutates_args=())
 def _bilinear(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize in one piece in a compiled graph too.
+    """Resize as one operator in a compiled graph too.
 
-    PyTorch 2.13 takes it to pieces there, whose gradient is an ``index_put`` that its CPU code ran after what reads the
-    result: all gradients before a blur came to zero (github.com/pytorch/pytorch/issues/185509 is of the same kind).
+    PyTorch 2.13 decomposes it there. The gradient of the parts is an ``index_put``, which its CPU code ran after the
+    operations that read the result: all gradients before a blur became zero (github.com/pytorch/pytorch/issues/185509
+    is a similar bug).
     """
     return _interpolate(image, height, width)
 

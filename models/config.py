@@ -1,4 +1,4 @@
-"""What a model is asked to be: plain values, checked for their range."""
+"""Configuration of a model: plain values, checked for their range."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ DROPOUTS = ("off", "published")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model to build.
+    """Configuration of one model.
 
-    Whether there is an encoder and a head of these names, and whether they can be built so, is the registry's to say
-    (`models.registry.check_config`).
+    The registry (`models.registry.check_config`) checks that an encoder and a head of these names exist and that they
+    can be built with these values.
 
     Raises:
         ValueError: If a number is out of range, or ``dropout`` is unknown.
@@ -34,17 +34,17 @@ class ModelConfig:
     """Width D of the encoder's features; a multiple of zoom squared."""
 
     zoom: int = 2
-    """Factor of the pixel shuffle, at least 1; the rest of the way to the output grid is bilinear."""
+    """Factor of the pixel shuffle, at least 1; the remaining enlargement to the output grid is bilinear."""
 
     dropout: str = "off"
-    """Either "off" or "published": at the rates of the published training."""
+    """Dropout: "off" or "published", the rates of the published training."""
 
     published: bool = False
-    """Whether to compute and hold exactly what the published model does, parameters that nothing uses included, within
-    its limits of size, bands and revisits; docs/published.md says for each model what differs."""
+    """Whether the model computes and holds exactly the same as the published one, unused parameters included, within
+    its limits of size, bands and revisits; docs/published.md lists the differences for each model."""
 
     kernel_freeze_step: int = 1000
-    """Optimizer steps after which ARConv keeps the kernel sizes it last chose; other heads ignore it."""
+    """Optimizer steps after which ARConv keeps its last chosen kernel sizes; other heads ignore it."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""

@@ -1,4 +1,4 @@
-"""What the composition expects of an encoder and of a head."""
+"""Contracts of the composition with encoders and heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NamePairs = tuple[tuple[str, str], ...]
 """(published prefix, own prefix) of each group of parameters, in the order of the published state dict.
 
 A prefix is a module's name, a parameter's whole name, or empty for the stage itself. A published prefix that repeats an
-own one is a second name of the same tensor. Groups that a model was built without are passed over.
+own one is a second name of the same tensor. Groups that are absent from a model are skipped.
 """
 
 Size = tuple[int, int]
@@ -21,41 +21,41 @@ Size = tuple[int, int]
 
 
 def under(published: str, own: str, *pairs: tuple[str, str]) -> NamePairs:
-    """Put the names of modules before names within them; an empty name stands for the module itself."""
+    """Prefix names within modules by the modules' names; an empty name stands for the module itself."""
     return tuple((f"{published}.{theirs}".rstrip("."), f"{own}.{ours}".rstrip(".")) for theirs, ours in pairs)
 
 
 class Stage(nn.Module, ABC):
-    """What encoders and heads share: what they refuse, and their published names."""
+    """Common base of encoders and heads: their refusals and their published names."""
 
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
-        """Raise ValueError where this stage cannot be built as ``config`` asks; it says why and what to change."""
+        """Raise ValueError, with the reason and the change needed, if this stage cannot be built for ``config``."""
 
     @classmethod
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
-        """Raise ValueError where this stage cannot take revisits of size ``lr`` beside a PAN of size ``pan``."""
+        """Raise ValueError if this stage cannot take revisits of size ``lr`` beside a PAN of size ``pan``."""
 
     may_leave_idle: ClassVar[bool] = False
     """Whether a training step may leave parameters without gradient."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether what the stage computes depends no longer on what was computed before; a graph of it can be kept."""
+        """Return whether the stage's computation no longer depends on earlier steps: its graph can be cached."""
         return True
 
     def at_step(self, step: int) -> None:
-        """Hear, before an optimizer step in training, how many were taken; most stages need not know."""
+        """Receive, before an optimizer step in training, the number of steps taken; most stages ignore it."""
 
     def published_names(self) -> NamePairs:
-        """Return the published names of this stage, paired with our own; by default they are the same."""
+        """Return the published names of this stage, paired with our own; by default both are equal."""
         return (("", ""),)
 
 
 class Encoder(Stage):
     """Multi-frame image fusion (MFIF): R revisits become one feature map on their own grid.
 
-    Its published names stand below ``MISR.``.
+    Its published names start with ``MISR.``.
     """
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Encoder(Stage):
 
         Args:
             lr: Revisits [B, R, C, h, w], reflectance.
-            pan: Panchromatic image [B, 1, H, W]; encoders that are not guided by it ignore it.
+            pan: Panchromatic image [B, 1, H, W]; encoders without guidance by PAN ignore it.
 
         Returns:
             Features [B, D, h, w], D being ``config.hidden``.
@@ -79,13 +79,13 @@ class Encoder(Stage):
 
 
 class Head(Stage):
-    """Multi-source image fusion (MSIF): a multispectral image takes detail from a panchromatic one.
+    """Multi-source image fusion (MSIF): adds the detail of a panchromatic image to a multispectral one.
 
-    Its published names stand below ``Sharpening.blockSharp.``.
+    Its published names start with ``Sharpening.blockSharp.``.
     """
 
     adds_input: ClassVar[bool] = True
-    """Whether a head without encoder adds the image it was given to its result."""
+    """Whether a head without encoder adds its input image to its result."""
 
     @abstractmethod
     def __init__(self, config: ModelConfig) -> None:

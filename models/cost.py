@@ -1,4 +1,4 @@
-"""What a model costs: parameters, floating-point operations and the memory of its activations, without computing."""
+"""Cost of a model: parameters, floating-point operations and the memory of its activations, without computing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any)
 
 
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""The one attention that PyTorch's counter passes over."""
+"""The one attention that PyTorch's counter does not count."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Cost:
     """Trainable parameters, each counted once."""
 
     flops: int
-    """Floating-point operations of a forward pass: two a multiply-add, of convolutions, matrix products, attention
-    and scans; what works element by element is left out."""
+    """Floating-point operations of a forward pass: two per multiply-add, of convolutions, matrix products, attention
+    and scans; element-wise operations are not counted."""
 
     activation_bytes: int
-    """Bytes that a forward pass in float32 keeps for the backward pass, beside the parameters."""
+    """Bytes that a forward pass in float32 keeps for the backward pass, in addition to the parameters."""
 
 
 def cost(config: ModelConfig, lr: Size, pan: Size) -> Cost:
-    """Return the cost of one sample; shapes alone are worked with, so it takes no memory and hardly any time.
+    """Return the cost of one sample; computed from shapes alone, so it takes no memory and hardly any time.
 
     Args:
         config: The model.
@@ -54,7 +54,7 @@ def cost(config: ModelConfig, lr: Size, pan: Size) -> Cost:
         ValueError: If the model cannot take these sizes.
     """
     with FakeTensorMode():
-        # As in training but for what training decides from values: ARConv's kernels are as they are stored.
+        # Training mode, except for decisions that training takes from values: ARConv's kernels are as stored.
         model = build_model(config).eval()
         model.at_step(config.kernel_freeze_step)
         images = torch.empty(1, config.revisits, config.bands, *lr), torch.empty(1, 1, *pan)
@@ -68,7 +68,7 @@ def cost(config: ModelConfig, lr: Size, pan: Size) -> Cost:
 
 @contextmanager
 def _kept(model: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Collect what autograd keeps for the backward pass, once a storage, without the model's own tensors."""
+    """Collect the tensors that autograd keeps for the backward pass, once per storage, without the model's own."""
     own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
     kept: dict[int, Tensor] = {}
 

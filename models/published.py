@@ -17,13 +17,13 @@ from models.registry import all_pairs, build_model
 from models.satfusion import SatFusion
 
 PREFIX = "backbone."
-"""What a published training checkpoint puts before the model's names."""
+"""Prefix of the model's names in a published training checkpoint."""
 
 BARE, PREFIXED = "backbone_state_dict", "state_dict"
-"""Where such a checkpoint holds a state dict, without the prefix and with it."""
+"""Keys of the state dict in such a checkpoint, without the prefix and with it."""
 
 REGISTRATION = "shifter."
-"""Constants of the published loss that the same checkpoint holds; no part of the model."""
+"""Constants of the published loss in the same checkpoint, which are not part of the model."""
 
 SETTING = "reserved_NXY"
 """Last part of the name of each pair of integers that the published ARConv keeps as a parameter."""
@@ -32,10 +32,10 @@ SETTING = "reserved_NXY"
 def to_published(model: SatFusion) -> dict[str, Tensor]:
     """Return the model's state under all published names, in their order, second names included.
 
-    What the published model holds and never uses is zero where ``model`` was built without it.
+    Unused entries of the published model are zero if ``model`` was built without them.
 
     Raises:
-        ValueError: If the published model cannot be what ``model`` is.
+        ValueError: If the published model does not support the configuration of ``model``.
     """
     state = model.state_dict()
     idle = {theirs: torch.zeros(value.shape, dtype=value.dtype) for theirs, value in _idle(model).items()}
@@ -46,12 +46,11 @@ def to_published(model: SatFusion) -> dict[str, Tensor]:
 def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     """Fill ``model`` from a published state dict.
 
-    Names may be bare or begin with ``backbone.``. Where copies of one tensor differ, the last name in the
-    published order wins. Entries that the published model never uses are passed over where ``model`` was built
-    without them.
+    Names may be bare or begin with ``backbone.``. If copies of one tensor differ, the last name in the published order
+    wins. Entries that the published model never uses are skipped if ``model`` was built without them.
 
     Raises:
-        ValueError: If a name is missing or left over, or a shape is not the model's; nothing is then loaded.
+        ValueError: If a name is missing or unexpected, or a shape differs from the model's; nothing is then loaded.
     """
     given = _bare(state)
     names = _names(model)
@@ -69,16 +68,16 @@ def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     before = {name: value.clone() for name, value in own.items()}
     try:
         model.load_state_dict({ours: given[theirs] for theirs, ours in names})
-    except ValueError:  # a stage that refuses a value, when others have taken theirs
+    except ValueError:  # a stage refuses a value, after others have loaded theirs
         model.load_state_dict(before)
         raise
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters as published counts have it.
+    """Return the number of parameters by the published way of counting.
 
-    Integer settings that the published ARConv keeps among its parameters count too; here they are buffers, which no
-    optimizer and no ZeRO stage touches.
+    Integer settings that the published ARConv keeps among its parameters count too; here they are buffers, which
+    optimizers and ZeRO stages do not change.
     """
     settings = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(SETTING))
     return settings + sum(parameter.numel() for parameter in model.parameters())
@@ -96,14 +95,14 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     The file holds the state dict itself, or it under ``backbone_state_dict`` or ``state_dict`` as Lightning writes it.
 
     Raises:
-        ValueError: If there is no such file, it is not PyTorch's, it holds more than tensors and plain values, or
-            no state dict.
+        ValueError: If the file does not exist, is not PyTorch's, holds more than tensors and plain values, or holds no
+            state dict.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception:  # damaged bytes end the unpickler in whatever error they happen to lead to
+    except Exception:  # damaged bytes can end the unpickler with any error
         raise ValueError(_why_unreadable(path)) from None
     if isinstance(content, dict):
         content = content.get(BARE, content.get(PREFIXED, content))
@@ -123,15 +122,15 @@ def _why_unreadable(path: str | Path) -> str:
     except Exception:  # as above
         foreign = []
     if not foreign:
-        return f"{path} is damaged: its bytes are not those of a checkpoint of tensors; fetch it again"
+        return f"{path} is damaged: its bytes are not those of a checkpoint of tensors; download it again"
     return (
-        f"{path} holds pickled code ({', '.join(foreign[:3])}), which is not run: where you trust it, save its "
+        f"{path} holds pickled code ({', '.join(foreign[:3])}), which is not run: if you trust it, save its "
         f"{PREFIXED} alone with torch.save and give that file"
     )
 
 
 def identify(state: Mapping[str, Tensor], config: ModelConfig) -> str | None:
-    """Return the ``ENCODER+HEAD`` whose published form, otherwise as ``config``, has just the names of ``state``."""
+    """Return the ``ENCODER+HEAD`` whose published form, configured as ``config``, has just the names of ``state``."""
     given = set(_bare(state))
     for encoder, head in all_pairs():
         try:
@@ -149,7 +148,7 @@ def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _twin(model: SatFusion) -> SatFusion:
-    """Return the published form of ``model``, names and shapes alone."""
+    """Return the published form of ``model``, names and shapes only."""
     if model.config.published:
         return model
     with torch.device("meta"):
@@ -157,7 +156,7 @@ def _twin(model: SatFusion) -> SatFusion:
 
 
 def _idle(model: SatFusion) -> dict[str, Tensor]:
-    """Return what the published form of ``model`` holds beyond ``model``, by published name."""
+    """Return the entries that only the published form of ``model`` holds, by published name."""
     twin = _twin(model)
     state = twin.state_dict()
     own = dict(_names(model))

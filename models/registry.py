@@ -1,4 +1,4 @@
-"""Every encoder and head by name, and the one place that builds a model."""
+"""Registry of every encoder and head by name; only this module builds models."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ HEADS: dict[str, type[Head]] = {
     "arconv": ARConv,
 }
 ABSENT = "none"
-"""The name of a stage that a model does without."""
+"""Name of an absent stage."""
 
 ALIASES = {"psit": "innformer"}
-"""Published names that are not ours, in lower case."""
+"""Published names that differ from ours, in lower case."""
 
 
 def parse_pair(text: str) -> tuple[str, str]:
-    """Return encoder and head of ``ENCODER+HEAD``, in our names or the published ones, whatever their case.
+    """Return encoder and head of ``ENCODER+HEAD``, given in our names or the published ones, in any case.
 
     Raises:
         ValueError: If it has no plus sign, or a name is unknown.
     """
     encoder, plus, head = (ALIASES.get(part, part) for part in text.strip().lower().partition("+"))
     if not plus:
-        raise ValueError(f"{text!r} is no model: it must be ENCODER+HEAD, for example {next(iter(ENCODERS))}+{ABSENT}")
+        raise ValueError(f"{text!r} is not a model: name ENCODER+HEAD, for example {next(iter(ENCODERS))}+{ABSENT}")
     _check_name("encoder", encoder, (*ENCODERS, ABSENT))
     _check_name("head", head, (*HEADS, ABSENT))
     return encoder, head
 
 
 def all_pairs() -> list[tuple[str, str]]:
-    """Return (encoder, head) of every model there is: each stage alone, and each encoder with each head."""
+    """Return (encoder, head) of every model: each stage alone, and each encoder with each head."""
     everything = itertools.product((ABSENT, *ENCODERS), (ABSENT, *HEADS))
     return [pair for pair in everything if pair != (ABSENT, ABSENT)]
 
@@ -74,10 +74,11 @@ def stages(config: ModelConfig) -> list[type[Stage]]:
 
 
 def check_config(config: ModelConfig) -> None:
-    """Refuse what cannot be built, before any model is.
+    """Refuse a configuration that cannot be built, before any model is built.
 
     Raises:
-        ValueError: If a name is unknown, both stages are absent, or a stage cannot be built as asked; it says why.
+        ValueError: If a name is unknown, both stages are absent, or a stage cannot be built for it; the message gives
+            the reason.
     """
     _check_name("encoder", config.encoder, (*ENCODERS, ABSENT))
     _check_name("head", config.head, (*HEADS, ABSENT))
@@ -96,7 +97,7 @@ def check_sizes(config: ModelConfig, lr: Size, pan: Size) -> None:
         pan: Height and width of the panchromatic image, pixels.
 
     Raises:
-        ValueError: If a stage cannot take them; it says which, and what it can take.
+        ValueError: If a stage cannot take them; the message names the stage and the sizes that it can take.
     """
     for stage in stages(config):
         stage.check_sizes(config, lr, pan)
@@ -106,7 +107,7 @@ def build_model(config: ModelConfig) -> SatFusion:
     """Build the model with PyTorch's global generator for its initial weights.
 
     Raises:
-        ValueError: As `check_config`.
+        ValueError: Like `check_config`.
     """
     check_config(config)
     encoder = None if config.encoder == ABSENT else ENCODERS[config.encoder](config)

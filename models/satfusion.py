@@ -19,7 +19,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Fusion(NamedTuple):
-    """What a model returns: images on the grid of the panchromatic one, neither clamped nor normalised."""
+    """Result of a model: images on the grid of the panchromatic one, neither clamped nor normalised."""
 
     fused: Tensor
     """The result [B, C, H, W], reflectance."""
@@ -32,7 +32,7 @@ class Fusion(NamedTuple):
 
 
 class Upsampler(nn.Module):
-    """Turn features on the low-resolution grid into an image that is ``zoom`` times as large."""
+    """Map from features on the low-resolution grid to an image that is ``zoom`` times as large."""
 
     def __init__(self, hidden: int, bands: int, zoom: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Upsampler(nn.Module):
 
 
 class SpectralRefinement(nn.Module):
-    """A residual of two 1x1 convolutions: mixes the bands of a pixel, never its neighbours."""
+    """Residual of two 1x1 convolutions: mixes the bands of a pixel, never its neighbours."""
 
     def __init__(self, bands: int) -> None:
         super().__init__()
@@ -65,14 +65,14 @@ class SpectralRefinement(nn.Module):
 class SatFusion(nn.Module):
     """Multi-frame and multi-source fusion: an encoder, a head, or one after the other.
 
-    Tong et al., "SatFusion: A Unified Framework for Enhancing Remote Sensing Images via Multi-Frame and
-    Multi-Source Images Fusion", arXiv 2510.07905. The published model holds upsampler and refinement even where its
-    stages do not use them.
+    Tong et al., "SatFusion: A Unified Framework for Enhancing Remote Sensing Images via Multi-Frame and Multi-Source
+    Images Fusion", arXiv 2510.07905. The published model holds upsampler and refinement even if its stages do not use
+    them.
 
     Args:
-        config: What the model was asked to be.
+        config: Configuration of the model.
         encoder: The first stage, or None.
-        head: The second stage, or None; one of both is there.
+        head: The second stage, or None; at least one stage is present.
     """
 
     def __init__(self, config: ModelConfig, encoder: Encoder | None, head: Head | None) -> None:
@@ -95,41 +95,41 @@ class SatFusion(nn.Module):
             The fused image and the images of both stages.
 
         Raises:
-            ValueError: If a shape is not what the model was built for.
+            ValueError: If a shape does not match the model.
         """
         self._check(lr, pan)
         size = _size(pan)
         if self.encoder is None:
             ms = bilinear(_pick(lr, revisit), size)
             return self._sharpen_alone(ms, pan)
-        assert self.upsampler is not None  # an encoder never comes without it
+        assert self.upsampler is not None  # an encoder always comes with it
         mfif = resize(self.upsampler(self.encoder(lr, pan)), size)
         if self.head is None:
             return Fusion(fused=mfif, mfif=mfif, msif=None)
         msif = self.head(mfif, pan)
-        assert self.refinement is not None  # nor a pair without this
+        assert self.refinement is not None  # so does a pair with this
         return Fusion(fused=self.refinement(mfif + msif), mfif=mfif, msif=msif)
 
     def at_step(self, step: int) -> None:
-        """Hear, before an optimizer step in training, how many were taken."""
+        """Receive, before an optimizer step in training, the number of steps taken."""
         for stage in (self.encoder, self.head):
             if stage is not None:
                 stage.at_step(step)
 
     @property
     def is_settled(self) -> bool:
-        """Whether both stages are (`Stage.is_settled`)."""
+        """Return whether both stages are settled (`Stage.is_settled`)."""
         return all(stage.is_settled for stage in (self.encoder, self.head) if stage is not None)
 
     @property
     def may_leave_idle(self) -> bool:
-        """Whether a training step may leave parameters without gradient."""
-        if self.config.published:  # it holds parameters that nothing uses
+        """Return whether a training step may leave parameters without gradient."""
+        if self.config.published:  # it holds unused parameters
             return True
         return any(stage.may_leave_idle for stage in (self.encoder, self.head) if stage is not None)
 
     def _sharpen_alone(self, ms: Tensor, pan: Tensor) -> Fusion:
-        assert self.head is not None  # build_model makes no model without a stage
+        assert self.head is not None  # build_model builds no model without a stage
         msif = self.head(ms, pan)
         if self.head.adds_input:
             msif = ms + msif

@@ -1,4 +1,5 @@
-"""One run from end to end: a dataset becomes batches (`data`), weights (`training`) and figures (`evaluation`).
+"""One run from end to end: a dataset becomes batches (`data`), weights (`training`) and metrics (`evaluation`).
 
-It imports `models` and `sharding`, never Ray. `quality` is the loss and the metrics, `reporting` what a run writes.
+It imports `models` and `sharding`, never Ray. `quality` holds the loss and the metrics; `reporting` writes the run's
+logs and images.
 """

@@ -1,4 +1,4 @@
-"""The verbs of one run: train, evaluate, monitor, models."""
+"""Command-line verbs of one run: train, evaluate, monitor, models."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
     evaluate.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
-    evaluate.add_argument("--data", default="", metavar="URI", help="dataset, if it is not the run's own")
+    evaluate.add_argument("--data", default="", metavar="URI", help="dataset to evaluate on (default: the run's own)")
     evaluate.add_argument(
         "--published-checkpoint", type=Path, metavar="FILE", help="weights of the published code, instead of a RUN"
     )
-    evaluate.add_argument("--model", metavar="ENCODER+HEAD", help="what FILE holds, for example trnet_pan+u2net")
+    evaluate.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
     evaluate.add_argument(
-        "--output", metavar="URI", help="where FILE's figures go (default: evaluation; a run's go to the run)"
+        "--output",
+        metavar="URI",
+        help="folder for the results of FILE (default: evaluation); results of a RUN go to its run folder",
     )
     evaluate.add_argument(
-        "--simulate", choices=("off", "shifts", "sensor"), help="revisits made from the truth, for FILE (default off)"
+        "--simulate",
+        choices=("off", "shifts", "sensor"),
+        help="simulate revisits from the target, for FILE (default off)",
     )
     evaluate.add_argument("--registration", default="centred", choices=("centred", "published"))
     evaluate.add_argument("--panels", type=int, default=9, metavar="N", help="chips drawn as PNG (default 9)")
@@ -49,14 +53,14 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     monitor.add_argument("uris", nargs="+", metavar="RUN", help="run folders, local or s3://")
     monitor.add_argument("--host", default="127.0.0.1")
     monitor.add_argument("--port", type=int, default=6006)
-    monitor.add_argument("--refresh", type=float, default=5.0, metavar="SECONDS", help="pause between looks at s3://")
+    monitor.add_argument("--refresh", type=float, default=5.0, metavar="SECONDS", help="time between polls of s3://")
     monitor.set_defaults(run=_monitor)
 
     models = verbs.add_parser(
         "models",
         help="list every model with its cost",
         description="List every encoder, head and pair with parameters, operations and activation memory for a chip. "
-        "A dash stands where a model, or its published form, cannot take what is asked.",
+        "A dash means that a model, or its published form, does not support these options.",
     )
     for option, default, what in (
         ("revisits", 8, "revisits a sample"),
@@ -72,17 +76,17 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the configuration and its overrides, the same words for ``train`` and ``submit``."""
+    """Add the configuration and its overrides to a verb; ``train`` and ``submit`` share these arguments."""
     parser.add_argument("config", metavar="CONFIG", help="TOML file, or the name of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=5")
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pipeline.config import load_config  # imports torch, which other verbs need not wait for
+    from pipeline.config import load_config  # slow: imports torch
 
-    # Absolute, because the run folder remembers them, and is read from other folders too.
+    # Absolute, because the run folder records these paths and may be read from other folders.
     config = load_config(args.config, args.overrides).with_absolute_uris(Path.cwd())
-    from pipeline.training.loop import run_training  # imports torch, which other verbs need not wait for
+    from pipeline.training.loop import run_training  # slow: imports torch
     from pipeline.world import leave_world
 
     try:
@@ -102,13 +106,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_run(args: argparse.Namespace) -> Evaluation:
-    from pipeline.evaluation.evaluate import evaluate_run  # imports torch, which other verbs need not wait for
+    from pipeline.evaluation.evaluate import evaluate_run  # slow: imports torch
 
     if args.run_uri is None:
         raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE")
     for option in ("model", "output", "simulate"):
         if getattr(args, option) is not None:
-            raise UserError(f"--{option} belongs to --published-checkpoint: a run knows its own")
+            raise UserError(f"--{option} is only for --published-checkpoint: a run has its own")
     return evaluate_run(
         args.run_uri,
         args.split,
@@ -120,11 +124,11 @@ def _evaluate_run(args: argparse.Namespace) -> Evaluation:
 
 
 def _evaluate_published(args: argparse.Namespace) -> Evaluation:
-    from pipeline.evaluation.evaluate import evaluate_published  # imports torch, which other verbs need not wait for
+    from pipeline.evaluation.evaluate import evaluate_published  # slow: imports torch
 
     if args.run_uri is not None or args.checkpoint is not None:
         given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
-        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is no run")
+        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is not a run")
     for option in ("model", "data"):
         if not getattr(args, option):
             raise UserError(f"--published-checkpoint needs --{option} {'ENCODER+HEAD' if option == 'model' else 'URI'}")
@@ -143,19 +147,19 @@ def _evaluate_published(args: argparse.Namespace) -> Evaluation:
 def _monitor(args: argparse.Namespace) -> int:
     if args.refresh <= 0:
         raise UserError(f"--refresh = {args.refresh} is out of range: it must be above 0 seconds")
-    from pipeline.reporting.monitor import monitor  # imports torch, which other verbs need not wait for
+    from pipeline.reporting.monitor import monitor  # slow: imports torch
 
     return monitor(args.uris, args.host, args.port, args.refresh)
 
 
 def _models(args: argparse.Namespace) -> int:
-    from models.config import ModelConfig  # imports torch, which other verbs need not wait for
+    from models.config import ModelConfig  # slow: imports torch
     from pipeline.evaluation import catalogue
 
     for option in ("lr_size", "hr_size"):
         if getattr(args, option) < 1:
             raise UserError(
-                f"--{option.replace('_', '-')} = {getattr(args, option)} is out of range: 1 px is the least"
+                f"--{option.replace('_', '-')} = {getattr(args, option)} is out of range: the minimum is 1 px"
             )
     try:
         like = ModelConfig(bands=args.bands, revisits=args.revisits, hidden=args.hidden, zoom=args.zoom)

@@ -1,4 +1,4 @@
-"""Typed run configuration: TOML recipes, dotted overrides, and refusals that name the nearest valid key."""
+"""Typed run configuration: TOML recipes, dotted overrides, and errors that name the nearest valid key."""
 
 from __future__ import annotations
 
@@ -20,43 +20,45 @@ from sharding.errors import UserError, nearest
 from sharding.storage.names import check_uri, expanded, refuse_secret, refuse_secrets
 
 SIMULATIONS = ("off", "sensor", "shifts")
-"""How revisits are made from the target (`pipeline.data.simulate`)."""
+"""Modes of simulating revisits from the target (`pipeline.data.simulate`)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where chips come from and how training varies them."""
+    """Source of the chips and their augmentation in training."""
 
     uri: str = ""
-    """Folder or s3:// prefix with an index.json, as written by ``satfusion shard``."""
+    """Folder or s3:// prefix of a dataset with an index.json, written by ``satfusion shard``."""
     rotate_flip: bool = True
-    """Training rotates by a random quarter turn and flips; keyed by (seed, epoch, chip)."""
+    """Rotate by a random quarter turn and flip in training; keyed by (seed, epoch, chip)."""
     random_windows: bool = False
-    """Training replaces each chip's window by a random one of the same scene and size."""
+    """Replace each chip's window in training by a random one of the same scene and size."""
     simulate: str = "off"
-    """``sensor`` or ``shifts`` make the revisits from the target (`pipeline.data.simulate`) in training, validation and
-    test, as the published training does; ``off`` takes those of the dataset."""
+    """Revisits simulated from the target (`pipeline.data.simulate`): ``sensor`` or ``shifts``, in training, validation
+    and test, as the published training does; ``off`` reads the revisits of the dataset."""
     shuffle_window: int = 4
     """Shards whose chips are shuffled together, >= 1."""
     lanes: int = 8
-    """Most stretches of an epoch that each global batch is taken from, >= 1; a divisor of the global batch is used."""
+    """Upper bound of the contiguous stretches of an epoch that each global batch is taken from, >= 1; the largest
+    divisor of the global batch up to it is used."""
     cache_mib: int = 4096
-    """Bound of the scenes kept in memory by each rank, MiB. What the threads work on has room in any case; what they
-    read at the moment, up to a sample each, comes on top."""
+    """Memory limit of each rank's scene cache, MiB. Scenes that threads are working on always fit; buffers of reads in
+    progress, up to one sample per thread, come on top."""
     cache_dir: str = ""
-    """Absolute path of a folder on each node where its ranks keep what they read; "" keeps nothing on disk."""
+    """Absolute path of a folder on each node where its ranks cache the samples that they read; "" disables the disk
+    cache."""
     cache_dir_gib: float = 100.0
-    """Bound of that folder, GiB; what was not used for the longest time gives way."""
+    """Size limit of that folder, GiB; the least recently used samples are evicted."""
     damaged: str = "stop"
-    """What a sample does whose bytes are damaged in the store, read twice or more: ``stop``, or ``quarantine``, which
-    goes on with its chips at weight 0 and counts them."""
+    """Reaction to a sample that is damaged in the store (it is read at least twice): ``stop`` the run, or
+    ``quarantine``, which continues with the sample's chips at weight 0 and counts them."""
     prefetch_batches: int = 4
     """Batches prepared ahead of the step, >= 1."""
     loader_threads: int = 4
     """Threads that read scenes and prepare batches, >= 1."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Refuse values that are out of range."""
         check_uri("data.uri", self.uri)
         for name in ("shuffle_window", "lanes", "prefetch_batches", "loader_threads"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number from 1 up")
@@ -75,7 +77,7 @@ class TrainConfig:
     epochs: int = 20
     """Passes over the training split, >= 1."""
     max_steps: int = 0
-    """Stop after this many optimizer steps even in mid-epoch; 0 means no such bound."""
+    """Stop after this many optimizer steps, even in mid-epoch; 0 means no limit."""
     global_batch: int = 8
     """Chips per optimizer step over all ranks, >= 1."""
     micro_batch: int = 0
@@ -93,20 +95,21 @@ class TrainConfig:
     min_learning_rate: float = 0.0
     """Floor of both schedules, >= 0."""
     clip_norm: float = 0.0
-    """Global gradient norm is clipped to this; 0 means no clipping."""
+    """Limit that the global gradient norm is clipped to; 0 means no clipping."""
     engine: str = "deepspeed"
-    """``deepspeed``, or ``torch``: plain PyTorch, with DistributedDataParallel over several ranks and no ZeRO."""
+    """Training engine: ``deepspeed``, or ``torch``: plain PyTorch, DistributedDataParallel over several ranks, no
+    ZeRO."""
     precision: str = "fp32"
-    """``fp32``, or ``bf16``: forward under bfloat16 autocast, weights, loss and optimizer in fp32."""
+    """Precision: ``fp32``, or ``bf16``: forward under bfloat16 autocast; weights, loss and optimizer in fp32."""
     tf32: bool = False
-    """On CUDA, round the inputs of float32 matrix products and convolutions to TF32: faster, 10 bits of mantissa."""
+    """On CUDA, round inputs of float32 matrix products and convolutions to TF32: faster, with 10 bits of mantissa."""
     channels_last: bool = False
-    """Lay weights and images out with bands last in memory; faster on some devices. Not with ZeRO 1 to 3."""
+    """Store weights and images with the bands last in memory; faster on some devices. Not with ZeRO 1 to 3."""
     compile: bool = False
-    """Compile network and loss with torch.compile: minutes at the start, then faster steps. Not with ZeRO 3; ARConv is
-    compiled from its freeze step on."""
+    """Compile network and loss with torch.compile: takes minutes at the start, then steps are faster. Not with ZeRO 3;
+    ARConv is compiled from its freeze step on."""
     profile: int = 0
-    """Steps that each rank profiles after its first four, into ``events/rank-<r>/``; 0 profiles none."""
+    """Number of steps that each rank profiles after its first four, into ``events/rank-<r>/``; 0 disables profiling."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
     seed: int = 122938034
@@ -114,16 +117,17 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints, >= 1."""
     keep_checkpoints: int = 3
-    """Newest full checkpoints kept (the best weights are kept besides), >= 1."""
+    """Number of newest full checkpoints kept (the best weights are kept in addition), >= 1."""
     log_every: int = 1
     """Optimizer steps between rows of metrics and events, >= 1."""
     log_batches: bool = False
-    """Also write every global batch's chip ids to batches.csv."""
+    """Write every global batch's chip ids to batches.csv."""
     threads_per_rank: int = 0
-    """Threads of torch in each rank; 0 leaves what the environment set. They change the last bits."""
+    """Torch threads of each rank; 0 keeps the setting of the environment. The number changes the last bits of
+    results."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Refuse values that are out of range."""
         at_least_one = (
             "epochs",
             "global_batch",
@@ -151,7 +155,7 @@ class TrainConfig:
         require_one_of("train.engine", self.engine, ("deepspeed", "torch"))
         require(self.zero_stage in range(4), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         plain = self.engine == "deepspeed" or self.zero_stage == 0
-        require(plain, "train.zero_stage", self.zero_stage, "0 with train.engine = 'torch', which knows no ZeRO")
+        require(plain, "train.zero_stage", self.zero_stage, "0 with train.engine = 'torch', which has no ZeRO")
         flat = not self.channels_last or self.zero_stage == 0
         require(flat, "train.channels_last", self.channels_last, "false with ZeRO 1 to 3, which flatten the weights")
         whole = not self.compile or self.zero_stage < 3
@@ -160,17 +164,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """The run folder and what is drawn into it."""
+    """Run folder, its upload to S3, and image panels."""
 
     uri: str = "runs/satfusion"
     """Run folder, a local path or s3:// prefix."""
     sync_seconds: float = 10.0
-    """Pause between uploads of events and metrics when the run folder is on S3, > 0."""
+    """Seconds between uploads of events and metrics when the run folder is on S3, > 0."""
     panels: int = 4
-    """Validation chips drawn as image panels at each validation, the first ones of the split, >= 0."""
+    """Number of validation chips drawn as image panels at each validation, the first ones of the split, >= 0."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Refuse values that are out of range."""
         check_uri("output.uri", self.uri)
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
         require(self.sync_seconds > 0, "output.sync_seconds", self.sync_seconds, "a number above 0")
@@ -179,7 +183,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run; saved in the run folder and in each checkpoint."""
+    """Complete configuration of a run; saved in the run folder and in each checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder, head and their sizes."""
@@ -201,16 +205,16 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def to_toml(self) -> str:
-        """Return the whole configuration as TOML that `load_config` reads back unchanged."""
+        """Return the whole configuration as TOML; `load_config` reads it back unchanged."""
         sections = self.to_dict().items()
-        # JSON's strings, numbers and booleans are TOML's too; no field holds anything else.
+        # Strings, numbers and booleans of JSON are also valid TOML; no field holds anything else.
         return "\n".join(
             f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items())
             for name, section in sections
         )
 
     def with_absolute_uris(self, folder: Path) -> RunConfig:
-        """Return the configuration with local paths made absolute: ``~`` is the home, others start at ``folder``."""
+        """Return the configuration with absolute local paths: ``~`` is the home, relative paths start at ``folder``."""
 
         def absolute(uri: str) -> str:
             return uri if "://" in uri or not uri else str(folder / expanded(uri))
@@ -226,7 +230,7 @@ class RunConfig:
         """Build a configuration from nested plain values.
 
         Args:
-            values: Sections by name, each a mapping of keys to values; what is absent keeps its default.
+            values: Sections by name, each a mapping of keys to values; absent keys keep their defaults.
             source: File or place named in errors.
 
         Raises:
@@ -237,7 +241,7 @@ class RunConfig:
 
 
 def require(condition: bool, option: str, value: object, wanted: str) -> None:
-    """Raise the `UserError` of a value out of range unless ``condition`` holds."""
+    """Raise a `UserError` about a value out of range unless ``condition`` holds."""
     if not condition:
         raise UserError(f"{option} = {value!r} is out of range: it must be {wanted}")
 
@@ -305,7 +309,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _refuse_secrets(values: Mapping[str, Any], prefix: str, source: str) -> None:
-    """Refuse a secret in any value, before an error repeats it."""
+    """Refuse a secret in any value, before an error message repeats it."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             _refuse_secrets(value, f"{prefix}{key}.", source)
@@ -327,12 +331,12 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, source: str) -> o
             arguments[key] = _coerce(hints[key], value, prefix + key, source)
     try:
         return kind(**arguments)
-    except ValueError as error:  # a section that knows nothing of UserError, such as the models' own
+    except ValueError as error:  # a section that does not use UserError, such as the one of `models`
         raise UserError(f"{source}: {error}") from None
 
 
 def _coerce(hint: Any, value: object, option: str, source: str) -> object:
-    if typing.get_origin(hint) is typing.Literal:  # its section checks the word, and names the nearest
+    if typing.get_origin(hint) is typing.Literal:  # the section checks the word and names the nearest valid one
         hint = str
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Which chips make up each global batch, and which rank takes which: pure functions on integers.
+"""Order of chips: the chips of each global batch and the part of each rank, as pure functions on integers.
 
 A chip is ``9 * sample + window`` with samples numbered in the index's order. The sequence depends on the index digest,
 the seed, the epoch, the global batch and the shuffle settings alone, never on ranks, workers or restarts.
@@ -22,21 +22,21 @@ Chips = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one global batch is spread: the only place where these four numbers meet."""
+    """Split of a global batch over ranks and micro-batches; no other code combines these four numbers."""
 
     global_batch: int
     """Chips per optimizer step over all ranks."""
     micro_batch: int
     """Chips per forward pass of one rank."""
     world_size: int
-    """Ranks."""
+    """Number of ranks."""
 
     @classmethod
     def create(cls, global_batch: int, micro_batch: int, world_size: int) -> BatchPlan:
-        """Derive the plan; ``micro_batch`` 0 means the whole of a rank's part at once.
+        """Derive the plan; ``micro_batch`` 0 means a rank's whole part at once.
 
         Raises:
-            UserError: ``global_batch`` is no multiple of ``world_size * micro_batch``.
+            UserError: ``global_batch`` is not a multiple of ``world_size * micro_batch``.
         """
         micro = micro_batch or max(1, global_batch // world_size)
         if global_batch % (world_size * micro):
@@ -49,17 +49,17 @@ class BatchPlan:
 
     @property
     def per_rank(self) -> int:
-        """Chips of one rank per optimizer step."""
+        """Return the chips of one rank per optimizer step."""
         return self.global_batch // self.world_size
 
     @property
     def grad_accum(self) -> int:
-        """Forward passes of one rank per optimizer step."""
+        """Return the forward passes of one rank per optimizer step."""
         return self.per_rank // self.micro_batch
 
 
 def random_words(count: int, *key: int | str) -> npt.NDArray[np.uint64]:
-    """Return ``count`` uniform 64-bit words that depend on ``key`` alone (Philox, whose stream numpy keeps stable)."""
+    """Return ``count`` uniform 64-bit words that depend on ``key`` alone (Philox; numpy keeps its stream stable)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     words = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
     return np.random.Philox(key=words).random_raw(count)
@@ -72,17 +72,17 @@ def permutation(count: int, *key: int | str) -> Chips:
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How far a chip may be moved from its shard's neighbours. It decides the order, so a run keeps it."""
+    """Limits of the shuffle, which decide the order; a run keeps them."""
 
     window: int = 4
     """Shards whose chips are shuffled together, >= 1."""
     lanes: int = 8
-    """Most stretches of an epoch that a global batch is taken from, >= 1."""
+    """Upper bound of the contiguous stretches of an epoch that a global batch is taken from, >= 1."""
 
 
 @dataclass(frozen=True)
 class OrderState:
-    """All that the order of a run's chips depends on; only a run of the same can resume."""
+    """Everything that the order of a run's chips depends on; only a run with an equal state can resume."""
 
     index_digest: str
     """Digest of the dataset's index."""
@@ -93,9 +93,9 @@ class OrderState:
     global_batch: int
     """Chips per optimizer step over all ranks."""
     shuffle_window: int
-    """As in `Shuffle`."""
+    """Window of the `Shuffle`."""
     lanes: int
-    """As in `Shuffle`."""
+    """Lanes of the `Shuffle`."""
 
     def differences(self, now: OrderState) -> dict[str, tuple[object, object]]:
         """Return each field that differs, with its value here and in ``now``."""
@@ -132,15 +132,15 @@ def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch:
 def epoch_batches(
     samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, global_batch: int, shuffle: Shuffle
 ) -> Chips:
-    """Return the global batches of one epoch, the same whatever ranks, workers and restarts there are.
+    """Return the global batches of one epoch; they do not depend on ranks, workers and restarts.
 
     The epoch's chips (`epoch_chips`) are cut into lanes, each a contiguous stretch: their number is the largest divisor
     of the global batch that is not above ``shuffle.lanes``. Batch k takes the k-th slice of every lane, lane after
-    lane. So the consecutive slots of a rank lie in few lanes, and ranks read other shards but at the lanes' edges;
-    and a batch holds chips of far more shards than one window has.
+    lane. So the consecutive slots of a rank lie in few lanes: ranks read different shards, except at the edges of
+    lanes. And a batch holds chips of far more shards than one window.
 
     Returns:
-        [steps, global_batch] chip numbers, none twice; the tail that fills no batch is left out.
+        [steps, global_batch] chip numbers, none twice; the tail that does not fill a batch is dropped.
     """
     chips = epoch_chips(samples_per_shard, digest, seed, epoch, shuffle.window)
     steps = steps_per_epoch(len(chips), global_batch)
@@ -150,7 +150,7 @@ def epoch_batches(
 
 
 def steps_per_epoch(num_chips: int, global_batch: int) -> int:
-    """Return the whole global batches in an epoch; the tail of ``num_chips % global_batch`` chips is dropped."""
+    """Return the whole global batches per epoch; the tail of ``num_chips % global_batch`` chips is dropped."""
     return num_chips // global_batch
 
 
@@ -160,7 +160,7 @@ def rank_slots(batches: Chips, plan: BatchPlan, rank: int) -> Chips:
 
 
 def evaluation_slots(num_chips: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """Return the chips ``rank`` evaluates as (chip, counts): a stretch of the split, so that few ranks read one scene.
+    """Return the chips that ``rank`` evaluates as (chip, counts): a stretch of the split, so few ranks read a scene.
 
     Every rank gets the same number, because ZeRO 3 gathers weights in each forward pass; a filler repeats chip 0
     and does not count.

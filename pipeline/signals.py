@@ -1,4 +1,4 @@
-"""Ending well: SIGTERM is taken as Ctrl-C, so that both run the same clean-up."""
+"""Clean shutdown: SIGTERM is handled like Ctrl-C, so that both run the same clean-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process group: who is who, and the few collectives the loop needs."""
+"""The process group: the ranks, and the few collectives that the loop needs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all that train together."""
+    """This process's place among all processes that train together."""
 
     rank: int
     """0-based number of this process."""
     size: int
     """Number of processes."""
     device: torch.device
-    """Where this process computes."""
+    """Device that this process computes on."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Return whether this process writes files that are written once per run."""
         return self.rank == 0
 
     def gather(self, values: Sequence[float]) -> Tensor:
@@ -37,33 +37,33 @@ class World:
         return self.gather_tensor(mine).cpu()
 
     def gather_tensor(self, mine: Tensor) -> Tensor:
-        """Return every rank's tensor, all of one shape, as [ranks, ...] on the device; over NCCL no host waits."""
+        """Return every rank's equal-shaped tensor as [ranks, ...] on the device; over NCCL the host does not wait."""
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine)
         return torch.stack(everyone)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Return the sum of every rank's tensor on the device; over NCCL no host waits."""
+        """Return the sum of every rank's tensor on the device; over NCCL the host does not wait."""
         total = value.clone()
         dist.all_reduce(total)
         return total
 
     def gather_objects(self, value: T) -> list[T]:
-        """Return every rank's ``value``, anything that pickles, in rank order."""
+        """Return every rank's ``value``, any picklable object, in rank order."""
         everyone: list[T] = [value] * self.size
         dist.all_gather_object(everyone, value)
         return everyone
 
 
 def join_world() -> World:
-    """Join the process group that the environment describes, or make one of a single process.
+    """Join the process group that the environment describes, or create one of a single process.
 
     Ray Train has joined already; torchrun sets RANK, WORLD_SIZE and MASTER_ADDR; without these this process is alone.
-    Ranks on CUDA speak NCCL, others gloo: a group that stands already decides where its ranks compute, whatever
-    devices this process could see.
+    Ranks on CUDA use NCCL, others gloo. An existing group decides the device type of its ranks, even if this process
+    sees other devices.
     """
     if dist.is_initialized():
-        # Whoever made the group has chosen each rank's device: it need not be the one of the local rank's number.
+        # The maker of the group has chosen each rank's device: its number may differ from the local rank.
         device = _cuda(torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     elif torch.cuda.is_available():
         device = _cuda(int(os.environ.get("LOCAL_RANK", "0")))
@@ -86,7 +86,7 @@ def _cuda(index: int) -> torch.device:
 
 
 def _tell_deepspeed(device: torch.device) -> None:
-    """Have DeepSpeed compute on ``device``: it reads a variable for the kind, and the local rank for the number."""
+    """Make DeepSpeed compute on ``device``: it reads the kind from a variable, and the number from the local rank."""
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)

@@ -1,1 +1,1 @@
-"""What runs on a Ray cluster: `submit` sends a job and follows it, `train_job` and `shard_job` are what runs there."""
+"""Jobs on a Ray cluster: `submit` sends a job and follows it; `train_job` and `shard_job` run on the cluster."""

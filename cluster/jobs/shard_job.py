@@ -16,13 +16,13 @@ from sharding.storage import StorageUnavailableError
 logger = logging.getLogger(__name__)
 
 RETRIES = 3
-"""How often a task is done again whose node was lost or whose store did not answer."""
+"""Number of retries of a task whose node was lost or whose store did not answer."""
 
 
 def tasks_on_ray(workers: int | None) -> Callable[[Sequence[ShardTask]], Iterator[ShardResult]]:
-    """Return what does tasks on the cluster that this process has joined, so many at a time, by default as many as fit.
+    """Return a runner of tasks on the cluster that this process has joined; by default as many at a time as fit.
 
-    Nothing is lost with a node: Ray does its tasks again elsewhere, and what they had published is kept.
+    A lost node loses no work: Ray retries its tasks on other nodes, and shards already published are kept.
     """
 
     def run(tasks: Sequence[ShardTask]) -> Iterator[ShardResult]:
@@ -41,8 +41,8 @@ def tasks_on_ray(workers: int | None) -> Callable[[Sequence[ShardTask]], Iterato
 
 
 def _build(task: ShardTask) -> ShardResult:
-    """Do a task in a worker of Ray's, on the one core that it has."""
-    import torch  # imports torch, which other verbs need not wait for
+    """Run a task in a Ray worker, on the worker's one core."""
+    import torch  # slow to import, and the driver does not need it
 
     configure_logging(rank=1)
     torch.set_num_threads(1)
@@ -56,13 +56,13 @@ def _result(reference: object) -> ShardResult:
         result: ShardResult = ray.get(reference)
         return result
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):  # what was raised; ray's own text is a traceback
+        if isinstance(error.cause, UserError):  # the original error; ray's own text is a traceback
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
         raise UserError(
-            f"a task was lost {RETRIES + 1} times ({type(error).__name__}), most often for want of memory: shard again "
-            "with fewer --workers; what is finished is kept"
+            f"a task was lost {RETRIES + 1} times ({type(error).__name__}), most often for lack of memory: shard again "
+            "with fewer --workers; finished shards are kept"
         ) from None
 
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     import ray  # Ray is slow to import
 
-    from sharding.cli import run_shard  # after logging is set up, which it uses
+    from sharding.cli import run_shard  # after logging is set up
 
     try:
         job = ShardJob.from_json(Path(path).read_text())
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the workers import the function instead of being sent a copy of this module.
+    # Run under the module's own name, so that the workers import the function instead of getting a copy of this module.
     from cluster.jobs import shard_job as shard
 
     sys.exit(shard.main())

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a worker needs to find the storage. Keys are not among them: each node has its own credential chain.
+# Variables with which a worker finds the storage. Keys are not among them: each node has its own credential chain.
 _TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 _RAY_HABITS = {
-    # Lines would be held back to merge equal ones, and coloured.
+    # Otherwise lines are held back to merge equal ones, and coloured.
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
-    # It only says ahead that a node will be lost; we go on from the newest checkpoint either way.
+    # It only warns that a node will be lost; the job resumes from the newest checkpoint either way.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _JOB_FILE = "job.json"
@@ -51,45 +51,45 @@ _INTERRUPTED = 130
 
 
 class Described(Protocol):
-    """What a job's driver needs to know."""
+    """Description of a job for its driver."""
 
     def to_json(self) -> str:
-        """Return it as the text of the job's file."""
+        """Return the text of the job's file."""
         ...
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Everything that is sent to the cluster, but for the packages' code."""
+    """Everything that is sent to the cluster, except the packages' code."""
 
     job: Described
-    """What to do; travels in a file beside the code."""
+    """Description of the job; sent in a file beside the code."""
     environment: Mapping[str, str]
-    """Variables of the driver and of each rank."""
+    """Environment variables of the driver and of each rank."""
     metadata: Mapping[str, str]
-    """Shown by Ray's dashboard."""
+    """Metadata shown by Ray's dashboard."""
     entrypoint: str = f"python -m cluster.jobs.train_job {_JOB_FILE}"
     """Command of the job's driver, run in the folder that `staged` makes."""
 
 
 def build_request(config: RunConfig, placement: Placement, environment: Mapping[str, str], folder: Path) -> JobRequest:
-    """Decide what is sent.
+    """Build the request for a training job.
 
     Args:
         config: The run; relative local paths in it are taken from ``folder``.
         placement: Ranks and their resources.
-        environment: The submitter's variables, of which endpoint and region travel.
+        environment: The submitter's variables; endpoint and region are sent with the job.
         folder: The submitter's working directory.
 
     Raises:
-        UserError: The global batch does not divide over the ranks, or an endpoint holds a password.
+        UserError: The global batch does not divide by the ranks, or an endpoint holds a password.
     """
-    from pipeline.order import BatchPlan  # imports torch, which other verbs need not wait for
+    from pipeline.order import BatchPlan  # slow: imports torch
 
     BatchPlan.create(config.train.global_batch, config.train.micro_batch, placement.workers)
-    # A rank works in a folder of Ray's, where a relative path would be lost.
+    # A rank works in a folder of Ray's, where a relative path would be wrong.
     config = config.with_absolute_uris(folder)
-    # Ray leaves a node's GPUs visible to a rank that was given none.
+    # Ray leaves a node's GPUs visible to a rank without GPUs.
     no_gpus = {} if placement.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
     return JobRequest(
         job=Job(config.to_dict(), placement),
@@ -99,11 +99,11 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
 
 
 def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: Path) -> JobRequest:
-    """Decide what is sent to shard on a cluster.
+    """Build the request for sharding on a cluster.
 
     Args:
         job: The command's options; relative local paths in it are taken from ``folder``.
-        environment: The submitter's variables, of which endpoint and region travel.
+        environment: The submitter's variables; endpoint and region are sent with the job.
         folder: The submitter's working directory.
 
     Raises:
@@ -122,13 +122,13 @@ def _travelling(environment: Mapping[str, str]) -> dict[str, str]:
     travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
     for name, value in travelling.items():
         if "@" in value.partition("://")[2].partition("/")[0]:
-            raise UserError(f"{name} holds a user name or password, which must not travel with a job: take it out")
+            raise UserError(f"{name} holds a user name or password, which must not be sent with a job: remove it")
     return travelling
 
 
 @contextlib.contextmanager
 def staged(request: JobRequest) -> Iterator[Path]:
-    """Make a folder of exactly what a job needs: the four packages and the job's file."""
+    """Make a folder with exactly the files of a job: the four packages and the job's file."""
     with tempfile.TemporaryDirectory(prefix="satfusion-job-") as name:
         folder = Path(name)
         for package in PACKAGES:
@@ -142,7 +142,7 @@ def send(request: JobRequest, address: str) -> str:
     """Send a job to the job server at ``address``, for example ``http://head:8265``, and return the job's id.
 
     Raises:
-        UserError: Nothing answers there as a Ray job server does, or it refuses the job.
+        UserError: No Ray job server answers there, or it refuses the job.
     """
     client = _connect(address)
     with staged(request) as folder:
@@ -160,7 +160,7 @@ def send(request: JobRequest, address: str) -> str:
 def follow(address: str, job_id: str, output: TextIO) -> int:
     """Copy a job's log to ``output``, each line once, until the job ends; return its exit status.
 
-    A broken connection is made anew, and what was copied before is left out then.
+    A broken connection is opened again, and lines already copied are skipped.
 
     Raises:
         UserError: The job server has not answered for a minute; the job may still run.
@@ -175,7 +175,7 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
             asyncio.run(log.copy())
             details = client.get_job_info(job_id)
             answered = time.monotonic()
-        # The client raises RuntimeError for refusals and broken streams; aiohttp's and requests' are OSErrors.
+        # The client raises RuntimeError for refusals and broken streams; errors of aiohttp and requests are OSErrors.
         except (RuntimeError, OSError) as error:
             if time.monotonic() - answered > _LOST_SECONDS:
                 raise UserError(
@@ -191,7 +191,7 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
     if details.status == JobStatus.STOPPED:
         logger.error("job %s was stopped", job_id)
         return 1
-    # A driver that never came to run has no status of its own, and its reason stands in the message alone.
+    # A driver that never started has no status of its own; the reason is only in the message.
     if details.driver_exit_code is None:
         logger.error("job %s failed: %s", job_id, details.message)
     else:
@@ -200,10 +200,10 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
 
 
 def run(request: JobRequest, address: str, output: TextIO) -> int:
-    """Send a job, follow it and return its exit status; 130 for Ctrl-C, after which the job runs on.
+    """Send a job, follow it and return its exit status; 130 for Ctrl-C, after which the job continues to run.
 
     Raises:
-        UserError: As `send` and `follow`.
+        UserError: Like `send` and `follow`.
     """
     job_id = send(request, address)
     print(f"job {job_id} sent to {address}", file=output, flush=True)
@@ -215,7 +215,7 @@ def run(request: JobRequest, address: str, output: TextIO) -> int:
 
 
 def how_to_follow(address: str, job_id: str) -> str:
-    """Say how to see and how to stop a job that runs on without us."""
+    """Return the commands that follow and stop a job which continues to run."""
     return (
         f"follow it with `ray job logs --address {address} --follow {job_id}`, "
         f"stop it with `ray job stop --address {address} {job_id}`"
@@ -223,7 +223,7 @@ def how_to_follow(address: str, job_id: str) -> str:
 
 
 class _Log:
-    """A job's log, copied once however often the stream breaks."""
+    """A job's log; each line is copied once, even if the stream breaks."""
 
     def __init__(self, client: JobSubmissionClient, job_id: str, output: TextIO) -> None:
         self._client = client
@@ -232,7 +232,7 @@ class _Log:
         self._copied = 0
 
     async def copy(self) -> None:
-        """Copy what was not copied before, until the stream ends."""
+        """Copy the lines that were not copied before, until the stream ends."""
         position = 0  # Each stream begins at the log's first character.
         async for text in self._client.tail_job_logs(self._job_id):
             new = text[max(0, self._copied - position) :]
@@ -243,25 +243,25 @@ class _Log:
 
 
 def _connect(address: str) -> JobSubmissionClient:
-    """Return a client of the job server, having seen within seconds that it answers."""
+    """Return a client of the job server, after a check within seconds that it answers."""
     refuse_secret("--address", address)
     if not _is_http(address):
-        raise UserError(f"--address {address!r} is no URL of a Ray job server: give http://HOST:8265")
+        raise UserError(f"--address {address!r} is not a URL of a Ray job server: give http://HOST:8265")
     unanswered = f"no Ray job server answers at {address}: check the address and that the cluster is up"
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS) as response:
             json.load(response)["ray_version"]
-    # What speaks no HTTP, Ray's own control service say, breaks the protocol or sends no text.
+    # Servers that speak no HTTP, for example Ray's own control service, break the protocol or send no text.
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise UserError(unanswered) from error
 
-    # Ray takes these before the address it is given.
+    # Ray prefers these variables to the address it is given.
     hidden = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
         from ray.job_submission import JobSubmissionClient  # Ray is slow to import
 
         for handler in logging.getLogger("ray").handlers:
-            handler.setLevel(logging.WARNING)  # It tells of each upload and each stream's end.
+            handler.setLevel(logging.WARNING)  # It logs each upload and each stream's end.
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"{unanswered} ({_first_line(error)})") from error
@@ -272,7 +272,7 @@ def _connect(address: str) -> JobSubmissionClient:
 def _is_http(address: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(address)
-        # The port is read when it is asked for: a word or too large a number is a ValueError then.
+        # The port is parsed when it is read: a word or too large a number raises ValueError then.
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False

@@ -1,4 +1,4 @@
-"""What runs inside a Ray job: its driver (``python -m cluster.jobs.train_job FILE``) and the function of each rank."""
+"""Training inside a Ray job: the driver (``python -m cluster.jobs.train_job FILE``) and the function of each rank."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from sharding.storage import StorageUnavailableError, open_storage
 logger = logging.getLogger(__name__)
 
 ConfigValues = Mapping[str, object]
-# Time for a store to come back, and for Ray to notice that a node is gone.
+# Time for a store to recover, and for Ray to notice that a node is lost.
 _RESTART_PAUSE_SECONDS = 5.0
 _ROOM_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How many ranks a job has and what each takes from the cluster."""
+    """Number of ranks of a job, and the resources of each."""
 
     workers: int
     """Ranks, at least 1; spread over the nodes."""
     cpus_per_worker: float = field(default=1.0, metadata={"metavar": "C"})
-    """CPUs that Ray sets aside for each rank, above 0. Threads are `train.threads_per_rank`'s matter."""
+    """CPUs that Ray reserves for each rank, above 0. `train.threads_per_rank` sets the threads."""
     gpus_per_worker: float = field(default=0.0, metadata={"metavar": "G"})
-    """GPUs of each rank, a whole number: 0 trains on CPU over gloo, more on CUDA over NCCL."""
+    """GPUs of each rank, a whole number: 0 trains on CPU with gloo, more on CUDA with NCCL."""
     max_failures: int = 2
-    """Restarts after a lost or failed rank or a store that went away, 0 or more; each from the newest checkpoint."""
+    """Restarts after a lost or failed rank or an unavailable store, 0 or more; each resumes from the newest
+    checkpoint."""
     wait_for_resources: float = field(default=0.0, metadata={"metavar": "SECONDS"})
-    """Time for a cluster that is too small to grow, before the first attempt and each restart; 0 refuses at once."""
+    """Seconds that a cluster which is too small gets to grow, before the first attempt and each restart; 0 refuses at
+    once."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -56,19 +58,19 @@ class Placement:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What Ray sets aside for each rank."""
+        """Return the resources that Ray reserves for each rank."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         return {"CPU": self.cpus_per_worker, **gpus}
 
     @property
     def backend(self) -> str:
-        """Communication of torch's process group."""
+        """Return the communication backend of torch's process group."""
         return "nccl" if self.gpus_per_worker else "gloo"
 
 
 @dataclass(frozen=True)
 class Job:
-    """The whole of a job, as it travels in a file beside the code."""
+    """Complete description of a job, sent in a file beside the code."""
 
     config: ConfigValues
     """The resolved run configuration, `RunConfig.to_dict`."""
@@ -76,12 +78,12 @@ class Job:
     """Ranks and their resources."""
 
     def to_json(self) -> str:
-        """Return it as JSON that `from_json` reads back unchanged."""
+        """Return the JSON that `from_json` reads back unchanged."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Read what `to_json` wrote."""
+        """Read the JSON of `to_json`."""
         values = json.loads(text)
         return cls(config=values["config"], placement=Placement(**values["placement"]))
 
@@ -90,7 +92,7 @@ def train_rank(config: ConfigValues) -> None:
     """Train on one rank; Ray Train has joined the process group and calls this in each worker."""
     import ray.train  # Ray is slow to import
 
-    from pipeline.config import RunConfig  # imports torch, which other verbs need not wait for
+    from pipeline.config import RunConfig  # slow: imports torch
     from pipeline.training.loop import run_training
 
     run_training(RunConfig.from_dict(config), report=lambda metrics: ray.train.report(dict(metrics)))
@@ -98,10 +100,10 @@ def train_rank(config: ConfigValues) -> None:
 
 @dataclass(frozen=True)
 class _Announced:
-    """A rank's function, with a line for where it runs and a traceback for what it meets."""
+    """A rank's function that prints the rank's node and logs a traceback of its errors."""
 
     function: Callable[[ConfigValues], None]
-    """Called with the configuration."""
+    """Function called with the configuration."""
 
     def __call__(self, config: ConfigValues) -> None:
         import ray.train  # Ray is slow to import
@@ -114,24 +116,24 @@ class _Announced:
         try:
             self.function(config)
         except UserError:
-            raise  # The driver says it, once.
+            raise  # The driver reports it, once.
         except Exception:
             logger.exception("rank %d failed", rank)
             raise
 
 
 def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank) -> None:
-    """Run ``rank_function`` on every rank, and again from the newest checkpoint when a rank fails or is lost.
+    """Run ``rank_function`` on every rank; after a failed or lost rank, run it again from the newest checkpoint.
 
-    A user's mistake ends the job at once, since the next try would meet it too. A store that does not answer does so
-    before the first attempt only; a rank that meets it later counts as failed, since stores come back.
+    A user error ends the job at once, because a retry would fail too. A store that does not answer before the first
+    attempt ends the job too; later it counts as a failure of the rank, because stores recover.
 
     Args:
         job: Configuration and placement.
         rank_function: Called with ``job.config`` in each worker; must be importable by name.
 
     Raises:
-        UserError: The ranks met one, the cluster has no room for them, or a store does not answer.
+        UserError: A rank raised one, the cluster is too small, or a store does not answer.
         ray.train.TrainingFailedError: More failures than the placement allows.
     """
     import ray  # Ray is slow to import
@@ -152,7 +154,7 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
             if last:
                 raise
             logger.warning(
-                "%s; restart %d of %d goes on from the newest checkpoint",
+                "%s; restart %d of %d resumes from the newest checkpoint",
                 mistake or "a rank failed or was lost",
                 failures + 1,
                 job.placement.max_failures,
@@ -162,7 +164,7 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
 
 def _ask_stores(config: ConfigValues) -> None:
     """Refuse a dataset or run folder whose store does not answer, before a rank is started."""
-    from pipeline.config import RunConfig  # imports torch, which other verbs need not wait for
+    from pipeline.config import RunConfig  # slow: imports torch
 
     run = RunConfig.from_dict(config)
     for uri in (run.data.uri, run.output.uri):
@@ -171,17 +173,17 @@ def _ask_stores(config: ConfigValues) -> None:
         except StorageUnavailableError:
             raise
         except UserError:
-            pass  # Keys and what lies there are the ranks' matter: their nodes may have other keys than this one.
+            pass  # Keys and objects are checked by the ranks: their nodes may have other keys than this one.
 
 
 def _await_room(placement: Placement) -> None:
-    """Refuse a cluster whose nodes are too few or too small, once it had its time to grow; busy ones are waited for."""
+    """Refuse a cluster whose nodes are too few or too small after its time to grow; wait for busy nodes."""
     import ray  # Ray is slow to import
     from ray.util import placement_group, remove_placement_group
 
     if _room(placement, ray.nodes()) >= placement.workers:
         return
-    # An autoscaler grows a cluster for what is asked of it.
+    # An autoscaler grows a cluster by the resources that are requested.
     demand = placement_group([placement.resources] * placement.workers, strategy="SPREAD")
     try:
         deadline = time.monotonic() + placement.wait_for_resources
@@ -194,10 +196,10 @@ def _await_room(placement: Placement) -> None:
 
 
 def _room(placement: Placement, nodes: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many ranks fit on the cluster's nodes (as `ray.nodes` lists them) when nothing else runs there."""
+    """Return the number of ranks that fit on the cluster's nodes (as in `ray.nodes`) if nothing else runs there."""
 
     def parts(amount: float) -> int:
-        return round(amount * 10_000)  # As Ray counts, free of binary rounding.
+        return round(amount * 10_000)  # Like Ray's count, without binary rounding.
 
     return sum(
         min(parts(node["Resources"].get(name, 0.0)) // parts(each) for name, each in placement.resources.items())
@@ -220,7 +222,7 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     placement = job.placement
-    # Ray wants a folder for its own state. Ours goes to the run folder, so this one may be lost.
+    # Ray requires a folder for its own state. Our state is in the run folder, so this one may be lost.
     with tempfile.TemporaryDirectory(prefix="satfusion-ray-train-") as folder:
         TorchTrainer(
             _Announced(rank_function),
@@ -235,18 +237,18 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
             run_config=RunConfig(
                 name="train",
                 storage_path=folder,
-                # Restarts are counted by `run_job`, which can tell a user's mistake from a lost node.
+                # Restarts are counted by `run_job`, which can distinguish a user error from a lost node.
                 failure_config=FailureConfig(max_failures=0),
-                # It would repeat every rank's traceback three times; ranks and driver log them once themselves.
+                # Ray would repeat every rank's traceback three times; ranks and driver log it once.
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         ).fit()
 
 
 def _user_error(error: Exception) -> UserError | None:
-    """Return the `UserError` that a rank met, if one did; one that lasts before one that may pass."""
+    """Return the `UserError` that a rank raised, if any; prefer a permanent one to one that may pass."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    # One rank's mistake often ends the others in a broken connection, so look at all.
+    # One rank's error often breaks the connections of the others, so check all of them.
     mistakes = [failure for _, failure in sorted(failures.items()) if isinstance(failure, UserError)]
     return min(mistakes, key=lambda mistake: isinstance(mistake, StorageUnavailableError), default=None)
 
@@ -255,12 +257,12 @@ def _log_failure(error: Exception) -> None:
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     if not failures:
         logger.error("the job failed", exc_info=error)
-    for rank, failure in sorted(failures.items()):  # Their tracebacks stand in the log already.
+    for rank, failure in sorted(failures.items()):  # Their tracebacks are in the log already.
         logger.error("the job failed at rank %d: %s: %s", rank, type(failure).__name__, failure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job in a file and return its exit status: 0, 2 for a user's mistake, 1 for any other failure."""
+    """Run the job in a file and return its exit status: 0, 2 for a user error, 1 for any other failure."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     configure_logging()
     try:
@@ -275,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the workers import the function instead of being sent a copy of this module.
+    # Run under the module's own name, so that the workers import the function instead of getting a copy of this module.
     from cluster.jobs import train_job as worker
 
     sys.exit(worker.main())

@@ -1,4 +1,4 @@
-"""Real servers on this machine: `nodes` is a Ray cluster, `objectstore` an S3 server, `demo` the whole line.
+"""Real servers on this machine: `nodes` is a Ray cluster, `objectstore` an S3 server, `demo` runs all steps.
 
-`processes` starts and ends them for sure.
+`processes` starts them and makes sure that they end.
 """

@@ -1,4 +1,4 @@
-"""The whole line on one machine: S3 server, shards, two Ray nodes, training, evaluation; then everything is ended."""
+"""All steps on one machine: S3 server, shards, two Ray nodes, training, evaluation; then everything is stopped."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ _STATE_PREFIX = "sf-demo-"
 
 
 def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = ()) -> int:
-    """Run the demo and return its exit status: 1 when the fused image is not above both baselines, the job's if not 0.
+    """Run the demo and return its exit status: the job's if not 0, 1 if the fused image is not above both baselines.
 
-    However it ends, the servers and nodes it started have ended then, and the S3 server's data and keys are gone.
+    On every exit the servers and nodes that it started are stopped, and the S3 server's data and keys are removed.
 
     Args:
-        output: Folder for everything it makes; an earlier demo's is replaced.
-        worldstrat: Real data in WorldStrat's layout; None makes scenes.
-        overrides: Of the recipe ``demo``.
+        output: Folder for all output; the output of an earlier demo is overwritten.
+        worldstrat: Real data in WorldStrat's layout; None generates scenes.
+        overrides: Overrides of the recipe ``demo``.
 
     Raises:
-        UserError: The folder is not a demo's, the data cannot be used, or a part does not come up.
+        UserError: The folder is not a demo's, the data cannot be used, or a server does not start.
     """
     began = time.monotonic()
     dataset, run = f"s3://{BUCKET}/dataset", f"s3://{BUCKET}/run"
     taken = [override for override in overrides if override.startswith(("data.uri", "output.uri"))]
     if taken:
-        raise UserError(f"the demo chooses where its data and run lie: leave out {taken[0]!r}")
+        raise UserError(f"the demo sets the paths of its data and run: remove {taken[0]!r}")
     config = load_config("demo", [f"data.uri={dataset}", f"output.uri={run}", *overrides])
     with _interruptible() as ignore_signals, contextlib.ExitStack() as started:
         try:
@@ -80,9 +80,9 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], None]]:
-    """Take Ctrl-C, SIGTERM and SIGHUP in the block as `KeyboardInterrupt`, each time: a library may swallow one.
+    """Turn every Ctrl-C, SIGTERM and SIGHUP in the block into `KeyboardInterrupt`: a library may swallow one.
 
-    Gives a function to call before the clean-up, which has them ignored from then on.
+    Yield a function to call before the clean-up; from then on these signals are ignored.
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -102,16 +102,17 @@ def _interruptible() -> Iterator[Callable[[], None]]:
 
 
 def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
-    """Make an empty output folder, and return a folder for the cluster's state, which ends with ``started``.
+    """Make an empty output folder, and return a folder for the cluster's state, which is removed with ``started``.
 
-    Ray puts sockets there, whose paths the kernel bounds to 107 characters, so it stands in the temporary folder; the
-    mark in the output folder names it, for the demo after one that was killed, and the process, for one meanwhile.
+    Ray puts sockets there, and the kernel limits their paths to 107 characters, so the folder is in the temporary
+    folder. A marker file in the output folder names it, so that the next demo can clean up after a killed one, and
+    names the process, so that a second demo at the same time is refused.
     """
     mark = output / _MARK
     try:
         if output.exists() and any(output.iterdir()):
             if not mark.exists():
-                raise UserError(f"--output {output} holds files that no demo made: name an empty or new folder")
+                raise UserError(f"--output {output} holds files that are not from a demo: name an empty or new folder")
             pid, since, state_of_last = mark.read_text().split("\n", 2)
             if is_running(ProcessId(int(pid), int(since))):
                 raise UserError(f"--output {output} is in use by a demo that runs (process {pid}): name another folder")
@@ -133,7 +134,7 @@ def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
 
 
 def _start_store(folder: Path, started: contextlib.ExitStack) -> None:
-    """Start the S3 server and set its variables; ``started`` takes back both, and the folder with data and keys."""
+    """Start the S3 server and set its variables; ``started`` undoes both, and removes the folder with data and keys."""
     folder.mkdir()
     started.callback(shutil.rmtree, folder, ignore_errors=True)
     store = ObjectStore(folder, BUCKET)
@@ -154,15 +155,15 @@ def _train(config: RunConfig, state: Path) -> int:
     _say(f"training on {NODES} Ray nodes, job server {address}")
     job = send(build_request(config, Placement(NODES), os.environ, Path.cwd()), address)
     status = follow(address, job, sys.stdout)
-    local.down(state)  # What follows wants the nodes' CPUs.
+    local.down(state)  # The following steps need the nodes' CPUs.
     return status
 
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the block, and take away the user's own that would win over them or be sent along.
+    """Set variables for the block, and remove the user's own that would override them or be sent with a job.
 
-    The Ray nodes and what runs in them inherit them.
+    The Ray nodes and their processes inherit the variables.
     """
     proxies = {name: ",".join(filter(None, [os.environ.get(name), _LOOPBACK])) for name in ("NO_PROXY", "no_proxy")}
     before = {name: os.environ.get(name) for name in (*values, *proxies, *_OWN_AWS)}
@@ -190,7 +191,7 @@ def _fetch(run: str, folder: Path) -> None:
 
 
 def _report(result: Evaluation, output: Path, seconds: float) -> bool:
-    """Print what it came to, and return whether the fused image is above both baselines, raw and adjusted."""
+    """Print the results, and return whether the fused image is above both baselines, raw and adjusted."""
     folder = output / "run" / "evaluation" / result.folder.rpartition("/")[2]
     passed = True
     print(f"\ncheckpoint rule: best, the least validation loss ({result.checkpoint})")
@@ -203,7 +204,7 @@ def _report(result: Evaluation, output: Path, seconds: float) -> bool:
     print(f"pictures: {folder}/panel-*.png, {output / 'run' / 'images'}")
     print(f"figures:  {folder}/chips.csv, {folder}/aois.csv, {output / 'run' / 'metrics.csv'}")
     print(f"watch it: satfusion monitor {output / 'run'}")
-    print(f"done in {seconds / 60:.1f} minutes; everything it started has been ended")
+    print(f"done in {seconds / 60:.1f} minutes; everything it started has been stopped")
     return passed
 
 

@@ -1,4 +1,4 @@
-"""A real multi-node Ray cluster on this machine: each node on a loopback address of its own, from 127.0.0.2 up."""
+"""A real multi-node Ray cluster on this machine: each node has its own loopback address, from 127.0.0.2 up."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from cluster.local.processes import ProcessId, free_ports, is_running, running_w
 from cluster.loopback.library import build_library, confined
 from sharding.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MARK = "SATFUSION_CLUSTER"
 _STATE, _RAY, _LOGS = "state.json", "ray", "logs"
 _START_SECONDS = 120.0
 _DASHBOARD_SECONDS = 60.0
-# A Unix socket's path has at most 107 bytes, and Ray adds this many below its folder.
+# A Unix socket's path has at most 107 bytes, and Ray appends this many to its folder.
 _RAY_SOCKET_PATH = 64
 _MAX_NODES = 200
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """What is up, as it stands in the state file."""
+    """A running cluster, as recorded in the state file."""
 
     mark: str
     """Value of ``SATFUSION_CLUSTER`` in the environment of every process of this cluster."""
@@ -47,11 +47,11 @@ class LocalCluster:
     nodes: tuple[str, ...]
     """Address of each node; the first is the head."""
     cpus_per_node: int
-    """CPUs that Ray may hand out on each node."""
+    """CPUs of each node that Ray may assign."""
     gpus_per_node: int
-    """GPUs that Ray may hand out on each node."""
+    """GPUs of each node that Ray may assign."""
     processes: tuple[ProcessId, ...] = ()
-    """The processes that ran when ``up`` ended; empty while it is at work."""
+    """The processes that ran when ``up`` ended; empty while ``up`` runs."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class NodeOptions:
     nodes: int = 2
     """Number of Ray nodes, 1 to 200."""
     cpus_per_node: int | None = None
-    """CPUs of each node; None shares this machine's out, at least one each."""
+    """CPUs of each node; None divides this machine's CPUs by the nodes, at least one each."""
     gpus_per_node: int = 0
     """GPUs of each node; node i takes this machine's GPUs ``i*n`` to ``i*n + n - 1``."""
     object_store_mb: int = 200
-    """Shared memory of each node for Ray's objects, MiB; at least 80. Training moves none of its data by it."""
+    """Shared memory of each node for Ray's objects, MiB; at least 80. Training sends none of its data through it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= _MAX_NODES:
@@ -88,10 +88,10 @@ def up(options: NodeOptions, state: Path) -> LocalCluster:
 
     Args:
         options: Size of the cluster.
-        state: Folder that holds what ``down`` needs, Ray's files and its logs; made when absent.
+        state: Folder for the state that ``down`` needs, Ray's files and its logs; created if absent.
 
     Raises:
-        UserError: A cluster is up in ``state`` already, or one does not come up. Nothing is left behind then.
+        UserError: A cluster is up in ``state`` already, or the new one does not start. Nothing is left behind then.
     """
     existing = read_state(state)
     if existing is not None:
@@ -100,7 +100,7 @@ def up(options: NodeOptions, state: Path) -> LocalCluster:
                 f"a cluster of {len(existing.nodes)} nodes is already up at {existing.address}: "
                 "take it down with `satfusion cluster down`"
             )
-        down(state)  # What is left of a cluster that ended without us, by a reboot say.
+        down(state)  # Remains of a cluster that ended without ``down``, for example by a reboot.
     _claim(state)
     cpus = options.cpus_per_node or max(1, (os.cpu_count() or 1) // options.nodes)
     gcs_port, dashboard_port = free_ports(2)
@@ -126,11 +126,11 @@ def up(options: NodeOptions, state: Path) -> LocalCluster:
 
 
 def down(state: Path) -> LocalCluster | None:
-    """End exactly the processes that ``up`` started and remove what it wrote; None when nothing was up."""
+    """End exactly the processes that ``up`` started and remove its files; return None if nothing was up."""
     cluster = read_state(state)
     if cluster is None:
         return None
-    # A process that was being started while the others ended shows up in the next look.
+    # A process that was being started while the others ended appears in the next iteration.
     while alive := _alive(cluster):
         stop(alive)
     for name in (_RAY, _LOGS):
@@ -143,7 +143,7 @@ def down(state: Path) -> LocalCluster | None:
 
 
 def read_state(state: Path) -> LocalCluster | None:
-    """Return the cluster that the state folder tells of, None when it tells of none.
+    """Return the cluster recorded in the state folder, or None if there is none.
 
     Raises:
         UserError: The state file cannot be understood.
@@ -153,27 +153,27 @@ def read_state(state: Path) -> LocalCluster | None:
         content = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not content:  # Another `up` has claimed the folder this moment.
-        raise UserError(f"another `satfusion cluster up` is at work in {state}: wait for it, or remove {path}")
+    if not content:  # Another `up` has just claimed the folder.
+        raise UserError(f"another `satfusion cluster up` is running in {state}: wait for it, or remove {path}")
     try:
         values = json.loads(content)
         values["nodes"] = tuple(values["nodes"])
         values["processes"] = tuple(ProcessId(**process) for process in values["processes"])
         return LocalCluster(**values)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no state of a cluster ({error}): remove it") from error
+        raise UserError(f"{path} is not the state of a cluster ({error}): remove it") from error
 
 
 def alive_nodes(cluster: LocalCluster) -> list[str]:
-    """Return the addresses of the nodes that Ray counts as alive; none when its dashboard does not answer."""
-    # On loopback no proxy is wanted, whatever the environment says.
+    """Return the addresses of the nodes that Ray counts as alive; none if its dashboard does not answer."""
+    # Loopback needs no proxy, whatever the environment says.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{cluster.address}/nodes?view=summary", timeout=10) as response:
             summary = json.load(response)["data"]["summary"]
     except (OSError, ValueError, KeyError):
         return []
-    # A node that has just joined stands there before its agent has told its address.
+    # A node that has just joined is listed before its agent has reported its address.
     return sorted(node["ip"] for node in summary if "ip" in node and node.get("raylet", {}).get("state") == "ALIVE")
 
 
@@ -191,7 +191,7 @@ def _claim(state: Path) -> None:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         (state / _STATE).touch(mode=0o600, exist_ok=False)
     except FileExistsError as error:
-        raise UserError(f"another `satfusion cluster up` is at work in {state}: wait for it") from error
+        raise UserError(f"another `satfusion cluster up` is running in {state}: wait for it") from error
     except OSError as error:
         raise UserError(
             f"cannot write the state of the cluster to {state} ({error}): choose another --state"
@@ -216,7 +216,7 @@ def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> No
     numbers = range(len(cluster.nodes))
     with _ray_start(cluster, options, state, library, 0, first):
         pass
-    with contextlib.ExitStack() as others:  # They start at once and are waited for at the block's end.
+    with contextlib.ExitStack() as others:  # They start at once; the end of the block waits for them.
         for number in numbers[1:]:
             others.enter_context(_ray_start(cluster, options, state, library, number, [f"--address={cluster.gcs}"]))
 
@@ -225,7 +225,7 @@ def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> No
 def _ray_start(
     cluster: LocalCluster, options: NodeOptions, state: Path, library: Path, number: int, role: list[str]
 ) -> Iterator[None]:
-    """Start node ``number``; wait for its start to end when the block ends."""
+    """Start node ``number``; the end of the block waits until it has started."""
     address, log_file = cluster.nodes[number], state / _LOGS / f"node{number}.log"
     command = [
         sys.executable,
@@ -234,13 +234,13 @@ def _ray_start(
         "start",
         *role,
         f"--node-ip-address={address}",
-        # Each its own, as hosts have: in a shared one, an agent that unpacks a job's code replaces the folder
-        # in which another node's processes already work.
+        # One for each node, as for separate hosts: in a shared folder, an agent that unpacks a job's code replaces the
+        # folder in which another node's processes already work.
         f"--temp-dir={state.resolve() / _RAY / str(number)}",
         f"--num-cpus={cluster.cpus_per_node}",
         f"--num-gpus={cluster.gpus_per_node}",
         f"--object-store-memory={options.object_store_mb * 2**20}",
-        # Each agent listens on 127.0.0.1 too, where the default port can be had once.
+        # Each agent also listens on 127.0.0.1, where only one can have the default port.
         f"--dashboard-agent-listen-port={free_ports(1)[0]}",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -269,13 +269,13 @@ def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
     environment = {
         **os.environ,
         _MARK: cluster.mark,
-        # Parts of Ray that were told no address look for any cluster on this machine.
+        # Parts of Ray without a given address look for any cluster on this machine.
         "RAY_ADDRESS": cluster.gcs,
         # The jobs' drivers are started as plain `python`.
         "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
-        # Two servers of figures that have no switch; their default ports can be had once a machine.
+        # Two metrics servers cannot be switched off; only one on a machine can have their default ports.
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
         "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
     }
@@ -297,6 +297,6 @@ def _wait_for_nodes(cluster: LocalCluster) -> None:
 
 
 def _tail(path: Path) -> str:
-    # Of a traceback, what stands at the margin says what happened.
+    # The unindented lines of a traceback tell what happened.
     lines = [line for line in path.read_text(errors="replace").splitlines() if line and not line[0].isspace()]
     return " | ".join(lines[-2:]) or "it wrote no log"

@@ -24,7 +24,7 @@ from sharding.errors import UserError
 if TYPE_CHECKING:
     from typing import Self
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
@@ -42,18 +42,18 @@ class _S3Client(Protocol):
 
 
 class ObjectStore:
-    """SeaweedFS's S3 server over a data folder, for as long as the ``with`` block runs.
+    """SeaweedFS's S3 server over a data folder, running for the length of the ``with`` block.
 
     The server listens on 127.0.0.1 on free ports, accepts one generated pair of keys, and ends with the
     block, or with the process that started it. The data stays in the folder.
 
     Attributes:
-        environment: What a client needs: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``,
+        environment: Environment variables for a client: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``,
             ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION`` and ``AWS_DEFAULT_REGION``.
-        log_file: What the server wrote.
+        log_file: Output of the server.
 
     Raises:
-        UserError: On entering: SeaweedFS is not installed, or the server does not come up.
+        UserError: On entering: SeaweedFS is not installed, or the server does not start.
     """
 
     def __init__(self, folder: Path, bucket: str | None = None) -> None:
@@ -72,7 +72,7 @@ class ObjectStore:
 
     @property
     def pid(self) -> int | None:
-        """Process number of the running server, None when it does not run."""
+        """Return the process number of the running server, or None if it does not run."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
@@ -86,7 +86,7 @@ class ObjectStore:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # A Ctrl-C meant for us must not race our own clean-up.
+                start_new_session=True,  # A Ctrl-C for this process must not reach the server before our own clean-up.
                 preexec_fn=dies_with_parent(),
             )
         try:
@@ -96,15 +96,15 @@ class ObjectStore:
         except BaseException:
             self.stop()
             raise
-        log.info("S3 server (SeaweedFS) ready")
+        logger.info("S3 server (SeaweedFS) ready")
 
     def stop(self) -> None:
-        """End the server and whatever it started; nothing happens when it does not run."""
+        """End the server and its child processes; do nothing if it does not run."""
         process, self._process = self._process, None
         if process is None:
             return
-        # Not SIGTERM: SeaweedFS then spends ten seconds and more on its parts. What it has acknowledged was
-        # written to its files, and those outlive the process.
+        # Not SIGTERM: SeaweedFS then takes ten seconds and more to stop its parts. Acknowledged data is already in its
+        # files, which outlive the process.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -114,7 +114,7 @@ class ObjectStore:
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; it may exist already."""
-        from botocore.exceptions import ClientError  # slow to import, and folders need none
+        from botocore.exceptions import ClientError  # slow to import, and local folders do not need it
 
         try:
             self._client().create_bucket(Bucket=name)
@@ -144,7 +144,7 @@ class ObjectStore:
             f"-master.port={master}",
             f"-master.port.grpc={master_grpc}",
             "-master.telemetry=false",
-            # A lone master that starts again has nobody to wait for; ten seconds and more are the default.
+            # A single master that restarts has no peers to wait for; the default is ten seconds and more.
             "-master.electionTimeout=1s",
             # A bucket takes seven volumes at its first object; small ones let a disk hold many buckets.
             "-master.volumeSizeLimitMB=256",
@@ -178,7 +178,7 @@ class ObjectStore:
             json.dump({"identities": [identity]}, file)
 
     def _wait_until_ready(self) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError  # slow to import, and folders need none
+        from botocore.exceptions import BotoCoreError, ClientError  # slow to import, and local folders do not need it
 
         assert self._process is not None
         client, probe = self._client(), "ready-probe"
@@ -186,9 +186,9 @@ class ObjectStore:
         while True:
             if self._process.poll() is not None:
                 status = self._process.returncode
-                raise UserError(f"the S3 server ended at its start with status {status}: {self._log_tail()}")
+                raise UserError(f"the S3 server exited at its start with status {status}: {self._log_tail()}")
             try:
-                # A bucket alone needs the filer only; storing an object shows that a volume answers too.
+                # A bucket needs only the filer; storing an object proves that a volume answers too.
                 self.create_bucket(probe)
                 client.put_object(Bucket=probe, Key="object", Body=b"ready")
                 client.delete_object(Bucket=probe, Key="object")
@@ -202,7 +202,7 @@ class ObjectStore:
                 return
 
     def _client(self) -> _S3Client:
-        import boto3  # slow to import, and folders need none
+        import boto3  # slow to import, and local folders do not need it
         from botocore.config import Config
 
         client: _S3Client = boto3.client(
@@ -221,7 +221,7 @@ class ObjectStore:
 
 
 def _find_weed() -> str:
-    """Return SeaweedFS's binary: the one beside this Python first, then the one on the path."""
+    """Return SeaweedFS's binary: the one beside this Python first, else the one on the path."""
     beside = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:

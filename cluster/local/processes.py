@@ -1,4 +1,4 @@
-"""Processes on this machine, by psutil: identities that tell a reused pid apart, descendants, ends; and free ports."""
+"""Processes of this machine, by psutil: identities that detect a reused pid, descendants, ends; and free ports."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 
 import psutil
 
-# Below the kernel's range for outgoing connections (32768 and up), so that no connection takes a port
-# between our look and the server's bind. Above 10000 nothing well known listens.
+# Below the kernel's range for outgoing connections (32768 and up), so that no connection takes a port between our check
+# and the server's bind. Above 10000 no well-known service listens.
 _PORTS = range(10240, 32700)
 _PR_SET_PDEATHSIG = 1
-# Field 22 of `/proc/<pid>/stat` counts in these.
+# Unit of field 22 of `/proc/<pid>/stat`.
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _ENDED = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
 
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process, told apart from a later one that was given the same number."""
+    """Identity of a process, distinct from a later process with the same number."""
 
     pid: int
     """Process number."""
@@ -58,8 +58,8 @@ def _is_free(port: int) -> bool:
 def dies_with_parent() -> Callable[[], None] | None:
     """Return a ``preexec_fn`` after which the kernel kills the child when its parent thread ends.
 
-    It covers the parent that is killed and so never reaches its own clean-up. None where the system has no
-    such call. Start the child from a thread that outlives it: the signal follows the thread, not the process.
+    It covers a parent that is killed and so never reaches its own clean-up. Return None if the system has no such call.
+    Start the child from a thread that outlives it: the signal follows the thread, not the process.
     """
     if sys.platform != "linux":
         return None
@@ -72,7 +72,7 @@ def dies_with_parent() -> Callable[[], None] | None:
 
 
 def identify(pid: int) -> ProcessId | None:
-    """Return the identity of a running process, or None when there is none (a zombie counts as none)."""
+    """Return the identity of a running process, or None if there is none (a zombie counts as none)."""
     try:
         process = psutil.Process(pid)
         return None if process.status() in _ENDED else _identity(process)
@@ -81,22 +81,22 @@ def identify(pid: int) -> ProcessId | None:
 
 
 def _identity(process: psutil.Process) -> ProcessId:
-    # psutil adds the boot time, which moves when the clock is set; what it added is taken off again.
+    # psutil adds the boot time, which changes when the clock is set; its value is subtracted again.
     since_boot = process.create_time() - psutil.boot_time()
     return ProcessId(process.pid, round(since_boot * _TICKS_PER_SECOND))
 
 
 def is_running(process: ProcessId) -> bool:
-    """Tell whether exactly this process still runs."""
+    """Return whether exactly this process still runs."""
     return identify(process.pid) == process
 
 
 def running_with(variable: str, value: str) -> list[ProcessId]:
     """Return every process whose environment was started with ``variable=value``, and their descendants.
 
-    Children inherit it however they detach; descendants are added because a process that gives itself a long
-    title overwrites what the kernel shows of its environment. Processes of other users, whose environment
-    cannot be read, are skipped.
+    Children inherit it even if they detach; descendants are added because a process that gives itself a long title
+    overwrites what the kernel shows of its environment. Processes of other users, whose environment cannot be read, are
+    skipped.
     """
     found: set[int] = set()
     for pid in set(psutil.pids()) - {os.getpid()}:
@@ -108,7 +108,7 @@ def running_with(variable: str, value: str) -> list[ProcessId]:
 
 
 def stop(processes: Iterable[ProcessId], patience: float = 3.0) -> None:
-    """End exactly these processes: ask, wait up to ``patience`` seconds, then kill those that are left.
+    """End exactly these processes: terminate, wait up to ``patience`` seconds, then kill the rest.
 
     Raises:
         OSError: A process could not be ended (it waits in the kernel, or is not ours to end).
@@ -116,7 +116,7 @@ def stop(processes: Iterable[ProcessId], patience: float = 3.0) -> None:
     left = list(processes)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in left:
-            with contextlib.suppress(psutil.Error):  # It ended meanwhile, or is not ours to end.
+            with contextlib.suppress(psutil.Error):  # It has ended, or is not ours to end.
                 handle = psutil.Process(process.pid)
                 if is_running(process):
                     handle.send_signal(number)

@@ -1,1 +1,1 @@
-"""Keeps every server of a local cluster on loopback: `bind.c`, compiled and preloaded by `library`."""
+"""Library that keeps every server of a local cluster on loopback: `bind.c`, compiled and preloaded by `library`."""

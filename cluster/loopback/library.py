@@ -1,10 +1,10 @@
-"""Keeps every server of a local cluster on a loopback address.
+"""Library that keeps every server of a local cluster on a loopback address.
 
-Ray's GCS, raylets, agents and workers, and torch's TCPStore, listen on all interfaces unless the node's address
-is literally 127.0.0.1, which Ray does not accept for a node and which would make all nodes one. No flag of theirs
-changes that. So the nodes are started with a small library in ``LD_PRELOAD``; the processes they start inherit it. It
-turns the address "any" of a ``bind`` into the node's own. What listens on "any" is reached at 127.0.0.1 too, and Ray's
-parts count on that among themselves; so a ``connect`` to a port of 127.0.0.1 on which nothing listens goes to the
+Ray's GCS, raylets, agents and workers, and torch's TCPStore, listen on all interfaces unless the node's address is
+literally 127.0.0.1, which Ray does not accept for a node and which would make all nodes one. They have no option to
+change that. So the nodes are started with a small library in ``LD_PRELOAD``; the processes they start inherit it. It
+turns the address "any" of a ``bind`` into the node's own. A server on "any" can be reached at 127.0.0.1 too, and parts
+of Ray rely on that among themselves; so a ``connect`` to a port of 127.0.0.1 on which nothing listens goes to the
 node's own address instead.
 """
 
@@ -28,7 +28,7 @@ def build_library(folder: Path) -> Path:
     """Compile the library into ``folder`` and return its path.
 
     Raises:
-        UserError: There is no C compiler, it fails, or the path cannot stand in ``LD_PRELOAD``.
+        UserError: There is no C compiler, it fails, or ``LD_PRELOAD`` cannot hold the path.
     """
     library = folder.resolve() / "loopback.so"
     if any(letter.isspace() or letter == ":" for letter in str(library)):
@@ -50,12 +50,12 @@ def build_library(folder: Path) -> Path:
 
 
 def confined(environment: Mapping[str, str], library: Path, address: str) -> dict[str, str]:
-    """Return ``environment`` with what keeps a node at ``address``, and all it starts, on loopback.
+    """Return ``environment`` with the variables that keep a node at ``address``, and all its processes, on loopback.
 
-    Gloo and NCCL look for the interface of the host's name, which is not loopback, so they are told.
+    Gloo and NCCL look for the interface of the host's name, which is not loopback, so a variable names the interface.
     """
     if not ipaddress.IPv4Address(address).is_loopback:
-        raise ValueError(f"{address} is no loopback address")
+        raise ValueError(f"{address} is not a loopback address")
     before = environment.get("LD_PRELOAD")
     return {
         **environment,

@@ -16,14 +16,14 @@ DROPOUT = 0.5
 
 
 class HighResNet(Encoder):
-    """Encode each revisit alone, then halve their number by one shared fusion block until one is left.
+    """Encoder of each revisit alone; one shared fusion block then halves their number until one is left.
 
     s_i = prelu(W (z + g(z))) with z = [s_i; s_j], the features of a pair of revisits [B, 2D, h, w], at each level.
-    Deudon et al., "HighRes-net: Recursive Fusion for Multi-Frame Super-Resolution of Satellite Imagery",
-    arXiv 2002.06460. As published with SatFusion: no reference channel. Where revisits cannot all be paired, the one
-    without a partner goes on to the next level as it is, which is what the paper's mask alpha = 0 of an absent partner
-    comes to (section 3.2); the published form fuses it with empty feature maps, up to a power of two. The block is one
-    set of weights, so a model that was built for two revisits or more takes any number of them.
+    Deudon et al., "HighRes-net: Recursive Fusion for Multi-Frame Super-Resolution of Satellite Imagery", arXiv
+    2002.06460. As published with SatFusion: no reference channel. If the number of revisits is odd, the revisit without
+    a partner passes unchanged to the next level, which equals the paper's mask alpha = 0 of an absent partner (section
+    3.2); the published form fuses it with empty feature maps, up to a power of two. The block is one set of weights, so
+    a model that was built for two revisits or more takes any number of them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,7 +47,7 @@ class HighResNet(Encoder):
             return cast(Tensor, x.squeeze(1))
         if self.fuse is None:
             raise ValueError(
-                f"this HighRes-net was built for a single revisit, has nothing to fuse with, and was given "
+                f"this HighRes-net was built for a single revisit, cannot fuse several, and was given "
                 f"{revisits}: build it with revisits = {revisits}"
             )
         if self.published:
@@ -60,7 +60,7 @@ class HighResNet(Encoder):
         return cast(Tensor, x.squeeze(1))
 
     def published_names(self) -> NamePairs:
-        """Return the published names; the fusion block is registered once a level there."""
+        """Return the published names; there the fusion block is registered once per level."""
         names = double_conv_names("encoder", "encode")
         for level in range(self.levels):
             block = f"blockMISR.fusion.{level}.fuse"
@@ -70,7 +70,7 @@ class HighResNet(Encoder):
 
 
 class PairFusion(nn.Module):
-    """Fuse revisit i of the first half with revisit i of the second half."""
+    """Fusion of revisit i of the first half with revisit i of the second half."""
 
     def __init__(self, hidden: int, dropout: float) -> None:
         super().__init__()

@@ -18,16 +18,16 @@ REDUCTION = 8
 
 
 class RAMS(Encoder):
-    """Convolve over revisits, rows and columns, and drop two revisits at a time until one feature map is left.
+    """Convolutions over revisits, rows and columns, which drop two revisits at a time until one feature map is left.
 
     Salvetti, Mazzia, Khaliq, Chiaberge, "Multi-Image Super Resolution of Remotely Sensed Images Using Residual
     Attention Deep Neural Networks", Remote Sensing 12(14):2207, 2020: a main branch of 3-D residual feature attention
     blocks (RFAB) and temporal reduction, and a global residual of one 2-D residual temporal attention block (RTAB). As
     published with SatFusion: no weight normalisation, and one RFAB whose weights serve all its uses.
 
-    The number of revisits is fixed when the model is built: they are channels of the RTAB, and decide how often the
-    main branch is reduced. The published form is bound to 3 bands and at least 3 revisits and always holds the last
-    convolution of odd and of even numbers of revisits, whichever it uses.
+    The number of revisits is fixed when the model is built: revisits are channels of the RTAB, and set the number of
+    reductions of the main branch. The published form requires 3 bands and at least 3 revisits, and always holds the
+    last convolutions of both odd and even numbers of revisits, although it uses only one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -73,13 +73,13 @@ class RAMS(Encoder):
             x = self.rfab(x)
         x = self.end(x) + shallow
         for _ in range(self.reductions):
-            assert self.reduce is not None  # it is built wherever there is something to reduce
+            assert self.reduce is not None  # built only if there is something to reduce
             x = F.relu(self.reduce(self.rfab(x)))
         main = self.flatten(x).squeeze(2)
         return cast(Tensor, main + self.widen(self.rtab(lr.flatten(1, 2))))
 
     def published_names(self) -> NamePairs:
-        """Return the published names, which tell the last convolutions of odd and even numbers of revisits apart."""
+        """Return the published names, which distinguish the last convolutions of odd and even numbers of revisits."""
         odd, even = ("flatten", "idle_flatten") if self.revisits % 2 else ("idle_flatten", "flatten")
         return (
             ("blockMISR.begin_conv3d", "begin"),
@@ -94,13 +94,13 @@ class RAMS(Encoder):
 
 
 class AttentionBlock(nn.Module):
-    """Add to x what two convolutions make of it, each channel weighted by attention.
+    """Residual block of two convolutions, with attention weights for each channel.
 
     x + u sigmoid(W2 ReLU(W1 mean(u))) with u = conv(ReLU(conv(x))): the paper's RFAB over [R, h, w] with
     ``nn.Conv3d``, its RTAB over [h, w] with ``nn.Conv2d``.
 
     Args:
-        conv: Which of the two.
+        conv: ``nn.Conv3d`` or ``nn.Conv2d``.
         channels: Channels in and out.
     """
 
@@ -121,7 +121,7 @@ class AttentionBlock(nn.Module):
 
 
 def _drop_revisits(outputs: int, kernel: int) -> nn.Conv3d:
-    """Return a convolution that leaves ``kernel`` - 1 revisits fewer."""
+    """Return a convolution whose result has ``kernel`` - 1 revisits fewer."""
     return nn.Conv3d(FILTERS, outputs, (kernel, 3, 3), padding=(0, 1, 1))
 
 

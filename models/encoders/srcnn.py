@@ -15,14 +15,14 @@ DROPOUT = 0.5
 
 
 class SRCNN(Encoder):
-    """Encode each revisit beside the median revisit, then fuse all of them by convolution.
+    """Encoder of each revisit beside the median revisit, and a fusion of all of them by convolution.
 
     F = x + g(x) with x = m([e([lr_1; median]); ...; e([lr_R; median])]), two 3 x 3 convolutions each: e encodes
     [R B, 2C, h, w] to D channels, m merges [B, R D, h, w] to D, g keeps D.
 
     The multi-frame form of SRCNN: Cornebise, Orsolic, Kalaitzis, "Open High-Resolution Satellite Imagery: The
-    WorldStrat Dataset", NeurIPS Datasets and Benchmarks 2022; named after Dong et al., TPAMI 2016.
-    The number of revisits is fixed when the model is built, for all of them become channels.
+    WorldStrat Dataset", NeurIPS Datasets and Benchmarks 2022; named after Dong et al., TPAMI 2016. The number of
+    revisits is fixed when the model is built, because all of them become channels.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,13 +46,13 @@ class SRCNN(Encoder):
                 f"build it with revisits = {lr.shape[1]}"
             )
         reference = lower_median(lr).unsqueeze(1).expand_as(lr)
-        # A sample's revisits are neighbours in the batch, so its channels come out revisit by revisit.
+        # A sample's revisits are adjacent in the batch, so its channels are ordered revisit by revisit.
         features = self.encode(torch.cat([lr, reference], dim=2).flatten(0, 1))
         x = self.merge(features.reshape(lr.shape[0], -1, *lr.shape[-2:]))
         return cast(Tensor, x + self.residual(x))
 
     def published_names(self) -> NamePairs:
-        """Return the published names; both convolutions of the fusion are registered twice there."""
+        """Return the published names; there both convolutions of the fusion are registered twice."""
         return (
             *double_conv_names("encoder", "encode"),
             *double_conv_names("blockMISR.doubleconv2d", "merge"),

@@ -1,4 +1,4 @@
-"""TR-MISR: at every pixel a transformer over the revisits."""
+"""TR-MISR: a transformer over the revisits at every pixel."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ MLP_WIDTH = 128
 LAYERS = 6
 RESIDUAL_BLOCKS = 2
 PAN_FEATURES = 3
-"""Channels of the features of PAN from which the encoder that it guides makes its tokens."""
+"""Channels of the PAN features from which the guided encoder makes its tokens."""
 
 DROPOUT = 0.1
 PUBLISHED_SIZE = (50, 50)
 
 MAX_SEQUENCES = 1 << 13
-"""Sequences, one a pixel, that go through the transformer together. Flash attention on CUDA refuses more than 65,535
-(github.com/pytorch/pytorch/issues/146704), and its backward pads the queries of each to 128 x 32 floats a head: 1 GiB
-for these. On CPU fewer at a time are faster, for their tensors are not returned to the system in between."""
+"""Sequences, one per pixel, that the transformer processes together. Flash attention on CUDA refuses more than 65,535
+(github.com/pytorch/pytorch/issues/146704), and its backward pass pads the queries of each to 128 x 32 floats per head:
+1 GiB for these. On CPU fewer at a time are faster, because their tensors are then not returned to the system between
+calls."""
 
 
 class TRNet(Encoder):
-    """Encode each revisit alone, then let a learned token gather, pixel by pixel, what the revisits hold.
+    """Encoder of each revisit alone, and a learned token that gathers the revisits' content pixel by pixel.
 
     An, Zhang, Zhang, Zhang, Huang, "TR-MISR: Multiimage Super-Resolution Based on Feature Fusion With Transformers",
-    IEEE JSTARS 15, 2022. Revisits carry no positional code, so their order and number are free. The published form is
-    bound to 50 x 50 px and holds the parts that make a token of PAN, which only the guided encoder uses.
+    IEEE JSTARS 15, 2022. Revisits carry no positional code, so their order and number are free. The published form
+    requires 50 x 50 px and holds the parts that make a token of PAN, which only the guided encoder uses.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,7 +58,7 @@ class TRNet(Encoder):
 
 
 class RevisitFusion(nn.Module):
-    """What TR-MISR does with any token: encode, transformer, decode.
+    """TR-MISR for any token: encoder, transformer, decoder.
 
     Args:
         channels: Channels of a revisit.
@@ -77,7 +78,7 @@ class RevisitFusion(nn.Module):
 
         Args:
             lr: Revisits [B, R, channels, h, w].
-            token: Where each pixel begins, [B h w, 1, 64], or [1, 1, 64] for all of them.
+            token: Initial token of each pixel, [B h w, 1, 64], or [1, 1, 64] for all pixels.
 
         Returns:
             Features [B, D, h, w].
@@ -94,7 +95,7 @@ class RevisitFusion(nn.Module):
         """Map sequences [N, 1 + R, 64] to their tokens after the transformer, [N, 1, 64]."""
         for layer in self.layers[:-1]:
             x = layer(x)
-        # Of the last layer nothing but the token is kept, so nothing else is made.
+        # Only the token of the last layer is used, so only the token is computed.
         return cast(Tensor, self.layers[-1](x, kept=1))
 
 
@@ -141,14 +142,14 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, kept: int | None = None) -> Tensor:
-        """Map [N, T, 64] to the first ``kept`` of T positions, or to all of them, each having seen all T."""
+        """Map [N, T, 64] to the first ``kept`` of T positions, or to all; each position attends to all T."""
         x = x[:, :kept] + self.attention(self.norm1(x), kept)
         inner = self.dropout(F.gelu(self.linear1(self.norm2(x))))
         return cast(Tensor, x + self.dropout(self.linear2(inner)))
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(64)) v in 8 heads of 8: the scale is of the whole width, not of a head's."""
+    """softmax(q k^T / sqrt(64)) v in 8 heads of 8: the scale is that of the whole width, not of a head."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -157,14 +158,14 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, kept: int | None = None) -> Tensor:
-        """Map [N, T, 64] to what the first ``kept`` positions, or all of them, find in it."""
+        """Map [N, T, 64] to the attention result of the first ``kept`` positions, or of all."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         found = F.scaled_dot_product_attention(q[:, :, :kept], k, v, scale=WIDTH**-0.5)
         return cast(Tensor, self.dropout(self.out(found.transpose(1, 2).flatten(2))))
 
 
 class PanToken(nn.Module):
-    """Make of the features of PAN at each pixel the token from which its revisits are gathered."""
+    """Map from PAN features at each pixel to the token that gathers its revisits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ def dropout_rate(config: ModelConfig) -> float:
 
 
 def check_published_size(config: ModelConfig, lr: Size, encoder: str) -> None:
-    """Raise ValueError where the published model cannot take revisits of size ``lr``."""
+    """Raise ValueError if the published model cannot take revisits of size ``lr``."""
     if config.published and lr != PUBLISHED_SIZE:
         raise ValueError(
             f"the published {encoder} reshapes its result to 50 x 50 px and cannot take revisits of "

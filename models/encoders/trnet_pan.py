@@ -23,13 +23,12 @@ from models.encoders.trnet import (
 
 
 class TRNetPan(Encoder):
-    """Show PAN to TR-MISR twice: as a band of every revisit, and as the token of every pixel.
+    """TR-MISR that sees PAN twice: as a band of every revisit, and as the token of every pixel.
 
     Tong et al., "SatFusion: A Unified Framework for Enhancing Remote Sensing Images via Multi-Frame and Multi-Source
     Images Fusion", arXiv 2510.07905 (version 4, SatFusion*). PAN is shrunk to the grid of the revisits, and blurred
-    first so that detail finer than their pixels does not fold into them. The published form shrinks without the blur,
-    holds the learned token of TR-MISR unused, and is bound to 3 bands, 50 x 50 px and the number of revisits it was
-    built for.
+    first so that detail finer than their pixels does not alias. The published form shrinks without the blur, holds the
+    learned token of TR-MISR unused, and requires 3 bands, 50 x 50 px and the number of revisits it was built for.
     """
 
     def __init__(self, config: ModelConfig) -> None:

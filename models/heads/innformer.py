@@ -13,17 +13,17 @@ from models.config import ModelConfig
 from models.contracts import Head, NamePairs, Size
 
 WIDTH = 8
-"""Channels of each of the two images, and of either half of what the invertible blocks mix."""
+"""Channels of each of the two images, and of each half in the invertible blocks."""
 
 BLOCKS = 3
 WINDOW, STRIDE, MARGIN = 24, 8, 8
-"""Side, distance and padding of the windows that are matched, pixels."""
+"""Side, stride and padding of the matched windows, pixels."""
 
 SMALLEST = WINDOW - 2 * MARGIN
-"""Least side of an image that holds a window, pixels."""
+"""Minimum side of an image that holds a window, pixels."""
 
 CHUNK = 32
-"""Windows that are matched at a time; their similarities take 42 MB."""
+"""Windows matched at a time; their similarities take 42 MB."""
 
 SCALE_LIMIT = 0.8
 """Bound of the logarithm of the factor in an affine coupling."""
@@ -87,11 +87,11 @@ class PatchTransformer(nn.Module):
     """Hard attention: every 3 x 3 patch of one image takes the most similar one of the other.
 
     The customized transformer of AAAI 2022. With the 3 x 3 patches q_i of the query and k_j of the key as unit vectors
-    r_ij = q_i . k_j, s_j = max_i r_ij, and T is the query's patches argmax_i r_ij laid over each other; the result is
+    r_ij = q_i . k_j, s_j = max_i r_ij, and T is the sum of the query's overlapping patches argmax_i r_ij; the result is
     key + s N([T; key]) with two convolutions N. Patches are sought inside a window of 24 x 24 px.
 
-    As published, in both forms, the unfolded windows [B, 8 576, L] are read in memory as [B L, 8, 24, 24]. So what is
-    called a window below holds values from many places, and weights are trained for that order. Samples never mix.
+    As published, in both forms, the unfolded windows [B, 8 576, L] are read in memory as [B L, 8, 24, 24]. So a
+    "window" below holds values from many places, and weights are trained for that order. Samples never mix.
     """
 
     def __init__(self) -> None:
@@ -119,15 +119,16 @@ def _windows(image: Tensor) -> Tensor:
 def transfer(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Replace each patch of ``key`` by the patch of ``query`` whose cosine to it is largest.
 
-    The search carries no gradient and leaves nothing behind; the patches it found do, and are gathered again in
-    the backward pass rather than kept, nine times as large as the windows.
+    The search has no gradient and keeps nothing. The patches found have a gradient; they are gathered again in the
+    backward pass instead of kept, because they are nine times as large as the windows.
 
     Args:
         query: Windows [P, 8, 24, 24].
         key: Windows of the same shape.
 
     Returns:
-        The patches of ``query`` laid over each other, divided by 9, [P, 8, 24, 24]; the cosine of each, [P, 1, 24, 24].
+        The sum of the overlapping patches of ``query``, divided by 9, [P, 8, 24, 24]; the cosine of each, [P, 1, 24,
+        24].
     """
     index = nearest_patch(query, key)
     return cast(
@@ -137,9 +138,9 @@ def transfer(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def nearest_patch(query: Tensor, key: Tensor) -> Tensor:
-    """Return for each patch of ``key`` the number of its nearest in ``query`` [P, 576], the first of equals.
+    """Return for each patch of ``key`` the number of its nearest in ``query`` [P, 576]; the first wins a tie.
 
-    In float32 at least, under autocast too: cosines that bfloat16 cannot tell apart would all go to the first.
+    In float32 or wider, under autocast too: cosines that bfloat16 cannot distinguish would all select the first.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -165,7 +166,7 @@ def _unit(patches: Tensor) -> Tensor:
 
 
 class InvertibleBlock(nn.Module):
-    """Mix all channels, then let each half change the other by an affine coupling.
+    """Mix of all channels, then an affine coupling of each half by the other.
 
     The 1x1 convolution is that of Kingma and Dhariwal, "Glow", NeurIPS 2018.
     """
@@ -220,7 +221,7 @@ class InvertibleConv(nn.Module):
 
 
 class Subnet(nn.Module):
-    """What a coupling applies to the half it does not change: through twice its width and back."""
+    """Network that a coupling applies to the half it does not change: to twice its width and back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class HalfNormBlock(nn.Module):
 
 
 class Refinement(nn.Module):
-    """Add one number to each channel, by the channel's mean and a gate, between two convolutions."""
+    """Two convolutions; between them one number is added to each channel, from the channel's mean and a gate."""
 
     def __init__(self, bands: int) -> None:
         super().__init__()

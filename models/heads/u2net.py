@@ -12,20 +12,20 @@ from models.config import ModelConfig
 from models.contracts import Head, NamePairs, Size, under
 
 WIDTHS = (32, 64, 128, 64, 32)
-"""Channels of both streams, level by level."""
+"""Channels of both streams per level."""
 
 HEAD_WIDTH = 16
 GRID = 4
-"""Sizes are halved twice, so images are padded to a multiple of this."""
+"""Divisor of the padded image sides, because sizes are halved twice."""
 
 
 class U2Net(Head):
-    """Two U-shaped streams that share their way down and up; the spectral one takes from the spatial one.
+    """Two U-shaped streams with joint down- and upsampling; the spectral stream takes from the spatial one.
 
     Peng et al., "U2Net: A General Framework with Spatial-Spectral-Integrated Double U-Net for Image Fusion", ACM
-    Multimedia 2023. The attention over all n = H W pixels is evaluated without its n x n weights.
-    Images that cannot be halved twice are filled up by repeating their lower and right edge, and the result is cut;
-    the published form takes 3 bands and sides divisible by 4, and holds layers that it never uses.
+    Multimedia 2023. The attention over all n = H W pixels is evaluated without its n x n weights. Images that cannot be
+    halved twice are padded by repeating their lower and right edge, and the result is cropped; the published form takes
+    3 bands and sides divisible by 4, and holds unused layers.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -126,7 +126,7 @@ class SpatialSpectralBlock(nn.Module):
         self.linear2 = nn.Linear(width // 2, width)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Let ``x`` [B, C, H, W] take from ``y`` [B, C, H, W]; the result is [B, C, H, W]."""
+        """Fuse ``x`` [B, C, H, W] with the detail of ``y`` [B, C, H, W] to [B, C, H, W]."""
         tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + self._attend(self.norm1(tokens), self.norm1(y.flatten(2).transpose(1, 2)))
         tokens = tokens + self.linear2(F.leaky_relu(self.linear1(self.norm2(tokens))))
@@ -171,11 +171,11 @@ class ResidualBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the size and double the width.
+    """Downsampling that halves the size and doubles the width.
 
     Args:
         width: Channels in.
-        published: Whether to hold the published layers that are never used.
+        published: True adds the published layers that are never used.
     """
 
     def __init__(self, width: int, published: bool) -> None:
@@ -192,11 +192,11 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the size, halve the width and add what was kept on the way down.
+    """Upsampling that doubles the size, halves the width and adds the skip connection.
 
     Args:
         width: Channels in.
-        published: Whether to hold the published layers that are never used.
+        published: True adds the published layers that are never used.
     """
 
     def __init__(self, width: int, published: bool) -> None:

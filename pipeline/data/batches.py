@@ -1,4 +1,4 @@
-"""Batches: chips as they are stored, in memory that is reused, and as the network is given them."""
+"""Batches: chips as stored, in reused memory, and chips as the network is given them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.data.scene_layout import Scene
 from pipeline.data.simulate import SIMULATORS, chip_generator
 
 BLANK = 0.3
-"""Reflectance of chips that are quarantined: any finite image does, since they weigh nothing."""
+"""Reflectance of quarantined chips: any finite image works, since their weight is 0."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Chips of one rank, ready for the network; images are float32 reflectances."""
+    """Batch of one rank, ready for the network; images are float32 reflectances."""
 
     lr: Tensor
     """[B, R, C, h, w] low-resolution revisits."""
@@ -28,15 +28,15 @@ class Batch:
     hr: Tensor
     """[B, C, H, W] target."""
     revisit: Tensor
-    """[B] int64, the revisit that a head alone is given."""
+    """[B] int64, the revisit that a head without encoder is given."""
     weight: Tensor
-    """[B] float32: 1, or 0 for a chip that is quarantined and must count nothing."""
+    """[B] float32: 1, or 0 for a quarantined chip, which must not count."""
     chips: tuple[int, ...]
     """Chip numbers, 9 * sample + window."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the fields."""
+        """Return all tensors, in the order of the fields."""
         return [self.lr, self.pan, self.hr, self.revisit, self.weight]
 
     def to(self, device: torch.device) -> Batch:
@@ -63,23 +63,23 @@ def collate(batches: Sequence[Batch]) -> Batch:
 
 
 class StoredBatch:
-    """Memory for the chips of one batch, as they are stored; page-locked where a GPU copies from it."""
+    """Memory for the stored chips of one batch; page-locked if a GPU copies from it."""
 
     def __init__(self, layout: ChipLayout, size: int, *, pin: bool = False) -> None:
-        """Take memory for ``size`` chips."""
+        """Allocate memory for ``size`` chips."""
         self.layout = layout
         shape = (size, layout.chip_bytes)
-        # numpy asks for huge pages where torch does not.
+        # numpy asks for huge pages, torch does not.
         self.memory = (
             torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             if pin
             else torch.from_numpy(np.empty(shape, np.uint8))
         )
-        """[B, chip_bytes] each chip as bytes."""
+        """[B, chip_bytes], each chip as bytes."""
         self.lr, self.hr, self.pan = layout.tensors(self.memory)
         """[B, R, C, h, w], [B, C, H, W] and [B, 1, H, W], views of it."""
         self.weight = torch.ones(size, pin_memory=pin)
-        """[B] 1, or 0 for a chip that is quarantined."""
+        """[B], 1, or 0 for a quarantined chip."""
         self.chips: tuple[int, ...] = ()
         self.variants: tuple[Variant, ...] = ()
         self._stored = StoredChips(layout, self.memory)
@@ -90,7 +90,7 @@ class StoredBatch:
         self.weight.fill_(1)
 
     def put(self, slot: int, scene: Scene | None) -> None:
-        """Copy the chip of ``slot`` out of its scene; None leaves it blank, of weight 0."""
+        """Copy the chip of ``slot`` out of its scene; None leaves the slot blank, with weight 0."""
         if scene is not None:
             scene.copy(self.variants[slot].window, self._stored, slot)
             return
@@ -105,14 +105,14 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tuple[int, int]) -> Batch:
-    """Return a batch as the network is given it, in memory of its own on ``device``.
+    """Return a batch as the network is given it, in new memory on ``device``.
 
-    Turned, flipped and simulated there. On CUDA the copies are begun and not waited for.
+    Chips are turned, flipped and simulated on the device. On CUDA the copies are asynchronous.
 
     Args:
         stored: The chips.
-        device: Where the network is.
-        simulate: ``off``, or how revisits are made from the target (`pipeline.data.simulate`).
+        device: Device of the network.
+        simulate: ``off``, or the mode of simulating revisits from the target (`pipeline.data.simulate`).
         draw: Seed and epoch of the simulation.
     """
     images = stored.layout.tensors(stored.memory.to(device, non_blocking=True))

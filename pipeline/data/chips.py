@@ -44,34 +44,34 @@ class Window(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """The variant of a chip that training sees."""
+    """Crop and augmentation of one chip in training."""
 
     window: Window
-    """Where it is cropped."""
+    """Crop window."""
     quarter_turns: int
     """Counter-clockwise quarter turns, 0 to 3."""
     flip: bool
-    """Rows reversed, after the turn."""
+    """True if rows are reversed, after the turn."""
     revisit: int
-    """The revisit that a head alone is given, 0-based."""
+    """The revisit that a head without encoder is given, 0-based."""
 
 
 @dataclass(frozen=True)
 class ChipLayout:
-    """Shapes of a dataset's chips, and the layout of one in memory: revisits, target and PAN, one after the other."""
+    """Shapes of a dataset's chips and the layout of one chip in memory: revisits, target, PAN, in this order."""
 
     lr: tuple[int, int, int, int]
     """Revisits, bands, rows, columns."""
     hr: tuple[int, int, int]
-    """Bands, rows, columns; PAN has as many of the latter."""
+    """Bands, rows, columns of the target; PAN has the same rows and columns."""
     dtype: torch.dtype
-    """Of the stored images."""
+    """Data type of the stored images."""
     unit: float
-    """Reflectance of 1 as it is stored."""
+    """Stored value of reflectance 1."""
 
     @cached_property
     def _parts(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-        """First byte, byte after the last, and shape of each image."""
+        """Return first byte, end byte and shape of each image."""
         parts, start = [], 0
         for shape in (self.lr, self.hr, (1, *self.hr[1:])):
             stop = start + math.prod(shape) * self.dtype.itemsize
@@ -81,7 +81,7 @@ class ChipLayout:
 
     @property
     def chip_bytes(self) -> int:
-        """Bytes of a chip."""
+        """Return the bytes of a chip."""
         return self._parts[-1][1]
 
     def tensors(self, memory: Tensor) -> list[Tensor]:
@@ -90,13 +90,13 @@ class ChipLayout:
 
 
 class StoredChips:
-    """Chips as they are stored, one after the other in one piece of memory."""
+    """Stored chips, one after the other in one block of memory."""
 
     def __init__(self, layout: ChipLayout, memory: Tensor) -> None:
-        """Take uint8 memory [N, chip_bytes] for them."""
-        # As numpy's: its slices cost a fifth of torch's.
+        """Wrap uint8 memory [N, chip_bytes]."""
+        # A numpy array, because its slices cost a fifth of torch's.
         self.rows: Memory = memory.numpy()
-        """[N, chip_bytes] each chip as bytes."""
+        """[N, chip_bytes], each chip as bytes."""
         self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
         """LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W], views of the rows."""
 
@@ -128,11 +128,11 @@ def training_draws(num_chips: int, seed: int, epoch: int) -> npt.NDArray[np.uint
 def training_variant(
     chip: int, draws: npt.NDArray[np.uint64], *, lr_size: int, scale: float, revisits: int, windows: bool, turns: bool
 ) -> Variant:
-    """Return how training sees ``chip``.
+    """Return the training variant of ``chip``.
 
     Args:
         chip: Chip number, 9 * sample + window.
-        draws: [5] its words of the epoch, see `training_draws`.
+        draws: [5] random words of the chip in this epoch, see `training_draws`.
         lr_size: Side of the scene's LR grid, pixels.
         scale: HR pixels per LR pixel.
         revisits: Revisits of a scene.
@@ -143,7 +143,7 @@ def training_variant(
     if windows:
         places = lr_size - LR_CHIP + 1
         window = make_window(x % places, y % places, scale)
-        # Where start and size are both rounded up, the last window would reach a pixel beyond the scene.
+        # If start and size are both rounded up, the last window would reach a pixel beyond the scene.
         last = round(lr_size * scale) - window.hr_size
         window = window._replace(hr_x=min(window.hr_x, last), hr_y=min(window.hr_y, last))
     else:

@@ -29,7 +29,7 @@ from sharding.format.index import HR_BANDS, SPLITS, Index
 from sharding.storage import open_storage
 
 EVALUATION_DRAW = (0, 0)
-"""Seed and epoch of the revisits simulated for evaluation: every run and every evaluation sees the same."""
+"""Seed and epoch of the revisits simulated for evaluation: every run and every evaluation uses the same."""
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ class ChipDataset(Dataset[Batch]):
     """One split of a dataset, addressed by chip number; also a map-style dataset of torch.
 
     ``dataset[chip]`` is the chip as evaluation sees it, a `Batch` of one; `batches.collate` joins several. A pickled
-    copy, as torch's worker processes get, reads and caches scenes by itself.
+    copy, such as a worker process of torch gets, has a scene cache of its own.
     """
 
     def __init__(self, uri: str, split: str, config: DataConfig) -> None:
@@ -47,7 +47,7 @@ class ChipDataset(Dataset[Batch]):
         Args:
             uri: Folder or s3:// prefix of the dataset.
             split: ``train``, ``val`` or ``test``.
-            config: Bounds of memory and disk, augmentation and simulation.
+            config: Memory and disk limits, augmentation and simulation.
 
         Raises:
             UserError: No index there, no such split, or a folder for the cache that cannot be used.
@@ -72,7 +72,7 @@ class ChipDataset(Dataset[Batch]):
             SampleReader(self.storage, disk),
             WholeScenes(largest) if config.random_windows else CutScenes(self.layout, windows, largest),
             config.cache_mib << 20,
-            # A pool that trains, one that evaluates, and who asks for a chip by its number.
+            # Users of scenes: a pool for training, one for evaluation, and a caller that reads a chip by its number.
             2 * config.loader_threads + 1,
             quarantine=config.damaged == "quarantine",
         )
@@ -85,7 +85,7 @@ class ChipDataset(Dataset[Batch]):
         self._open_scenes()
 
     def _sizes(self) -> tuple[int, int]:
-        """Return the sides of both grids, on which nine chips must have room."""
+        """Return the sides of both grids; raise a `UserError` if nine chips do not fit."""
         lr_size, hr_size = self.index.preparation.lr_size, self.index.preparation.hr_size
         needed = COLUMNS * LR_CHIP
         if lr_size is None or hr_size is None or lr_size < needed:
@@ -115,16 +115,16 @@ class ChipDataset(Dataset[Batch]):
         return other
 
     def check_fits(self, model: ModelConfig) -> None:
-        """Refuse a model of other bands or revisits than the samples hold, or that cannot take the chips' sizes.
+        """Refuse a model that does not match the bands and revisits of the samples or cannot take the chips' sizes.
 
         Raises:
-            UserError: It names both numbers, or the size.
+            UserError: The model does not fit; the message names both numbers, or the size.
         """
         uri, bands = self.storage.uri, len(self.index.preparation.band_numbers)
         if bands != HR_BANDS:
             raise UserError(
                 f"{uri} holds {bands} bands of its revisits and {HR_BANDS} of its targets, and a model returns the "
-                "bands that it is given: shard again with --bands true_color"
+                "bands of its input: shard again with --bands true_color"
             )
         if bands != model.bands:
             raise UserError(f"model.bands = {model.bands}, but {uri} holds {bands} bands: set model.bands={bands}")
@@ -141,7 +141,7 @@ class ChipDataset(Dataset[Batch]):
 
     @property
     def layout(self) -> ChipLayout:
-        """Layout of a chip in memory."""
+        """Return the layout of a chip in memory."""
         preparation, window = self.index.preparation, chip_window(0, self.scale)
         return ChipLayout(
             lr=(self.revisits, len(preparation.band_numbers), window.size, window.size),
@@ -152,22 +152,22 @@ class ChipDataset(Dataset[Batch]):
 
     @property
     def simulation(self) -> str:
-        """Kind of revisits that are simulated from the target, or ``off``."""
+        """Return the mode of simulating revisits from the target, or ``off``."""
         return self.config.simulate
 
     @property
     def num_chips(self) -> int:
-        """Chips of the split."""
+        """Return the number of chips of the split."""
         return len(self._places) * CHIPS_PER_SCENE
 
     @property
     def refetched(self) -> int:
-        """Samples that this process read a second time, because they were damaged."""
+        """Return the number of samples that this process read a second time, because they were damaged."""
         return self.scenes.reader.refetched
 
     @property
     def quarantined_chips(self) -> int:
-        """Chips, of all splits, that this process met damaged and left out."""
+        """Return the number of chips, of all splits, that this process found damaged and skipped."""
         return len(self.scenes.quarantined) * CHIPS_PER_SCENE
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ class ChipDataset(Dataset[Batch]):
         return self._places[chip // CHIPS_PER_SCENE][1].aoi
 
     def variant(self, chip: int, draws: npt.NDArray[np.uint64]) -> Variant:
-        """Return how training sees ``chip``; ``draws`` are the epoch's (`pipeline.data.chips.training_draws`)."""
+        """Return the training variant of ``chip``; ``draws`` are the epoch's (`pipeline.data.chips.training_draws`)."""
         return training_variant(
             chip,
             draws[chip],
@@ -199,7 +199,7 @@ class ChipDataset(Dataset[Batch]):
         )
 
     def evaluation_batch(self, chip: int, device: torch.device = CPU) -> Batch:
-        """Return ``chip`` as evaluation sees it: its own window, unturned, the clearest revisit for heads alone."""
+        """Return ``chip`` for evaluation: own window, not turned, the clearest revisit for heads without encoder."""
         stored = StoredBatch(self.layout, 1)
         with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
             revisit = clearest(scene) if scene else 0
@@ -208,13 +208,13 @@ class ChipDataset(Dataset[Batch]):
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
 
     def training_chip(self, chip: int, seed: int, epoch: int) -> Batch:
-        """Return ``chip`` as training sees it in ``epoch``, a batch of one."""
+        """Return ``chip`` as training sees it in ``epoch``, as a batch of one."""
         stored = StoredBatch(self.layout, 1)
         self.crop([chip], [self.variant(chip, training_draws(self.num_chips, seed, epoch))], stored)
         return to_batch(stored, CPU, self.simulation, (seed, epoch))
 
     def crop(self, chips: Sequence[int], variants: Sequence[Variant], into: StoredBatch) -> None:
-        """Crop chips out of their scenes, reading those that are not in memory."""
+        """Crop chips out of their scenes; read scenes that are not cached."""
         into.begin(chips, variants)
         for slot, chip in enumerate(chips):
             with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
@@ -222,16 +222,16 @@ class ChipDataset(Dataset[Batch]):
 
     @property
     def scene_capacity(self) -> int:
-        """Scenes that fit in memory."""
+        """Return the number of scenes that fit in memory."""
         return self.scenes.capacity
 
     def prefetch(self, scenes: Sequence[int]) -> None:
-        """Read scenes of one shard that will be used soon, in their order there."""
+        """Prefetch scenes of one shard, in their order in the shard."""
         shard, _ = self._places[scenes[0]]
         self.scenes.prefetch(shard, [self._places[scene][1] for scene in scenes])
 
     def neighbourhood(self, scene: int) -> tuple[str, int]:
-        """Return the shard and the part of it that one request may read: the same for all scenes of that part."""
+        """Return the shard and the part of it that one request may read; equal for all scenes of that part."""
         shard, entry = self._places[scene]
         return shard.name, entry.offset // (self.scenes.reader.request_bytes or 1)
 
@@ -239,7 +239,7 @@ class ChipDataset(Dataset[Batch]):
 def evaluation_batches(
     dataset: ChipDataset, rank: int = 0, world_size: int = 1, device: torch.device = CPU
 ) -> Iterator[tuple[Batch, bool]]:
-    """Yield this rank's chips of a split one by one, each with whether it counts.
+    """Yield this rank's chips of a split one by one, each with a flag that tells if it counts.
 
     Over all ranks each chip counts once, unless it is quarantined (see `evaluation_slots`).
     """

@@ -1,10 +1,11 @@
-"""Samples as files on a node's own disk: a bounded LRU folder that the node's processes share.
+"""Disk cache of samples on a node: a bounded LRU folder that the node's processes share.
 
-The folder holds samples, lock files, and the sample that is being written, each with a suffix of its own; other files
-are never touched. Files change only under the lock of one file, the ledger, which holds the sum of their bytes. The
-kernel frees it when a process dies, so an unfinished sample that is seen under the lock is of a dead writer. Bytes are
-added before they are written: a crash leaves the sum too high at most, until the folder is scanned, as each cache does
-when it begins and when the sum reaches the bound. Without locks (some network disks) the bound is approximate.
+The folder holds samples, lock files, and samples being written, each kind with its own suffix; other files are never
+touched. Files change only under the lock of one file, the ledger, which holds the sum of their bytes. The kernel
+releases the lock when a process dies, so an unfinished sample seen under the lock belongs to a dead writer. Bytes are
+added to the sum before they are written: after a crash the sum can only be too high, until the next scan of the folder.
+Each cache scans the folder when it starts and when the sum reaches the limit. On file systems without locks (some
+network disks) the limit is approximate.
 """
 
 from __future__ import annotations
@@ -31,22 +32,23 @@ TEMPORARY_SUFFIX = ".span-part"
 LOCK_SUFFIX = ".span-lock"
 _LEDGER = "bytes"
 _STRIPES = 1024
-"""Locks that names share: enough that those fetched at one moment seldom wait for one another."""
+"""Number of locks that names share: enough that samples fetched at the same time rarely share one."""
 _ABANDONED_S = 3600.0
-"""Age of an unfinished sample of a dead writer, where there are no locks that tell."""
+"""Age after which an unfinished sample counts as left by a dead writer, on file systems without locks."""
 
 
 class DiskCache:
-    """Samples by name in one folder; safe among processes and threads, to fork and to pickle.
+    """Samples by name in one folder; safe among processes and threads, after fork and pickle.
 
-    Nothing is synchronised to the disk, and disks fail: compare the checksum of what `get` reads.
+    Writes are not synchronised to the disk, and disks fail: compare the checksum of the bytes that `get` reads.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """Make the folder and bring it within the bound, which all its processes must share.
+        """Make the folder and evict samples above the limit, which all its processes must share.
 
         Raises:
-            UserError: The folder cannot be made or written. A full disk only costs what does not fit on it.
+            UserError: The folder cannot be made or written. A full disk raises nothing: samples that do not fit are not
+                cached.
         """
         self._folder, self._limit, self._warned = folder, limit_bytes, False
         with self._logging_first():
@@ -58,15 +60,15 @@ class DiskCache:
                 if error.errno in {errno.ENOSPC, errno.EDQUOT} and folder.is_dir():
                     raise
                 raise UserError(
-                    f"data.cache_dir = {str(folder)!r} cannot be written ({error.strerror}): give a folder of this "
-                    'machine that can be, or "" for none'
+                    f"data.cache_dir = {str(folder)!r} cannot be written ({error.strerror}): give a writable "
+                    'folder of this machine, or "" for no disk cache'
                 ) from error
 
     def get(self, name: str, into: memoryview) -> bool:
-        """Read a sample of exactly the buffer's length into it, and set its time of last use.
+        """Read a sample of exactly the buffer's length into the buffer, and set its time of last use.
 
         Returns:
-            False where there is none, or one of another length or unreadable; the buffer may then be half filled.
+            False if the sample is absent, of another length or unreadable; the buffer may then be partly filled.
         """
         path, view = self._path(name), into.cast("B")
         try:
@@ -82,9 +84,9 @@ class DiskCache:
         return not view
 
     def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        """Store a sample, in place of an older one of that name, and evict others where the bound requires it.
+        """Store a sample, overwrite an older one of that name, and evict others if the limit requires it.
 
-        One that is larger than the bound, or that a full or failing disk does not take, is not stored.
+        A sample that is larger than the limit, or that a full or failing disk does not take, is not stored.
         """
         path, size = self._path(name), memoryview(data).nbytes
         temporary = self._folder / f"{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
@@ -105,7 +107,7 @@ class DiskCache:
                 raise
 
     def drop(self, name: str) -> None:
-        """Remove a sample, if there is one, such as one whose checksum is wrong."""
+        """Remove a sample, for example one with a wrong checksum; do nothing if it is absent."""
         path = self._path(name)
         with self._logging_first(), self._locked(_LEDGER) as ledger:
             ledger.total -= _remove(path)
@@ -114,7 +116,7 @@ class DiskCache:
     def lock(self, name: str) -> Iterator[None]:
         """Hold the lock of a name, so that only one of all processes and threads fetches it.
 
-        A few names share a lock: hold one at a time. It does nothing where the file system has no locks.
+        A few names share a lock: hold one at a time. It does nothing on a file system without locks.
         """
         with contextlib.ExitStack() as stack:
             with self._logging_first():
@@ -125,10 +127,10 @@ class DiskCache:
         return path_below(self._folder, f"{name}{SUFFIX}", str(self._folder))
 
     def _scan(self, ledger: _LockFile, size: int) -> None:
-        """Set the sum to what is there, after making room for ``size`` more bytes and, if any, for some to spare."""
+        """Set the sum to the bytes in the folder; first evict for ``size`` more bytes and, if any, for a reserve."""
         files, total = [], 0
         for entry in os.scandir(self._folder):
-            with contextlib.suppress(FileNotFoundError):  # without locks, others remove files meanwhile
+            with contextlib.suppress(FileNotFoundError):  # without locks, others may remove files during the scan
                 status = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
                     files.append((status.st_mtime_ns, entry.path, status.st_size))
@@ -147,30 +149,30 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[_LockFile]:
-        """Wait for the lock of a file, made where there is none; the kernel frees it when its holder dies."""
+        """Wait for the lock of a file, created if absent; the kernel releases it when its holder dies."""
         descriptor = os.open(self._folder / f"{name}{LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o600)
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, descriptor)
             exclusive = _flocked(descriptor)
             if exclusive:
-                # Closing is not enough: a process forked meanwhile has the descriptor too, and would keep the lock.
+                # Closing is not enough: a process forked meanwhile shares the descriptor and would keep the lock.
                 stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
             yield _LockFile(descriptor, exclusive)
 
     @contextlib.contextmanager
     def _logging_first(self) -> Iterator[None]:
-        """Continue after an OSError, and log the first one: there may be as many as there are samples."""
+        """Continue after an OSError, and log only the first one: there may be as many as samples."""
         try:
             yield
         except OSError as error:
-            text = "data.cache_dir: %s cannot keep a file (%s); the run reads from the store what is not kept"
+            text = "data.cache_dir: %s cannot keep a file (%s); samples that are not cached are read from the store"
             if not self._warned:
                 logger.warning(text, self._folder, error.strerror)
             self._warned = True
 
 
 class _LockFile:
-    """A lock file that is open; the ledger's has a number in it."""
+    """An open lock file; the ledger's holds a number."""
 
     def __init__(self, descriptor: int, exclusive: bool) -> None:
         self._descriptor, self.exclusive = descriptor, exclusive
@@ -178,7 +180,7 @@ class _LockFile:
     @property
     def total(self) -> int:
         data = os.pread(self._descriptor, 8, 0)
-        return int.from_bytes(data, "little") if data else 1 << 62  # nobody counted: more than any bound
+        return int.from_bytes(data, "little") if data else 1 << 62  # unknown sum: larger than any limit
 
     @total.setter
     def total(self, value: int) -> None:
@@ -197,13 +199,13 @@ def _flocked(descriptor: int) -> bool:
 
 
 def _touch(file: Path | int) -> None:
-    """Set a file's time of last use to now, finer than the kernel's own ticks."""
+    """Set a file's time of last use to now, with a finer resolution than the kernel's ticks."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
 
 
 def _remove(path: Path) -> int:
-    """Remove a file, if there is one; return its length. Who has it open reads to its end."""
+    """Remove a file and return its length, 0 if absent. A process that has it open reads to its end."""
     size = path.stat().st_size if path.exists() else 0
     path.unlink(missing_ok=True)
     return size

@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 class TrainLoader:
-    """One rank's part of every global batch, prepared ahead by threads, from any step on.
+    """One rank's part of every global batch, prepared ahead by threads, starting at any step.
 
-    Iterating yields the rest of the epoch and counts the steps; ``state_dict`` and ``load_state_dict`` carry the
-    position, of which every rank has the same, over to any other world.
+    Iterating yields the rest of the epoch and counts the steps. ``state_dict`` and ``load_state_dict`` save and restore
+    the position, which is the same on every rank and fits any world size.
     """
 
     def __init__(
@@ -40,11 +40,12 @@ class TrainLoader:
         """Prepare to read.
 
         Args:
-            dataset: A split; its configuration says how it is shuffled, and what is prepared ahead by how many threads.
-            plan: The global batch, and how many ranks share it.
-            rank: Which of them this is.
-            seed: Of order and augmentation.
-            device: Where batches are wanted.
+            dataset: A split; its configuration sets the shuffling, the number of batches prepared ahead and the
+                threads.
+            plan: The global batch and the number of ranks.
+            rank: Number of this rank.
+            seed: Seed of order and augmentation.
+            device: Device of the batches.
 
         Raises:
             UserError: The split holds less than one global batch.
@@ -57,11 +58,11 @@ class TrainLoader:
             )
         self.dropped_chips = dataset.num_chips - self.steps_per_epoch * plan.global_batch
         self.quarantined_chips = 0
-        """Chips of the batches taken so far that are quarantined, and weigh nothing."""
+        """Quarantined chips, of weight 0, in the batches taken so far."""
         self.wait_seconds = 0.0
-        """Wait for the last batch."""
+        """Wait for the last batch, seconds."""
         self.step = 0
-        """Global batches that were taken, over all epochs."""
+        """Global batches taken, over all epochs."""
         self._dataset = dataset
         self._plan = plan
         self._rank = rank
@@ -69,7 +70,7 @@ class TrainLoader:
         self._config = dataset.config
         self._shuffle = Shuffle(dataset.config.shuffle_window, dataset.config.lanes)
         self._device = device
-        # Copies to a GPU go beside its computing.
+        # Copies to a GPU overlap its computation.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._order: tuple[int, Chips] | None = None
         self._order_state = OrderState(
@@ -80,7 +81,7 @@ class TrainLoader:
             self._shuffle.window,
             self._shuffle.lanes,
         )
-        # The last one given back is the next one taken: it may still be in the processor's cache.
+        # Last in, first out: the memory returned last may still be in the processor's cache.
         self._memory: LifoQueue[StoredBatch] = LifoQueue()
 
     def order(self, epoch: int) -> Chips:
@@ -106,17 +107,17 @@ class TrainLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what the order depends on; the same on every rank."""
+        """Return the position and the settings that the order depends on; the same on every rank."""
         return {
             "step": self.step,
             "order": vars(self._order_state),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume where another loader stood, of any rank of any world.
+        """Resume at the position of another loader, of any rank of any world.
 
         Raises:
-            UserError: Its order was another; the difference is named.
+            UserError: The other loader had a different order; the message names the difference.
         """
         for name, (before, now) in OrderState(**state["order"]).differences(self._order_state).items():
             what = name.replace("_", " ")
@@ -124,13 +125,13 @@ class TrainLoader:
         self.step = int(state["step"])
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batch for each step of ``epoch`` from ``first_step`` (0-based in the epoch) on."""
+        """Yield this rank's batch for each step of ``epoch``, starting at ``first_step`` (0-based in the epoch)."""
 
         def finish(stored: StoredBatch) -> Batch:
             with torch.cuda.stream(self._stream):
                 batch = to_batch(stored, self._device, self._dataset.simulation, (self._seed, epoch))
             if self._stream:
-                # Here, in a thread of its own, so that the memory of the stored chips may be used again.
+                # In a thread of this method, so that the memory of the stored chips can be reused.
                 self._stream.record_event().synchronize()
             return batch
 
@@ -141,9 +142,9 @@ class TrainLoader:
             yield batch
 
     def stored_batches(self, epoch: int, first_step: int = 0) -> Iterator[StoredBatch]:
-        """Yield the same batches as they are stored, for those who convert by themselves.
+        """Yield the same batches as stored, for callers that convert them.
 
-        Each is good until the next is asked for.
+        Each batch is valid until the next one is requested.
         """
         return self._ahead(epoch, first_step, lambda stored: stored)
 
@@ -151,17 +152,17 @@ class TrainLoader:
         """Return the batches of ``batches`` as a map-style dataset, for torch's own loader and its processes.
 
         ``DataLoader(loader.epoch_batches(0), batch_size=None, num_workers=4)`` yields them in their order. Each worker
-        process reads and caches scenes by itself, up to ``data.cache_mib``.
+        process has a scene cache of its own, of up to ``data.cache_mib``.
         """
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         return _EpochBatches(self._dataset, slots, self._seed, epoch)
 
     def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
-        """Yield ``finish`` of each batch, called in threads that prepare batches before they are asked for."""
+        """Yield ``finish`` of each batch; threads call it to prepare batches ahead of the consumer."""
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         draws = training_draws(self._dataset.num_chips, self._seed, epoch)
         memory = self._memory
-        # One that is taken, and those ahead.
+        # The batch in use, and those prepared ahead.
         while memory.qsize() <= min(len(slots), self._config.prefetch_batches):
             memory.put(StoredBatch(self._dataset.layout, self._plan.per_rank, pin=self._stream is not None))
 

@@ -1,4 +1,4 @@
-"""The plan of prefetching: which scenes are read before the batches that need them, neighbours in a shard together."""
+"""Plan of prefetching: scenes are read before the batches that need them, neighbours in a shard together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class SceneSource(Protocol):
 
     @property
     def scene_capacity(self) -> int:
-        """Scenes that fit in memory."""
+        """Return the number of scenes that fit in memory."""
         ...
 
     def neighbourhood(self, scene: int) -> tuple[str, int]:
-        """Return the shard and the part of it that one request may read: the same for all scenes of that part."""
+        """Return the shard and the part of it that one request may read; equal for all scenes of that part."""
         ...
 
     def prefetch(self, scenes: Sequence[int]) -> None:
@@ -33,12 +33,12 @@ class Prefetcher:
     """Prefetches scenes in the order in which batches will need them."""
 
     def __init__(self, slots: Chips, source: SceneSource, pool: ThreadPoolExecutor, threads: int) -> None:
-        """Plan the reading.
+        """Plan the reads.
 
         Args:
-            slots: [steps, per_rank] chips of the batches that come.
-            source: Reads scenes.
-            pool: Runs the reading.
+            slots: [steps, per_rank] chips of the coming batches.
+            source: The dataset that reads scenes.
+            pool: Thread pool that runs the reads.
             threads: Threads of ``pool``.
         """
         scenes, first = np.unique(slots // CHIPS_PER_SCENE, return_index=True)
@@ -58,7 +58,7 @@ class Prefetcher:
         self._used = self._next = 0
 
     def need(self, batch: int) -> None:
-        """Begin to read what ``batch`` is the first to need; called before it is prepared, of each in turn."""
+        """Start reads of scenes that ``batch`` is the first to need; call it for each batch before it is prepared."""
         last = self._last()
         while self._next < last and self._needed_at[self._next] <= batch:
             self._begin(last)
@@ -66,12 +66,12 @@ class Prefetcher:
             self._used += 1
 
     def advance(self) -> None:
-        """Begin to read what is needed after the batches that are being prepared."""
+        """Start reads for the batches after those in preparation."""
         self._next = max(self._next, self._used)
         while self._reading and self._reading[0][0].done():
             self._reading.popleft()
         last = self._last()
-        # Not too many, for the batches to come wait behind them.
+        # A bounded number, because reads that the coming batches need queue behind these.
         while self._next < last and sum(scenes for _, scenes in self._reading) < self._busy:
             self._begin(last)
 
@@ -79,7 +79,7 @@ class Prefetcher:
         return min(len(self._coming), self._used + self._reach)
 
     def _begin(self, last: int) -> None:
-        """Read the next scene, unless that has begun, with those beside it that are needed before place ``last``."""
+        """Read the next scene, unless its read has begun, with its neighbours that are needed before place ``last``."""
         if self._coming[self._next] not in self._begun:
             together = self._together(self._coming[self._next], last)
             self._begun.update(together)
@@ -87,6 +87,6 @@ class Prefetcher:
         self._next += 1
 
     def _together(self, scene: int, last: int) -> list[int]:
-        """Return a scene and those beside it that are needed before place ``last`` too, in their order in the shard."""
+        """Return a scene and its neighbours that are needed before place ``last`` too, in their order in the shard."""
         neighbours = self._neighbours[self._source.neighbourhood(scene)]
         return [other for other in neighbours if self._used <= self._places[other] < last and other not in self._begun]

@@ -1,4 +1,4 @@
-"""Samples' bytes, compared with the index: from the node's disk cache, or else from the store."""
+"""Samples' bytes, compared with the index: read from the node's disk cache, or else from the store."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ logger = logging.getLogger(__name__)
 
 
 class SampleReader:
-    """Reads the samples of a dataset. Every read is compared with the index's CRC-32. Safe in threads.
+    """Reader of a dataset's samples. Every read is compared with the index's CRC-32. Thread-safe.
 
-    Its `Fill`s are of one sample each: they fill a buffer of the sample's length, or raise.
+    Each of its `Fill`s is for one sample: it fills a buffer of the sample's length, or raises.
     """
 
     def __init__(self, storage: Storage, disk: DiskCache | None) -> None:
-        """Read from ``disk`` what it has, all else from ``storage``, and then store it in ``disk``."""
+        """Read from ``disk`` if it has the sample, else from ``storage``; then store the sample in ``disk``."""
         self._storage = storage
         self._disk = disk
         self._lock = threading.Lock()
         self.refetched = 0
-        """Samples that were read a second time, because the disk cache's or the store's bytes were damaged."""
+        """Samples that were read a second time, because the bytes of the disk cache or the store were damaged."""
 
     @property
     def request_bytes(self) -> int:
-        """Bytes of neighbours that are worth one request; 0 where each sample is read by itself.
+        """Return the bytes of neighbours that are worth one request; 0 means one request per sample.
 
-        As with a disk cache, where the ranks of a node share the reading sample by sample.
+        It is 0 with a disk cache, because the ranks of a node share the reads sample by sample.
         """
         return 0 if self._disk else self._storage.request_bytes
 
     def read(self, shard: ShardEntry, entry: SampleEntry, buffer: memoryview) -> int:
-        """Fill ``buffer``, which is as long as the sample, with its bytes; return how many these are.
+        """Fill ``buffer``, of the sample's length, with its bytes; return how many these are.
 
         Raises:
-            CorruptedError: They are damaged in the store, read twice, or gone; it names shard, sample and AOI.
+            CorruptedError: The bytes are damaged in the store (after two reads), or absent; it names shard, sample and
+                AOI.
             StorageUnavailableError: The store does not answer.
         """
         if self._disk is None:
@@ -50,17 +51,17 @@ class SampleReader:
         if self._read_cached(self._disk, name, entry, buffer):
             return len(buffer)
         with self._disk.lock(name):
-            # Another rank of the node may have fetched it meanwhile.
+            # Another rank of the node may have fetched it in the meantime.
             if not self._read_cached(self._disk, name, entry, buffer):
                 self._fetch(shard, entry, buffer)
                 self._disk.put(name, buffer)
         return len(buffer)
 
     def fills(self, shard: ShardEntry, entries: Sequence[SampleEntry]) -> Iterator[Fill]:
-        """Yield the `Fill` of each of the samples, which lie one after the other; call it before the next is taken.
+        """Yield the `Fill` of each of the samples, which are contiguous; call each before you take the next.
 
-        They share one request where that is worth it: a sample then arrives in its buffer while those after it are
-        still on their way. Each raises like `read`; a damaged sample is read again with a request of its own.
+        They share one request if that is worth it: a sample is complete in its buffer while later ones are still being
+        transferred. Each raises like `read`; a damaged sample is read again with a request of its own.
         """
         if len(entries) < 2 or not self.request_bytes:
             for entry in entries:
@@ -91,7 +92,7 @@ class SampleReader:
             try:
                 check_sample(entry, buffer[: fill(buffer)])
                 return len(buffer)
-            except BucketNotFoundError:  # nothing of the dataset is there: no damage of this sample
+            except BucketNotFoundError:  # the whole dataset is absent: this is no damage of the sample
                 raise
             except (CorruptedError, NotFoundError) as error:
                 named = CorruptedError(f"{self._storage.uri}/{shard.name}: {error}")

@@ -1,4 +1,4 @@
-"""The scenes of a dataset in memory: each is read once, and kept while there is room."""
+"""Cache of a dataset's scenes in memory: each scene is read once, and kept until it is evicted."""
 
 from __future__ import annotations
 
@@ -20,59 +20,59 @@ from sharding.storage import CorruptedError, Fill, StorageUnavailableError
 
 logger = logging.getLogger(__name__)
 
-# Scenes whose memory is allocated at once: from 4 MiB up numpy asks for huge pages, which cost a hundredth of the
-# faults.
+# Number of scenes whose memory is allocated at once: from 4 MiB up numpy asks for huge pages, which need a hundredth of
+# the page faults.
 BLOCK = 16
 
 
 @dataclass
 class _CachedScene:
-    """A scene that is cached, or being read."""
+    """A scene that is cached or being read."""
 
     memory: Memory | None = None
     users: int = 0
-    """Threads that need it; only without any may its memory be given to another scene."""
+    """Threads that use it; its memory may be given to another scene only when this is 0."""
     ready: threading.Event = field(default_factory=threading.Event)
     scene: Scene | None = None
     error: BaseException | None = None
 
 
 class SceneCache:
-    """Scenes by their key, in memory that is allocated once and reused; the least recently used is evicted.
+    """Scenes by key, in memory that is allocated once and reused; the least recently used is evicted.
 
-    Safe in threads: those that want the same scene share one read. A sample that is damaged in the store is an error
-    for each thread that asks for it, or is quarantined: logged once, and given as None from then on.
+    Thread-safe: threads that need the same scene share one read. A sample that is damaged in the store raises an error
+    in each thread that uses it, or is quarantined: logged once, and yielded as None from then on.
     """
 
     def __init__(
         self, reader: SampleReader, layout: SceneLayout, limit_bytes: int, threads: int, *, quarantine: bool
     ) -> None:
-        """Begin with an empty cache.
+        """Create an empty cache.
 
         Args:
-            reader: Reads samples.
-            layout: How a scene lies in memory.
-            limit_bytes: Bound of the memory; it has room for what ``threads`` work on in any case.
-            threads: Most threads that use scenes at once.
-            quarantine: Whether a damaged sample is quarantined, and is no error.
+            reader: Reader of the samples.
+            layout: Layout of a scene in memory.
+            limit_bytes: Memory limit; raised where needed so that the scenes in use by ``threads`` fit.
+            threads: Upper bound of the threads that use scenes at once.
+            quarantine: True quarantines a damaged sample instead of raising.
         """
         self.reader = reader
         self._layout = layout
         # Each thread may use one scene and read another.
         self.capacity = max(limit_bytes // max(1, layout.scene_bytes), 2 * threads)
-        """Scenes that fit."""
+        """Number of scenes that fit."""
         self._quarantine = quarantine
         self._changed = threading.Condition()
         self._cached: OrderedDict[str, _CachedScene] = OrderedDict()
-        """By key of a sample, the least recently used first."""
+        """Scenes by the key of their sample, the least recently used first."""
         self._free: list[Memory] = []
         self._allocated = 0
         self._timed_out = False
         self.quarantined: dict[str, str] = {}
-        """By key of a sample that is damaged in the store, what is wrong with it."""
+        """Error message by the key of a sample that is damaged in the store."""
 
     def prefetch(self, shard: ShardEntry, entries: Iterable[SampleEntry]) -> None:
-        """Read scenes of a shard that will be used soon, by one request where they lie one after the other.
+        """Prefetch scenes of a shard, with one request where they are contiguous.
 
         A scene that fails is read again by the thread that uses it, which gets the error. After a timeout, prefetching
         stops until one on-demand read succeeds: a thread that needs a scene now must not wait behind many that are
@@ -82,8 +82,8 @@ class SceneCache:
         while not self._timed_out and (claimed := self._claim(remaining)):
             timeout: StorageUnavailableError | None = None
             fills = self.reader.fills(shard, [entry for entry, _ in claimed])
-            # Memory is allocated for one at a time, so that no thread waits for memory and keeps some; the store may
-            # wait.
+            # Memory is allocated for one scene at a time, so that no thread holds some memory while it waits for more;
+            # the store may be slow.
             for fill, (entry, cached) in zip(fills, claimed, strict=True):
                 if timeout:
                     self._fail(cached, entry, timeout)
@@ -96,7 +96,7 @@ class SceneCache:
                     logger.info("not prefetched: %s", cached.error)
 
     def _claim(self, entries: deque[SampleEntry]) -> list[tuple[SampleEntry, _CachedScene]]:
-        """Take the next scenes that are neither cached nor being read, and are neighbours, off ``entries``."""
+        """Take the next scenes that are neighbours, and neither cached nor being read, off ``entries``."""
         claimed: list[tuple[SampleEntry, _CachedScene]] = []
         with self._changed:
             while entries:
@@ -114,7 +114,7 @@ class SceneCache:
         """Yield a scene, read if it is not cached; None if it is quarantined.
 
         Raises:
-            UserError: The store does not answer, or the sample is damaged and not to be quarantined.
+            UserError: The store does not answer, or the sample is damaged and quarantine is off.
         """
         cached = self._acquire(shard, entry)
         try:
@@ -149,7 +149,7 @@ class SceneCache:
                 self._changed.notify()
 
     def _take_memory(self) -> Memory:
-        """Return memory that is free, new, or of the least recently used scene, which is evicted."""
+        """Return memory that is free or new, or evict the least recently used scene and return its memory."""
         while True:
             if self._free:
                 return self._free.pop()
@@ -179,7 +179,7 @@ class SceneCache:
             del self._cached[entry.key]
             if self._quarantine and isinstance(error, CorruptedError):
                 self.quarantined[entry.key] = str(error)
-                logger.warning("quarantined, its chips count nothing: %s", error)
+                logger.warning("quarantined, its chips do not count: %s", error)
             else:
                 cached.error = error
         cached.ready.set()

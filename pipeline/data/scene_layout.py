@@ -1,4 +1,4 @@
-"""Layouts of a scene in memory: whole, where training crops any window, else its chips, cropped when it is read."""
+"""Layouts of a scene in memory: whole, if training crops any window; else its chips, cropped when it is read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sharding.storage import Fill
 
 
 class Scene(Protocol):
-    """One scene in memory, good while it is in use."""
+    """One scene in memory, valid while it is in use."""
 
     @property
     def text(self) -> bytes:
-        """The sample's JSON."""
+        """Return the sample's JSON."""
         ...
 
     def copy(self, window: Window, into: StoredChips, slot: int) -> None:
@@ -39,17 +39,17 @@ class SceneLayout(Protocol):
 
     @property
     def scene_bytes(self) -> int:
-        """Memory of a scene."""
+        """Return the memory of a scene, bytes."""
         ...
 
     def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> Scene:
-        """Read a scene into memory of that size; ``fill`` gives the sample's bytes, checked."""
+        """Read a scene into memory of that size; ``fill`` supplies the sample's bytes, checked."""
         ...
 
 
 @dataclass(frozen=True)
 class WholeScene:
-    """A sample as it is stored, of which any window can be cropped."""
+    """A sample as stored, of which any window can be cropped."""
 
     images: tuple[Stored, Stored, Stored]
     """LR [R, C, h, w], HR [3, H, W] and PAN [1, H, W]."""
@@ -63,22 +63,22 @@ class WholeScene:
 
 @dataclass(frozen=True)
 class WholeScenes:
-    """The layout that keeps samples as they are stored."""
+    """Layout that keeps samples as stored."""
 
     scene_bytes: int
     """Bytes of the largest sample."""
 
     def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> WholeScene:
-        """Read the sample to where it stays."""
+        """Read the sample into its final memory."""
         return _read_whole(entry, memory, fill)
 
 
 @dataclass(frozen=True)
 class CutScene:
-    """The chips of a scene, each in one piece of memory."""
+    """The chips of a scene, each contiguous in memory."""
 
     chips: StoredChips
-    """All that will be asked for."""
+    """All chips that can be requested."""
     numbers: Mapping[Window, int]
     """Number of each window's chip."""
     text: bytes
@@ -90,10 +90,10 @@ class CutScene:
 
 
 class CutScenes:
-    """The layout that keeps chips of the same windows of every scene.
+    """Layout that keeps the chips of the same windows of every scene.
 
-    The sample is read into a buffer that is used for one after the other, so that it is checked and cropped while it
-    is in the processor's cache; a chip in one piece is then copied at the speed of memory.
+    Samples are read one after the other into one buffer, so that each is checked and cropped while it is in the
+    processor's cache; a contiguous chip is then copied at the speed of memory.
     """
 
     def __init__(self, layout: ChipLayout, windows: Sequence[Window], largest: int) -> None:
@@ -104,7 +104,7 @@ class CutScenes:
 
     @property
     def scene_bytes(self) -> int:
-        """Bytes of a scene's chips."""
+        """Return the bytes of a scene's chips."""
         return len(self._numbers) * self._layout.chip_bytes
 
     def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> CutScene:

@@ -1,9 +1,9 @@
-"""Revisits simulated from the target: the published training makes them, instead of reading Sentinel-2's.
+"""Revisits simulated from the target, as the published training does, instead of reading Sentinel-2's.
 
-``sensor`` is what the published training, validation and test use; ``shifts`` is the older recipe. Moving, blurring,
-pooling and resizing are linear and act on rows and columns apart, so that all of them together are one small matrix an
-axis. Both work on one chip at a time, where it lies, and draw from a generator of that chip's own, always on the CPU: a
-GPU simulates what a CPU does, but for rounding.
+``sensor`` is the mode of the published training, validation and test; ``shifts`` is the older recipe. Shifting,
+blurring, pooling and resizing are linear and separable in rows and columns, so all of them together are one small
+matrix per axis. Both modes work on one chip at a time, on its device, and draw from a generator of that chip, always on
+the CPU: results of GPU and CPU differ by rounding only.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from pipeline.order import random_words
 Simulator = Callable[[Tensor, int, tuple[int, int], torch.Generator], Tensor]
 
 SENSOR_SHIFT = 3.0
-"""Most that the sensor's place varies either way along each axis, target pixels."""
+"""Largest shift of the sensor in either direction along each axis, target pixels."""
 SENSOR_BLUR = (1.5, 2.0)
-"""Range of the deviation of its point spread, target pixels."""
+"""Range of the standard deviation of the point spread function, target pixels."""
 SENSOR_POOLING = 4
-"""Target pixels that one of its pixels averages, along each axis."""
+"""Target pixels that one sensor pixel averages, along each axis."""
 FULL_SCALE = 1000.0
-"""Photons that a reflectance of 1 is counted as; shot noise is their root."""
+"""Photon count of reflectance 1; shot noise is the root of the count."""
 READ_NOISE = 0.001
-"""Deviation of the read noise, reflectance."""
+"""Standard deviation of the read noise, reflectance."""
 
 INTEGER_SHIFT = 2
-"""Most that ``shifts`` moves a revisit either way along each axis, its own pixels."""
+"""Largest shift of a revisit in mode ``shifts``, in either direction along each axis, revisit pixels."""
 SHIFTS_BLUR = (0.1, 2.0)
-"""Range of the deviation of its blur, target pixels."""
+"""Range of the standard deviation of its blur, target pixels."""
 SHIFTS_REACH = 2
 """Taps of its blur on either side of the middle."""
 RELATIVE_NOISE = 0.03
-"""Deviation of its noise, in those of the revisit."""
+"""Standard deviation of its noise, as a share of the revisit's."""
 BRIGHTNESS = (0.9, 1.1)
-"""Range of its factor on a revisit."""
+"""Range of the brightness factor of a revisit."""
 
 
 def chip_generator(seed: int, epoch: int, chip: int) -> torch.Generator:
@@ -47,10 +47,10 @@ def chip_generator(seed: int, epoch: int, chip: int) -> torch.Generator:
 
 
 def sensor_revisits(target: Tensor, revisits: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Simulate a sensor that looks from elsewhere each time: shift, point spread, larger pixels, shot and read noise.
+    """Simulate a sensor at another position each time: shift, point spread, larger pixels, shot and read noise.
 
-    As published, 4 x 4 target pixels are averaged whatever the ratio of the grids, and the result is enlarged to
-    ``size`` (156 to 39 to 50).
+    As published, 4 x 4 target pixels are averaged for any ratio of the grids, and the result is enlarged to ``size``
+    (156 to 39 to 50).
 
     Args:
         target: High-resolution image [C, H, W], reflectance, 7 px or more a side.
@@ -63,7 +63,7 @@ def sensor_revisits(target: Tensor, revisits: int, size: tuple[int, int], genera
     """
     shift_x, shift_y = (_uniform(revisits, -SENSOR_SHIFT, SENSOR_SHIFT, generator) for _ in "xy")
     deviation = _uniform(revisits, *SENSOR_BLUR, generator)
-    # A sharper point spread is also cut off nearer: at 5 px up to a deviation of 1.83, then at 6 px.
+    # A narrower point spread is also cut off earlier: at 5 px up to a deviation of 1.83, then at 6 px.
     reach = (3 * deviation + 0.5).floor().clamp(min=1)
     taps = _gaussian(deviation, reach)
 
@@ -110,7 +110,7 @@ def shifted_revisits(target: Tensor, revisits: int, size: tuple[int, int], gener
             for x, y in zip(shift_x, shift_y, strict=True)
         ]
     )
-    # In float64, where the order of the sum, which depends on threads, is lost in the rounding.
+    # In float64, so that rounding hides the order of the sum, which depends on the number of threads.
     contrast = moved.double().std(dim=(1, 2, 3), keepdim=True).float()
     noise = torch.randn(moved.shape, generator=generator).to(moved.device)
     noisy = (moved + RELATIVE_NOISE * contrast * noise).clamp(0, 1)
@@ -134,9 +134,9 @@ def _gaussian(deviation: Tensor, reach: Tensor) -> Tensor:
 
 
 def _move(length: int, shift: Tensor) -> Tensor:
-    """Return matrices [R, length, length] that move an axis by each ``shift`` [R], from their rows to their columns.
+    """Return matrices [R, length, length] that shift an axis by each ``shift`` [R], from their rows to their columns.
 
-    Bilinear: pixel i of the result is seen at i - shift, held inside the image.
+    Bilinear: pixel i of the result is read at i - shift, clamped to the image.
     """
     pixel = torch.arange(length, dtype=torch.float64)
     place = (pixel - shift.unsqueeze(1)).clamp(0, length - 1)
@@ -144,16 +144,16 @@ def _move(length: int, shift: Tensor) -> Tensor:
 
 
 def _blur(axis: Tensor, taps: Tensor) -> Tensor:
-    """Correlate the last axis of [R, N, L] with the taps [R, K] of each; its border is mirrored without the edge."""
+    """Correlate the last axis of [R, N, L] with the taps [R, K] of each; the border is mirrored without the edge."""
     reach = taps.shape[1] // 2
     padded = functional.pad(axis, (reach, reach), mode="reflect").transpose(0, 1)
     return functional.conv1d(padded, taps.unsqueeze(1), groups=len(taps)).transpose(0, 1)
 
 
 def _apply(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
-    """Return ``target`` [C, H, W] through matrices [R, H, h] and [R, W, w], as float32 [R, C, h, w].
+    """Return ``target`` [C, H, W] multiplied by matrices [R, H, h] and [R, W, w], as float32 [R, C, h, w].
 
-    In float64, so that neither threads nor the machine's matrix product show in the result.
+    In float64, so that neither the threads nor the machine's matrix product change the result.
     """
     left, right = rows.mT.unsqueeze(1).to(target.device), columns.unsqueeze(1).to(target.device)
     return (left @ target.double() @ right).float()

@@ -1,1 +1,1 @@
-"""Trained weights measured: `evaluate` scores a checkpoint beside baselines, `catalogue` prints what models cost."""
+"""Evaluation of trained weights: `evaluate` scores a checkpoint beside baselines, `catalogue` prints models' costs."""

@@ -1,4 +1,4 @@
-"""Every model there is and what it costs, as a table."""
+"""Table of all models and their costs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Entry:
     config: ModelConfig
     """The model."""
     cost: Cost | None
-    """What it costs as we build it; None where it cannot take these sizes."""
+    """Cost of our form; None if it cannot take these sizes."""
     published_parameters: int | None
-    """Parameters of its published form, idle ones included; None where that cannot be what is asked."""
+    """Parameters of its published form, unused ones included; None if that form does not support these options."""
 
 
 def catalogue(like: ModelConfig, lr_size: int, hr_size: int) -> Iterator[Entry]:
-    """Yield every pair, encoder and head, otherwise as ``like``, at a chip of these sides in pixels."""
+    """Yield every pair, encoder and head, other options as in ``like``, for a chip of these sides in pixels."""
     for encoder, head in all_pairs():
         yield entry(replace(like, encoder=encoder, head=head), lr_size, hr_size)
 
 
 def entry(config: ModelConfig, lr_size: int, hr_size: int) -> Entry:
-    """Return one model's line of it."""
+    """Return the line of one model."""
     lr, pan = (lr_size, lr_size), (hr_size, hr_size)
     try:
         found = cost(config, lr, pan)
@@ -53,7 +53,7 @@ HEADINGS = ("encoder", "head", "parameters", "published", "GFLOP", "activations,
 
 
 def cells(of: Entry) -> tuple[str, ...]:
-    """Return what HEADINGS name; a dash stands for what there is not."""
+    """Return the cells of HEADINGS; a dash stands for an absent value."""
     published = "-" if of.published_parameters is None else f"{of.published_parameters:,}"
     names = (of.config.encoder, of.config.head)
     if of.cost is None:
@@ -69,7 +69,7 @@ def as_text(texts: Sequence[str]) -> str:
 
 
 def as_markdown(entries: Sequence[Entry], lr_size: int, hr_size: int) -> str:
-    """Return the page docs/models.md: what each stage is, then the table of ``entries``."""
+    """Return the page docs/models.md: a description of each stage, then the table of ``entries``."""
     like = entries[0].config
     stages: list[tuple[str, type[Stage]]] = [*ENCODERS.items(), *HEADS.items()]
     return "\n".join(
@@ -83,10 +83,10 @@ def as_markdown(entries: Sequence[Entry], lr_size: int, hr_size: int) -> str:
             "Costs of one chip:",
             f"{like.revisits} revisits of {like.bands} x {lr_size} x {lr_size}, PAN of {hr_size} x {hr_size}, width"
             f" {like.hidden}, zoom {like.zoom}.",
-            "*Parameters* are those that are trained, *published* all that the published code holds, idle ones too.",
-            "GFLOP are of a forward pass: two operations a multiply-add of convolutions, matrix products, attention",
-            "and scans, the rest left out. *Activations* are what it keeps in float32 for the backward pass.",
-            "ARConv chooses its kernels while it trains, and is counted with the 3 x 3 ones it begins with.",
+            "*Parameters* are the trained ones; *published* counts all of the published code, unused ones included.",
+            "GFLOP count a forward pass: two operations per multiply-add of convolutions, matrix products, attention",
+            "and scans, and nothing else. *Activations* are its float32 memory for the backward pass.",
+            "ARConv chooses its kernels during training, and is counted with its initial 3 x 3 kernels.",
             "",
             f"| {' | '.join(HEADINGS)} |",
             "|---|---|" + "---:|" * (len(HEADINGS) - 2),

@@ -1,4 +1,4 @@
-"""A checkpoint against a held-out split, beside two baselines that never learned anything."""
+"""Scores of a checkpoint on a held-out split, beside two baselines without training."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ COLUMNS = tuple(name + suffix for suffix in ("", ADJUSTED) for name in METRICS)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one checkpoint on one split."""
+    """The metrics of one checkpoint on one split."""
 
     checkpoint: str
     """Folder name of the checkpoint."""
     split: str
     """``train``, ``val`` or ``test``."""
     simulation: str
-    """How revisits were made from the truth, or ``off``."""
+    """Mode of simulating revisits from the target, or ``off``."""
     registration: Mode
-    """How predictions were registered to the truth."""
+    """Mode of registering predictions to the target."""
     chips: list[dict[str, object]]
-    """A row a chip and method: ``aoi chip method`` and COLUMNS."""
+    """A row per chip and method: ``aoi chip method`` and COLUMNS."""
     folder: str
-    """Where the CSVs and panels were written."""
+    """Folder of the CSVs and panels."""
 
     def means(self, method: str) -> dict[str, float]:
         """Return the mean of every column over the chips, for one method."""
@@ -64,7 +64,7 @@ class Evaluation:
         return fused, max(others)
 
     def table(self) -> str:
-        """Return the table that the command prints: a line a method, raw then adjusted."""
+        """Return the table that the command prints: a line per method, raw then adjusted."""
         lines = [
             f"split {self.split}, checkpoint {self.checkpoint}, {self.registration} registration,"
             f"{'' if self.simulation == 'off' else f' simulated revisits ({self.simulation}),'}"
@@ -81,13 +81,13 @@ class Evaluation:
 def evaluate_run(
     uri: str, split: str, which: str, *, data_uri: str = "", registration: Mode = "centred", panels: int = 9
 ) -> Evaluation:
-    """Evaluate a checkpoint of a run and write the figures into the run folder, below ``evaluation/``.
+    """Evaluate a checkpoint of a run and write the metrics into the run folder, below ``evaluation/``.
 
     Args:
         uri: Run folder.
         split: Split of the dataset.
         which: ``best`` (least validation loss), ``last`` or a step.
-        data_uri: Dataset, where it is not the run's own.
+        data_uri: Dataset; empty for the run's own.
         registration: ``centred`` or ``published``.
         panels: Chips drawn as PNG, the first ones of the split.
 
@@ -97,7 +97,7 @@ def evaluate_run(
     run = open_storage(uri)
     checkpoint = read_checkpoint(run, select_checkpoint(run, which))
     network = load_network(checkpoint)
-    # The nodes' disk cache is not this machine's, and every sample is read once.
+    # The nodes' disk cache is not on this machine, and every sample is read only once.
     data = replace(checkpoint.config.data, cache_dir="")
     dataset = _open_split(data_uri or data.uri, split, data)
     dataset.check_fits(checkpoint.config.model)
@@ -125,9 +125,9 @@ def evaluate_published(
     registration: Mode = "centred",
     panels: int = 9,
 ) -> Evaluation:
-    """Evaluate a checkpoint of the published code, and write the figures below the folder ``output``.
+    """Evaluate a checkpoint of the published code, and write the metrics below the folder ``output``.
 
-    Bands and revisits are the dataset's; width and zoom the published ones.
+    Bands and revisits are the dataset's; width and zoom are the published ones.
 
     Args:
         path: The file, see `models.published.read_published`.
@@ -135,8 +135,8 @@ def evaluate_published(
         data_uri: Dataset.
         split: Split of the dataset.
         output: Folder or s3:// prefix.
-        simulate: How revisits are made from the target, as the later published trainings and tests do; ``off`` takes
-            the dataset's.
+        simulate: Mode of simulating revisits from the target, as the later published trainings and tests do; ``off``
+            uses the dataset's.
         registration: ``centred`` or ``published``.
         panels: Chips drawn as PNG, the first ones of the split.
 
@@ -164,7 +164,7 @@ def evaluate_published(
         raise UserError(
             f"{path} does not fit {encoder}+{head} at {dataset.revisits} revisits: {error}{advice}"
         ) from None
-    # What training has stored, as in the published test, which came after training in the same process.
+    # The state that training left, as in the published test, which ran after training in the same process.
     network.at_step(config.kernel_freeze_step)
     name = f"{encoder}+{head}-{path.stem}"
     folder = f"{_folder_name(name, dataset, registration)}-{dataset.index.digest[:8]}"
@@ -181,10 +181,10 @@ def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
 def _measure(
     network: nn.Module, dataset: ChipDataset, name: str, folder: Storage, registration: Mode, panels: int
 ) -> Evaluation:
-    """Run the split through the network, and write rows and panels into ``folder``, emptied first."""
+    """Run the split through the network; replace the rows and panels in ``folder``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    # Of an evaluation before, nothing else: the folder may be one of the user's own.
+    # Remove results of an earlier evaluation only: the folder may be the user's own.
     for stored in folder.list():
         if re.fullmatch(r"chips\.csv|aois\.csv|table\.txt|panel-\d+\.png", stored.key):
             folder.delete(stored.key)
@@ -193,7 +193,7 @@ def _measure(
         for number, (batch, counts) in enumerate(evaluation_batches(dataset, device=device)):
             bar.update()
             if not counts:
-                logger.warning("left out of the figures: %s is quarantined", dataset.chip_id(batch.chips[0]))
+                logger.warning("skipped in the metrics: %s is quarantined", dataset.chip_id(batch.chips[0]))
                 continue
             with torch.no_grad():
                 fused = network(batch.lr, batch.pan, batch.revisit).fused.float()
@@ -207,8 +207,8 @@ def _measure(
                 _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
     if not rows:
         raise UserError(
-            f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: mend the dataset with"
-            " `satfusion shard`, which makes again what is damaged"
+            f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: repair the dataset with"
+            " `satfusion shard`, which builds damaged shards again"
         )
     result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, folder.uri)
     _write_csvs(folder, rows)
@@ -217,7 +217,7 @@ def _measure(
 
 
 def _folder_name(checkpoint: str, dataset: ChipDataset, registration: Mode) -> str:
-    """Name what was measured: split and checkpoint, and what is not as usual."""
+    """Return the folder name of an evaluation: split, checkpoint and options that differ from the defaults."""
     name = f"{dataset.split}-{checkpoint}"
     if registration != "centred":
         name += f"-{registration}"
@@ -233,9 +233,9 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
 
 
 def baselines(batch: Batch) -> dict[str, Tensor]:
-    """Return what needs no network: bicubic of the clearest revisit, and of the per-pixel median of the revisits.
+    """Return two baselines: bicubic of the clearest revisit, and of the per-pixel median of the revisits.
 
-    The median of an even number of revisits is the mean of the middle two. [B, C, H, W] each.
+    The median of an even number of revisits is the mean of the middle two. Each is [B, C, H, W].
     """
     size = batch.hr.shape[-2:]
     clearest = batch.lr[torch.arange(len(batch.chips)), batch.revisit]

@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes and settings alone, made once for each device and type."""
+"""Tensors that depend on sizes and settings alone, created once for each device and type."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CPU = torch.device("cpu")
 
 
 def constant(make: Callable[Concatenate[torch.device, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Turn ``make(device, ...)`` into ``get(like, ...)``, whose tensors are of the device and type of ``like``.
+    """Turn ``make(device, ...)`` into ``get(like, ...)``, whose tensors have the device and type of ``like``.
 
-    They are made on the CPU and kept, because a copy from the host's ordinary memory makes the host wait for all that
-    a GPU was asked to do; so nobody may write into them, and the other arguments must be hashable. A compiled graph
-    makes them anew on its own device: it could not hold what is kept here.
+    The tensors are created on the CPU, copied once and cached, because a copy from the host's pageable memory makes the
+    host wait for all work queued on a GPU. So no caller may write into them, and the other arguments must be hashable.
+    A compiled graph creates them again on its own device: it cannot hold the cached tensors.
     """
     kept: dict[Hashable, Tensor] = {}
 
@@ -32,7 +32,7 @@ def constant(make: Callable[Concatenate[torch.device, P], Tensor]) -> Callable[C
             with torch.inference_mode(False):
                 value = make(CPU, *args, **kwargs).to(like.device, like.dtype)
             if type(value) is not Tensor:
-                return value  # a stand-in of FakeTensorMode, which is worth nothing outside of it
+                return value  # a stand-in of FakeTensorMode, which has no use outside of it
             kept[key] = value
         return kept[key]
 

@@ -18,11 +18,11 @@ SSIM_TAPS = 5
 """Window of the SSIM loss, pixels; the metric's is wider."""
 
 PREFERENCE = 0.1
-"""What the centred loss adds to an error for each squared pixel of shift, as a share of it.
+"""Penalty of the centred loss for each squared pixel of shift, as a share of the error.
 
-A loss that takes any shift does not care where the whole image lies: whatever shift a blurred image happens to fit best
-in the first steps becomes the network's own, for good. A tenth is enough to make that the centre (docs/experiments.md),
-and little beside what a real misregistration costs. Metrics go without.
+A loss that accepts any shift does not fix the position of the whole image: the shift that a blurred image happens to
+fit best in the first steps becomes the network's own and stays. A tenth is enough to make that the centre
+(docs/experiments.md), and is small beside the cost of a real misregistration. Metrics have no penalty.
 """
 
 Placement = Literal["fused", "staged"]
@@ -31,7 +31,7 @@ PLACEMENTS: tuple[Placement, ...] = ("fused", "staged")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss and how a prediction is compared with its target.
+    """Weights of the loss, and its registration of prediction and target.
 
     Raises:
         UserError: If a weight is negative, the weights do not sum to 1, or a name is unknown.
@@ -50,21 +50,21 @@ class LossConfig:
     """Weight of 1 - cosine of the spectral angle, 0 to 1."""
 
     registration: Mode = "centred"
-    """How the target is shifted to the prediction: "centred", or "published" for the paper's figures."""
+    """Registration of the target to the prediction: "centred", or "published" for the paper's figures."""
 
     placement: Placement = "fused"
-    """Which image each part looks at: "fused", all at the result; "staged", the squared error at the encoder's image,
-    SSIM at the head's, the absolute error and the spectral angle at the result. A stage that is absent leaves its part
-    to the result."""
+    """Image that each part compares: "fused": the result for all; "staged": the squared error uses the encoder's image,
+    SSIM the head's, the absolute error and the spectral angle the result. If a stage is absent, its part uses the
+    result."""
 
     bias_adjust: bool = False
-    """Whether a prediction is first moved to its target's band means, which leaves its radiometry free."""
+    """Whether a prediction is first shifted to its target's band means, which leaves its radiometry unconstrained."""
 
     def __post_init__(self) -> None:
         weights = {"mse": self.mse, "mae": self.mae, "ssim": self.ssim, "sam": self.sam}
         for name, weight in weights.items():
             if not 0 <= weight <= 1:
-                raise UserError(f"loss.{name} = {weight} is no weight: it must be from 0 to 1")
+                raise UserError(f"loss.{name} = {weight} is not a weight: it must be from 0 to 1")
         total = sum(weights.values())
         if not math.isclose(total, 1, abs_tol=1e-6):
             terms = " + ".join(f"{name} {weight:g}" for name, weight in weights.items())
@@ -77,7 +77,7 @@ class LossConfig:
 
 
 class LossParts(NamedTuple):
-    """Loss and parts of each sample [B], before weighting; all are differentiable but the shift."""
+    """Loss and parts of each sample [B], before weighting; all are differentiable except the shift."""
 
     total: Tensor
     """Weighted sum of the parts."""
@@ -99,7 +99,7 @@ class LossParts(NamedTuple):
 
 
 def bias_adjust(prediction: Tensor, target: Tensor) -> Tensor:
-    """Move each sample and band of [B, C, H, W] to its target's mean; the gradient flows through the mean."""
+    """Shift each sample and band of [B, C, H, W] to its target's mean; the gradient flows through the mean."""
     return prediction + (target - prediction).mean(dim=(-2, -1), keepdim=True)
 
 
@@ -109,7 +109,7 @@ def fusion_loss(images: Fusion, target: Tensor, config: LossConfig) -> LossParts
     Half and bfloat16 images, and images under autocast, are compared in float32.
 
     Args:
-        images: What the network returned, images [B, C, H, W], reflectance.
+        images: Result of the network, images [B, C, H, W], reflectance.
         target: High-resolution images of the same shape.
         config: Weights, placement and registration.
 
@@ -142,7 +142,7 @@ def _register(prediction: Tensor, target: Tensor, config: LossConfig) -> Registe
 
 
 def _pair_of(image: Tensor | None, images: Fusion, fused: Registered, target: Tensor, config: LossConfig) -> Registered:
-    """Register a stage's image by itself where the loss is staged; where it is not, or is the result, take that."""
+    """Register a stage's image if the loss is staged; else, or if the image is the result, return the result's pair."""
     if config.placement == "fused" or image is None or image is images.fused:
         return fused
     return _register(_prepare(image, target, config), target, config)

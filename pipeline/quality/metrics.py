@@ -22,10 +22,10 @@ RESOLUTION_RATIO = 1 / 4
 
 @torch.no_grad()
 def image_metrics(prediction: Tensor, target: Tensor, registration: Mode = "centred") -> dict[str, Tensor]:
-    """Compare fused images with the truth.
+    """Compare fused images with the target.
 
-    Each set of metrics registers the images anew: removing a bias may change the shift that fits best.
-    Averages over samples are means of these figures; for PSNR too, so not the PSNR of the mean error.
+    Each set of metrics registers the images again: removing a bias may change the best shift. Averages over samples are
+    means of these values; for PSNR too, so not the PSNR of the mean error.
 
     Args:
         prediction: Fused images [B, C, H, W], reflectance.
@@ -34,7 +34,7 @@ def image_metrics(prediction: Tensor, target: Tensor, registration: Mode = "cent
 
     Returns:
         A tensor [B] for each name of ``METRICS``, and for each with the suffix ``_adjusted``. PSNR is
-        infinite where the images are equal.
+        infinite for equal images.
 
     Raises:
         UserError: If the images are smaller than 11 px, or the registration is unknown.
@@ -63,6 +63,6 @@ def _compare(prediction: Tensor, target: Tensor, registration: Mode) -> dict[str
 
 
 def _ergas(difference: Tensor, target: Tensor) -> Tensor:
-    """Relative error over bands (Wald, "Quality of high resolution synthesised images", 2000), percent."""
+    """Return the relative error over bands (Wald, "Quality of high resolution synthesised images", 2000), percent."""
     relative = difference.square().mean(dim=(2, 3)) / (target.mean(dim=(2, 3)).square() + 1e-8)
     return 100 * RESOLUTION_RATIO * relative.mean(dim=1).sqrt()

@@ -20,19 +20,19 @@ STEPS = tuple(0.5 * step for step in range(-4, 5))
 
 LOBES = 3
 HALF_WIDTH = LOBES + math.ceil(STEPS[-1])
-"""Taps of a kernel on either side of its middle, and so the border that a shifted target loses, in pixels."""
+"""Taps of a kernel on either side of its middle; a shifted target loses a border of this width, pixels."""
 
 CENTRE = len(STEPS) ** 2 // 2
-"""Index of the pair of shifts that moves nothing."""
+"""Index of the zero shift among all pairs of shifts."""
 
 PUBLISHED_CROP = 2
 PUBLISHED_OFFSET = 0.001
-"""What the published kernel adds to its argument to keep clear of 0/0."""
+"""Offset of the published kernel's argument, which avoids 0/0."""
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A prediction and the shifted target that fits it best, both without the border that shifting costs."""
+    """A prediction and the best-fitting shifted target, both without the border lost by shifting."""
 
     prediction: Tensor
     """[B, C, H - 10, W - 10]; the gradient flows through it."""
@@ -41,30 +41,29 @@ class Registered:
     """[B, C, H - 10, W - 10]."""
 
     shift: Tensor
-    """(dy, dx) a sample [B, 2], pixels: the shifted target at (r, c) is the target at (r + dy, c + dx)."""
+    """(dy, dx) per sample [B, 2], pixels: the shifted target at (r, c) is the target at (r + dy, c + dx)."""
 
     index: Tensor
-    """Number of the shift a sample [B], int64: 9 * index of dy + index of dx."""
+    """Number of the shift per sample [B], int64: 9 * index of dy + index of dx."""
 
     mse_per_shift: Tensor
     """Mean squared error of every shift [81, B]."""
 
 
 def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", preference: float = 0.0) -> Registered:
-    """Shift each sample's target to where its mean squared error to the prediction is least.
+    """Shift each sample's target to the least mean squared error to the prediction.
 
-    The choice carries no gradient and keeps no graph; the chosen pair does. Ties go to no shift at all where
-    it takes part in them, as it does for a flat image, else to the first.
+    The search has no gradient and keeps no graph; the chosen pair does. A tie that includes the zero shift, as for a
+    flat image, is won by the zero shift, any other tie by the first.
 
     Args:
         prediction: Images [B, C, H, W], float32 or float64.
         target: Images of the same shape.
-        mode: "centred" crops the prediction where the shifted target begins and interpolates by a Lanczos-3
-            kernel of sum 1, so equal images give a zero shift and a zero error. "published" is the formula
-            behind the paper's figures, which crops 3 px off that place, has no such tie rule, and does not
-            normalise its kernel.
-        preference: By how much an error counts more for each squared pixel of its shift's length, so that of two
-            shifts that fit about as well the shorter is chosen. An error of zero stays one.
+        mode: "centred" crops the prediction where the shifted target begins and interpolates by a Lanczos-3 kernel of
+            sum 1, so equal images give a zero shift and a zero error. "published" is the formula behind the paper's
+            figures: it crops 3 px away from that place, has no such tie rule, and does not normalise its kernel.
+        preference: Relative penalty on an error for each squared pixel of its shift's length, so that of two shifts
+            that fit about equally the shorter is chosen. A zero error stays zero.
 
     Raises:
         UserError: If the images are smaller than 11 px, or ``mode`` is unknown.
@@ -93,7 +92,7 @@ def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", prefere
 
 
 def _steps(device: torch.device) -> Tensor:
-    """Return ``STEPS`` [9], float64; from a range, which a device makes itself."""
+    """Return ``STEPS`` [9], float64, from a range that the device computes."""
     half = len(STEPS) // 2
     return torch.arange(-half, half + 1, dtype=torch.float64, device=device) / 2
 
@@ -104,17 +103,17 @@ def shift_kernels(mode: Mode, device: torch.device = CPU) -> Tensor:
         raise UserError(f"registration = {mode!r} is unknown{nearest(mode, MODES)}")
     distance = torch.arange(-HALF_WIDTH, HALF_WIDTH + 1, device=device) - _steps(device).unsqueeze(1)
     if mode == "published":
-        # In float32 whatever the images are, pi included: that is what the published figures rest on.
+        # In float32 for all image types, pi included: the published figures depend on it.
         u = math.pi * distance.float() + PUBLISHED_OFFSET
         return LOBES * u.sin() * (u / LOBES).sin() / u.square()
     kernel = torch.sinc(distance) * torch.sinc(distance / LOBES) * (distance.abs() < LOBES)
-    # sin(pi n) is not quite 0 in floating point; whole shifts must move pixels and leave them as they are.
+    # sin(pi n) is not exactly 0 in floating point; whole shifts must copy pixels unchanged.
     kernel = torch.where(distance == distance.round(), (distance == 0).double(), kernel)
     return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 TAPS: dict[Mode, list[list[float]]] = {mode: shift_kernels(mode).tolist() for mode in MODES}
-"""The kernels of :func:`shift_kernels` as numbers of the host: read off a tensor, they would split a compiled graph."""
+"""Host numbers of the kernels of :func:`shift_kernels`: reading them off a tensor would split a compiled graph."""
 
 
 @constant
@@ -126,8 +125,8 @@ def _kernels(device: torch.device, mode: Mode) -> Tensor:
 def _search(prediction: Tensor, target: Tensor, mode: str) -> Tensor:
     """Return the mean squared error of every shift [81, B], without a graph.
 
-    One operator to ``torch.compile``: as 300 to 2000 of them the search takes minutes to compile, and it rounds, hence
-    chooses between near ties, as it does without.
+    It is one operator for ``torch.compile``: as 300 to 2000 operators the search takes minutes to compile. As one
+    operator it also rounds, hence chooses between near ties, as without compilation.
     """
     return _search_centred(prediction, target) if mode == "centred" else _search_published(prediction, target)
 
@@ -140,9 +139,9 @@ def _(prediction: Tensor, target: Tensor, mode: str) -> Tensor:
 def _search_centred(prediction: Tensor, target: Tensor) -> Tensor:
     """Search by centred kernels.
 
-    Half a pixel is the same kernel wherever it lies, and whole pixels need none: four images (moved by half a
-    pixel down, right, both and not at all) hold all 81 shifted targets as windows. One window at a time: its
-    difference stays in the processor's cache, which that of a row of windows does not.
+    A half-pixel shift has one kernel for all shifts, and whole pixels need none: four images (shifted by half a pixel
+    down, right, both and not at all) hold all 81 shifted targets as windows. Windows are compared one at a time: the
+    difference of one stays in the processor's cache, that of a row of windows does not.
     """
     height, width = prediction.shape[-2:]
     half_pixel = [tap for tap in TAPS["centred"][STEPS.index(0.5)] if tap != 0]
@@ -158,7 +157,7 @@ def _search_centred(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _phases(image: Tensor, half_pixel: list[float], axis: int) -> tuple[Tensor, Tensor]:
-    """Return ``image`` as it is and moved by half a pixel, each from its first shift to its last."""
+    """Return ``image`` as it is and shifted by half a pixel, each from its first shift to its last."""
     length = image.shape[axis] - 2 * HALF_WIDTH
     reach = int(STEPS[-1])
     moved = _correlate(image.narrow(axis, 1, image.shape[axis] - 2), half_pixel, axis)
@@ -166,7 +165,7 @@ def _phases(image: Tensor, half_pixel: list[float], axis: int) -> tuple[Tensor, 
 
 
 def _search_published(prediction: Tensor, target: Tensor) -> Tensor:
-    """Search by published kernels, which have nothing in common."""
+    """Search by published kernels, which differ for every shift."""
     errors = []
     for row_taps in TAPS["published"]:
         rows = _correlate(target, row_taps, -2)
@@ -179,8 +178,8 @@ def _search_published(prediction: Tensor, target: Tensor) -> Tensor:
 def _correlate(image: Tensor, taps: list[float], axis: int) -> Tensor:
     """Correlate one axis with ``taps``, without padding; the result is a new tensor.
 
-    A sum of weighted slices rather than a convolution: cuDNN would round its inputs to TF32, under which near
-    ties change hands and equal images differ.
+    A sum of weighted slices instead of a convolution: cuDNN would round the inputs to TF32, which changes near ties and
+    makes equal images differ.
     """
     length = image.shape[axis] - len(taps) + 1
     total = image.narrow(axis, 0, length) * taps[0]

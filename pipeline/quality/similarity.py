@@ -1,4 +1,4 @@
-"""What losses and metrics have in common: SSIM maps, spectral angles, and the precision they need."""
+"""Functions shared by losses and metrics: SSIM maps, spectral angles, and the precision that both need."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ C2 = 0.03**2
 
 
 def widen(image: Tensor) -> Tensor:
-    """Return ``image`` in float32 where it is half or bfloat16: mean squares of 1e-4 drown in 8 bits."""
+    """Return ``image`` in float32 if it is half or bfloat16: 8 bits cannot resolve mean squares of 1e-4."""
     return image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
 
 
 def ssim_map(a: Tensor, b: Tensor, taps: int, *, mirror: bool, epsilon: float = 0.0) -> Tensor:
-    """Structural similarity of every pixel and band (Wang et al., IEEE TIP 2004, equation 13).
+    """Return the structural similarity of every pixel and band (Wang et al., IEEE TIP 2004, equation 13).
 
     Args:
         a: Images [B, C, H, W] in [0, 1].
         b: Images of the same shape.
         taps: Width of the Gaussian window, odd, pixels.
-        mirror: Whether the border is mirrored; else it is surrounded by zeros.
+        mirror: True mirrors the border; False pads it with zeros.
         epsilon: Added to the denominator.
 
     Returns:
@@ -45,7 +45,7 @@ def ssim_map(a: Tensor, b: Tensor, taps: int, *, mirror: bool, epsilon: float = 
 
 
 def spectral_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine [B, H, W] of the angle between the spectra of [B, C, H, W]; 0 where one is black."""
+    """Return the cosine [B, H, W] of the angle between the spectra of [B, C, H, W]; 0 if one is black."""
     norms: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     return ((a * b).sum(dim=1) / (norms + 1e-8)).clamp(-1, 1)
 

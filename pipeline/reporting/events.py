@@ -1,4 +1,4 @@
-"""What training tells: TensorBoard events of each rank and of all ranks together, metrics.csv, batches.csv."""
+"""Training output: TensorBoard events of each rank and of all ranks together, metrics.csv, batches.csv."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RankEvents:
     """TensorBoard events of one rank."""
 
     def __init__(self, run: RunFolder, rank: int, first_step: int) -> None:
-        """Open a new event file; readers drop what a killed process left of ``first_step`` and later."""
+        """Open a new event file; readers drop earlier events of ``first_step`` and later, left by a killed process."""
         self._writer = _writer(run.local / rank_folder(rank), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,19 +42,19 @@ class RankEvents:
 
 
 class AggregateEvents:
-    """What rank 0 writes of all ranks: one value under the rank's own tag, least and greatest with a suffix."""
+    """TensorBoard events of all ranks, by rank 0: one value under the rank's tag, minimum and maximum with a suffix."""
 
     def __init__(self, run: RunFolder, first_step: int) -> None:
         """Open a new event file (see `RankEvents`)."""
         self._writer = _writer(run.local / AGGREGATE, first_step)
 
     def scalars(self, step: int, by_rank: Mapping[str, Tensor], merged: Mapping[str, float]) -> None:
-        """Write one value of all ranks for each tag, and the least and the greatest of theirs.
+        """Write one value of all ranks for each tag, and the minimum and maximum over ranks.
 
         Args:
             step: Optimizer step.
             by_rank: Values [ranks] by tag.
-            merged: The one value by tag: their mean, or another.
+            merged: The one value of all ranks by tag: the mean, or another aggregate.
         """
         for tag, values in by_rank.items():
             self._writer.add_scalar(tag, merged[tag], step)
@@ -63,7 +63,7 @@ class AggregateEvents:
         self._writer.flush()
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8], folder: Path) -> None:
-        """Write an image [H, W, 3], and the same as ``<tag>-step-<n>.png`` below ``folder``."""
+        """Write an image [H, W, 3], also as ``<tag>-step-<n>.png`` below ``folder``."""
         self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
         path = folder / f"{tag}-step-{step}.png"
@@ -76,7 +76,7 @@ class AggregateEvents:
 
 
 class CsvLog:
-    """A growing CSV whose first column is the step; going on from a step drops the rows after it."""
+    """A growing CSV whose first column is the step; resuming at a step drops the rows after it."""
 
     def __init__(
         self, path: Path, columns: Sequence[str], last_step: int, renamed: Mapping[str, str] | None = None
@@ -84,14 +84,14 @@ class CsvLog:
         """Open ``path`` for appending.
 
         Args:
-            path: The file, created when absent.
+            path: The file, created if absent.
             columns: Header; the first column is the step.
             last_step: Rows of later steps are removed, atomically.
-            renamed: Names of today by the names that the file's columns may have had.
+            renamed: Current column names by the older names that the file may have.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         before, kept = _read_rows(path, last_step, renamed or {})
-        # Values are matched by name: a version that knows other columns resumes the file without losing one.
+        # Values are matched by name: a version with other columns resumes the file without losing any.
         self._columns = [*columns, *(column for column in before if column not in columns)]
         rewritten = path.with_suffix(TEMPORARY_SUFFIX)
         with rewritten.open("w", newline="", encoding="utf-8") as file:
@@ -113,13 +113,13 @@ class CsvLog:
 
 
 def _read_rows(path: Path, last_step: int, renamed: Mapping[str, str]) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the header of a CSV and its rows up to a step; a file that is not there has neither."""
+    """Return the header of a CSV and its rows up to a step; both are empty if the file is absent."""
     if not path.exists():
         return [], []
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     header = [renamed.get(column, column) for column in header]
-    # A row that a kill cut short has fewer fields than the header.
+    # A row that was cut short by a kill has fewer fields than the header.
     whole = (row for row in rows if len(row) == len(header))
     return header, [dict(zip(header, row, strict=True)) for row in whole if int(row[0]) <= last_step]
 

@@ -1,4 +1,4 @@
-"""TensorBoard on runs anywhere: local folders directly, s3:// runs through a copy that follows them."""
+"""TensorBoard on runs anywhere: local folders directly, s3:// runs through a copy that is kept up to date."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sharding.storage.names import path_below
 logger = logging.getLogger(__name__)
 
 EVENTS = "events"
-# What a file system says of a name that is too long, or that is a folder's and a file's in the store.
+# Errors of a file system for a name that is too long, or that is both a folder and a file in the store.
 _NO_FILE_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class EventMirror:
-    """A local copy of a stored run's events; each call of `update` fetches what has grown."""
+    """A local copy of a stored run's events; each call of `update` fetches new bytes."""
 
     def __init__(self, run: Storage, folder: Path) -> None:
         """Copy the events of ``run`` below ``folder``."""
@@ -36,7 +36,7 @@ class EventMirror:
         self._skipped: set[str] = set()
 
     def update(self) -> int:
-        """Fetch new and grown event files; return how many. A key that cannot be a file here is skipped.
+        """Fetch new and grown event files; return their number. A key that cannot be a local file is skipped.
 
         Raises:
             UserError: The store does not answer.
@@ -50,7 +50,7 @@ class EventMirror:
             if path is None:
                 self._skipped.add(stored.key)
                 continue
-            # Event files only grow, and TensorBoard reads on from where it stopped in the file it holds open.
+            # Event files only grow, and TensorBoard continues reading at its position in the open file.
             with path.open("ab") as file:
                 file.write(self._events.read_range(stored.key, here, stored.size - here))
             self._sizes[stored.key] = stored.size
@@ -58,7 +58,7 @@ class EventMirror:
         return fetched
 
     def _place(self, key: str) -> Path | None:
-        """Return the path of a key's copy, whose folder exists; None, with a warning, where it cannot be a file."""
+        """Return the path of a key's copy and create its folder; None, with a warning, if it cannot be a file."""
         try:
             path = path_below(self._folder, key, self._events.uri)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +76,11 @@ class EventMirror:
 
 @contextmanager
 def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
-    """Yield a folder that TensorBoard can read: a link or a followed copy for each run.
+    """Yield a folder that TensorBoard can read: a link or an updated copy for each run.
 
     Args:
         uris: Run folders.
-        refresh_seconds: Pause between looks at stored runs.
+        refresh_seconds: Seconds between polls of stored runs.
 
     Raises:
         UserError: A URI holds no events, or a key that cannot be a file below the folder.
@@ -116,9 +116,9 @@ def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -
     program = shutil.which("tensorboard", path=str(Path(sys.executable).parent)) or "tensorboard"
     with sigterm_as_interrupt(), event_folder(uris, refresh_seconds) as folder:
         command = [program, "--logdir", str(folder), "--host", host, "--port", str(port)]
-        # Fresh events show within seconds, also in files that a resumed run has left behind.
+        # New events appear within seconds, also in files that a resumed run has left behind.
         command += ["--reload_interval", "5", "--reload_multifile", "true"]
-        # A session of its own, so that Ctrl-C reaches it through us alone.
+        # A session of its own, so that Ctrl-C reaches it only through this process.
         server = subprocess.Popen(command, start_new_session=True)
         try:
             return server.wait()
@@ -130,7 +130,7 @@ def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -
 
 
 def _names(runs: Sequence[Storage]) -> list[str]:
-    """Return a folder name for each run: its last part, numbered where two are the same."""
+    """Return a folder name for each run: its last part, numbered if two are equal."""
     names: list[str] = []
     for run in runs:
         place = str(Path(run.uri).resolve()) if isinstance(run, LocalStorage) else run.uri
@@ -148,4 +148,4 @@ def _follow(mirrors: Sequence[EventMirror], refresh_seconds: float, stop: thread
             try:
                 mirror.update()
             except (UserError, OSError) as error:
-                logger.warning("events not refreshed, will try again: %s", error)
+                logger.warning("events not refreshed, will retry: %s", error)

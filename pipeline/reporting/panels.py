@@ -1,4 +1,4 @@
-"""Image panels of a chip: clearest revisit, PAN, fused, HR and the error, side by side."""
+"""Image panels of a chip: clearest revisit, PAN, fused image, HR and error, side by side."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def panel(batch: Batch, fused: Tensor, title: str) -> npt.NDArray[np.uint8]:
 
     From the left: the revisit under ``title``, PAN, fused, HR, absolute error.
 
-    Revisit, fused and HR share one stretch, so that their radiometry can be compared by eye. Of more than three bands
-    the first three are drawn.
+    Revisit, fused and HR share one contrast stretch, so that their radiometry can be compared by eye. With more than
+    three bands the first three are drawn.
     """
     hr = batch.hr[0, :3].cpu().numpy()
     high = robust_high(hr)

@@ -1,4 +1,4 @@
-"""The run folder: files that grow are written on local disk and, for s3:// runs, uploaded while training goes on."""
+"""The run folder: files that grow are written to local disk and, for s3:// runs, uploaded during training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sharding.storage.names import path_below
 logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
-"""Of files that are about to be renamed; they are never uploaded."""
+"""Suffix of files before their rename; they are never uploaded."""
 
 
 class RunFolder:
-    """A run's files: ``storage`` for what is published whole, ``local`` for what grows.
+    """A run's files: ``storage`` for files published whole, ``local`` for files that grow.
 
     For a local run both are the same folder. For an s3:// run ``local`` is a scratch folder of this process, whose
     changed files are uploaded every ``sync_seconds`` by a thread, and once more on leaving the context.
@@ -46,7 +46,7 @@ class RunFolder:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        """Start uploading, where the run is not local."""
+        """Start uploading if the run is not local."""
         if self._scratch is not None:
             self._thread = threading.Thread(target=self._sync_forever, name="run-folder", daemon=True)
             self._thread.start()
@@ -55,7 +55,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Upload what is left and stop; an error on the way out of the block is not hidden by one of the upload."""
+        """Upload the remaining changes and stop; an upload error does not hide an error of the block."""
         if self._scratch is None:
             return
         self._stop.set()
@@ -71,7 +71,7 @@ class RunFolder:
             self._scratch.cleanup()
 
     def fetch(self, key: str) -> Path:
-        """Return the local path of ``key``, brought from the store first if it is there and not here."""
+        """Return the local path of ``key``; download it first if only the store has it."""
         path = path_below(self.local, key, self.storage.uri)
         if self._scratch is not None and not path.exists() and self.storage.exists(key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,10 @@ class RunFolder:
         return path
 
     def sync(self) -> None:
-        """Upload every local file that changed since it was last sent.
+        """Upload every local file that changed since its last upload.
 
         Raises:
-            UserError: The store does not take it.
+            UserError: The store refuses the upload.
         """
         if self._scratch is None:
             return
@@ -97,9 +97,9 @@ class RunFolder:
             key = path.relative_to(self.local).as_posix()
             if path.suffix == TEMPORARY_SUFFIX or path.is_dir() or self._sent.get(key) == data_of:
                 return
-            # A copy, because an event file may grow while it is sent.
+            # A copy, because an event file may grow during the upload.
             data = path.read_bytes()
-        except FileNotFoundError:  # replaced by a rename since it was listed; the next round meets the new one
+        except FileNotFoundError:  # replaced by a rename since it was listed; the next round finds the new file
             return
         self.storage.write(key, data)
         self._sent[key] = data_of
@@ -109,5 +109,5 @@ class RunFolder:
             try:
                 self.sync()
             except (UserError, OSError) as error:
-                # Training must outlive a store that is away for a while; the next round sends what this one did not.
-                logger.warning("run folder not synchronised, will try again: %s", error)
+                # Training must survive a store that is unavailable for a while; the next round uploads the rest.
+                logger.warning("run folder not synchronised, will retry: %s", error)

@@ -1,4 +1,4 @@
-"""What a rank writes into the run folder while it trains: its events, and on rank 0 the aggregate and the CSVs."""
+"""Log files of a rank in the run folder: its events, and on rank 0 the aggregate events and the CSVs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.world import World
 
 
 class RunLogs:
-    """The open files of one rank; close it when training ends."""
+    """The open log files of one rank; close it when training ends."""
 
     def __init__(self, run: RunFolder, world: World, config: TrainConfig, first_step: int) -> None:
-        """Open them to resume at ``first_step``; what a killed process wrote of later steps is dropped."""
+        """Open the files to resume at ``first_step``; later steps, written by a killed process, are dropped."""
         self._run = run
         self._rank = world.rank
         self._every = config.log_every
@@ -37,7 +37,7 @@ class RunLogs:
 
     @property
     def wants_batches(self) -> bool:
-        """Whether this rank writes batches.csv."""
+        """Return whether this rank writes batches.csv."""
         return self._batches is not None
 
     def batch(self, step: int, epoch: int, chips: Sequence[str]) -> None:
@@ -46,13 +46,13 @@ class RunLogs:
             self._batches.row({"step": step, "epoch": epoch, "chips": ";".join(chips)})
 
     def write_step(self, step: int, epoch: int, by_rank: Mapping[str, Tensor], validation: Mapping[str, float]) -> None:
-        """Take a step's values; every ``train.log_every`` steps, and where one was validated, write those since then.
+        """Add a step's values; write a row every ``train.log_every`` steps and at each validated step.
 
         Args:
             step: Optimizer step, from 1.
             epoch: Epoch, from 0.
             by_rank: Values [ranks] of each of STEP_TAGS.
-            validation: Means by VAL_TAGS where this step was followed by a validation, else empty.
+            validation: Means by VAL_TAGS if a validation followed this step, else empty.
         """
         self._since.add(by_rank)
         if step % self._every and not validation:
@@ -70,13 +70,13 @@ class RunLogs:
         Args:
             step: Optimizer step.
             metrics: Means over all chips, by VAL_TAGS.
-            by_rank: [ranks, VAL_TAGS] means over each rank's chips, NaN for a rank that had none.
+            by_rank: [ranks, VAL_TAGS] means over each rank's chips, NaN for a rank without chips.
         """
         if not by_rank[self._rank].isnan().any():
             self._events.scalars(step, dict(zip(VAL_TAGS, by_rank[self._rank].tolist(), strict=True)))
         if self._aggregate:
             seen = by_rank[~by_rank.isnan().any(1)]
-            # The mean of all is over chips, not over ranks.
+            # The overall mean is over chips, not over ranks.
             self._aggregate.scalars(step, dict(zip(VAL_TAGS, seen.unbind(1), strict=True)), metrics)
 
     def panel(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:

@@ -1,4 +1,4 @@
-"""What is logged of a step and of a validation: names, and how values of ranks and steps become one."""
+"""Logged values of a step and of a validation: their names, and their aggregation over ranks and steps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.quality.metrics import ADJUSTED, METRICS
 
 @dataclass(frozen=True)
 class Tag:
-    """How one logged value is put together."""
+    """Aggregation of one logged value."""
 
     over_ranks: Literal["mean", "sum"] = "mean"
-    """Of one step's values on all ranks."""
+    """Aggregation over the ranks' values of one step."""
     over_steps: Literal["mean", "last"] = "mean"
-    """Of the steps since the row before; counts and rates only tell where they stand."""
+    """Aggregation over the steps since the previous row; for counts and rates the last value."""
 
 
 COUNT = Tag("sum", "last")
@@ -29,7 +29,7 @@ LOSS_TAGS: Mapping[str, str] = {
     "ssim": "train/ssim_loss",
     "sam": "train/sam_loss",
 }
-"""Tag of each field of `pipeline.quality.losses.LossParts` that is logged."""
+"""Tag of each logged field of `pipeline.quality.losses.LossParts`."""
 STEP_TAGS: Mapping[str, Tag] = {
     **dict.fromkeys(LOSS_TAGS.values(), Tag()),
     "train/grad_norm": Tag(),
@@ -41,9 +41,9 @@ STEP_TAGS: Mapping[str, Tag] = {
     "data/quarantined_chips": COUNT,
     "store/retries": COUNT,
 }
-"""Every value of a step, in the order of the columns of metrics.csv."""
+"""Tags of every value of a step, in the order of the columns of metrics.csv."""
 RENAMED: Mapping[str, str] = {"time/samples_per_second": "time/chips_per_second"}
-"""Columns of older runs by their name of today."""
+"""Column names of older runs by their current names."""
 VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
 
 
@@ -56,10 +56,10 @@ def over_ranks(by_rank: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class Averaged:
-    """The rows of the steps since the last one that was logged, as one."""
+    """The average of the step rows since the last logged row."""
 
     def __init__(self) -> None:
-        """Begin without a row."""
+        """Create an average without rows."""
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -72,7 +72,7 @@ class Averaged:
             self._sums[tag] = values
 
     def take(self) -> dict[str, Tensor]:
-        """Return the row, and begin again."""
+        """Return the average row and reset."""
         row = {
             tag: values if STEP_TAGS[tag].over_steps == "last" else values / self._count
             for tag, values in self._sums.items()

@@ -1,6 +1,6 @@
-"""Compiles DeepSpeed's CPU communication op, so that the first training does not wait for it.
+"""Compilation of DeepSpeed's CPU communication op, so that the first training need not wait for it.
 
-Run as ``python -m pipeline.training.build_op`` when the environment is made; it does nothing where CUDA is at hand.
+Run ``python -m pipeline.training.build_op`` when the environment is created; it does nothing if CUDA is available.
 """
 
 from __future__ import annotations

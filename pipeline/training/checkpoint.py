@@ -1,8 +1,8 @@
-"""Checkpoints in the run folder: complete only with their marker, the same for any world size and ZeRO stage.
+"""Checkpoints in the run folder: complete only with their marker, equal for any world size and ZeRO stage.
 
-``checkpoints/step-<n>/`` holds everything training needs to go on; ``checkpoints/best-<n>/`` the weights with the least
-validation loss. Each holds ``state.pt`` (tensors alone, read with ``weights_only``), ``checkpoint.json`` and, written
-last, the marker ``COMPLETE`` with the size and SHA-256 of both.
+``checkpoints/step-<n>/`` holds everything that training needs to resume; ``checkpoints/best-<n>/`` the weights with the
+least validation loss. Each holds ``state.pt`` (tensors alone, read with ``weights_only``), ``checkpoint.json`` and,
+written last, the marker ``COMPLETE`` with the size and SHA-256 of both.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ FORMAT_VERSION = 1
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint's bytes are not those its marker promises."""
+    """A checkpoint's bytes do not match its marker."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stood when a checkpoint was made."""
+    """Position of the training at a checkpoint."""
 
     step: int
     """Optimizer steps taken; global batches 1 to ``step`` are consumed."""
@@ -47,7 +47,7 @@ class Position:
     index_digest: str
     """Digest of the dataset's index."""
     world_size: int
-    """Ranks that trained; their generators fit this number only."""
+    """Number of ranks that trained; their generator states fit this number only."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Checkpoint:
     config: RunConfig
     """The run's resolved configuration."""
     position: Position
-    """Where training stood."""
+    """Position of the training."""
     state: TrainState
-    """Weights, and moments unless it holds the best weights alone."""
+    """Weights, and moments unless it holds only the best weights."""
     generators: list[dict[str, Tensor]]
     """Each rank's random generator states, by device type."""
 
@@ -74,13 +74,13 @@ def save_checkpoint(
     state: TrainState,
     generators: list[dict[str, Tensor]],
 ) -> None:
-    """Publish ``checkpoints/<name>/``, its marker last; a rewritten one is without marker meanwhile.
+    """Publish ``checkpoints/<name>/``, its marker last; during an overwrite it has no marker.
 
     Args:
         runs: The run folder.
         name: ``step-<n>`` or ``best-<n>``.
         config: The run's resolved configuration.
-        position: Where training stands.
+        position: Position of the training.
         state: Weights and, unless ``best``, moments.
         generators: Each rank's generator states.
     """
@@ -107,9 +107,9 @@ def complete_checkpoints(runs: Storage, kind: str) -> list[int]:
 
 
 def prune_checkpoints(runs: Storage, kind: str, newest: int, keep: int) -> None:
-    """Remove checkpoints of ``kind`` and leavings of broken ones, all but ``newest`` and the ``keep - 1`` before it.
+    """Remove checkpoints of ``kind`` and remains of incomplete ones, except ``newest`` and the ``keep - 1`` before it.
 
-    A later one than ``newest`` was left by a process that got further before it was killed, and is stale too.
+    A checkpoint after ``newest`` was left by a process that got further before it was killed, and is stale too.
     """
     before = [step for step in complete_checkpoints(runs, kind) if step < newest]
     kept = {newest, *before[len(before) - (keep - 1) :]} if keep > 1 else {newest}
@@ -119,18 +119,18 @@ def prune_checkpoints(runs: Storage, kind: str, newest: int, keep: int) -> None:
         for stored in folder.list()
         if (match := re.match(rf"{kind}-(\d+)/", stored.key)) and int(match[1]) not in kept
     ]
-    # The marker goes first: what is half removed must not look whole.
+    # The marker is deleted first: a partly removed checkpoint must not look complete.
     for key in sorted(stale, key=lambda key: not key.endswith(MARKER)):
         folder.delete(key)
 
 
 def discard_checkpoint(runs: Storage, name: str) -> None:
-    """Make ``checkpoints/<name>/`` incomplete, so that no run goes on from it; no error where there is none."""
+    """Make ``checkpoints/<name>/`` incomplete, so that no run resumes from it; do nothing if it is absent."""
     runs.child(f"checkpoints/{name}").delete(MARKER)
 
 
 def best_loss(runs: Storage, checkpoint: Checkpoint) -> float | None:
-    """Return the validation loss of the best weights kept; where they are damaged, what the checkpoint remembers."""
+    """Return the validation loss of the best weights; if they are damaged, the value recorded by the checkpoint."""
     steps = complete_checkpoints(runs, "best")
     try:
         return read_checkpoint(runs, f"best-{steps[-1]}").position.best_loss if steps else None
@@ -144,11 +144,11 @@ def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
 
     Raises:
         DamagedCheckpointError: Its bytes are not the marker's.
-        UserError: It is absent, incomplete or of another format, or the store does not answer.
+        UserError: The checkpoint is absent, incomplete or of another format, or the store does not answer.
     """
     folder = runs.child(f"checkpoints/{name}")
     if not folder.exists(MARKER):
-        raise UserError(f"{folder.uri} is no complete checkpoint: it has no {MARKER} marker")
+        raise UserError(f"{folder.uri} is not a complete checkpoint: it has no {MARKER} marker")
     marker = _parse(folder, MARKER, folder.read(MARKER))
     files: dict[str, bytes] = {}
     for file in (STATE, META):
@@ -176,7 +176,7 @@ def select_checkpoint(runs: Storage, which: str) -> str:
     """Return the folder name of ``best``, ``last`` or a step's checkpoint.
 
     Raises:
-        UserError: No such checkpoint; the message lists those there are.
+        UserError: No such checkpoint; the message lists the complete ones.
     """
     steps, best = complete_checkpoints(runs, "step"), complete_checkpoints(runs, "best")
     if which == "best" and best:
@@ -190,18 +190,18 @@ def select_checkpoint(runs: Storage, which: str) -> str:
 
 
 def newest_checkpoint(runs: Storage) -> Checkpoint | None:
-    """Return the newest full checkpoint whose bytes are whole, or None where none was ever completed.
+    """Return the newest full checkpoint whose bytes are intact, or None if none was ever completed.
 
     Raises:
         UserError: The store does not answer, the format is another version's, or every checkpoint is damaged: a run
-            that has checkpoints never starts over by itself.
+            with checkpoints never starts over automatically.
     """
     steps = complete_checkpoints(runs, "step")
     for step in reversed(steps):
         try:
             return read_checkpoint(runs, f"step-{step}")
         except DamagedCheckpointError as error:
-            logger.warning("%s; going back to the one before", error)
+            logger.warning("%s; trying the previous checkpoint", error)
     if steps:
         raise UserError(f"every checkpoint in {runs.uri} is damaged: name another output.uri to start over")
     return None
@@ -217,5 +217,5 @@ def _parse(folder: Storage, name: str, data: bytes) -> Mapping[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise DamagedCheckpointError(f"{folder.uri}/{name} is damaged: it is no JSON object; use another checkpoint")
+        raise DamagedCheckpointError(f"{folder.uri}/{name} is damaged: it is not a JSON object; use another checkpoint")
     return value

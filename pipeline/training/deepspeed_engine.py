@@ -1,4 +1,4 @@
-"""Training by DeepSpeed at ZeRO 0 to 3, with its state in a form without ranks or stages."""
+"""Training by DeepSpeed at ZeRO 0 to 3, with a state that does not depend on ranks or stages."""
 
 from __future__ import annotations
 
@@ -37,34 +37,34 @@ from pipeline.world import World
 
 
 def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a run; the optimizer is ours and stands beside it.
+    """Return DeepSpeed's configuration of a run; the optimizer is ours and is not part of it.
 
-    bf16 does not appear: it is autocast around the forward pass (`ForwardPass`), so that weights, gradients and their
+    bf16 is not set: it is autocast around the forward pass (`ForwardPass`), so that weights, gradients and their
     reduction stay in fp32 at every ZeRO stage.
     """
     return {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.grad_accum,
-        # At stage 0 the engine clips by the norm that it logs; DeepSpeed would compute it again.
+        # At stage 0 the engine clips by the norm that it logs; DeepSpeed would compute the norm again.
         "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
-            # Overlap would reorder sums from run to run.
+            # Overlap would change the order of sums between runs.
             "overlap_comm": False,
-            # Heads or encoders alone leave parameters without gradients.
+            # Heads or encoders without partner have parameters without gradients.
             "ignore_unused_parameters": True,
         },
         # DeepSpeed's own progress lines would repeat ours.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        # Its throughput timer waits for the device twice a micro-batch.
+        # DeepSpeed's throughput timer waits for the device twice per micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
 
 
 class DeepSpeedEngine:
-    """Train one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020); see `pipeline.training.engine.Engine`."""
+    """Training of one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020), as an `engine.Engine`."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class DeepSpeedEngine:
             self._grad_norm = clip_gradients(self._network, self._clip_norm)
 
     def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
         self._network.at_step(step)
 
     def update(self, learning_rate: float) -> None:
@@ -131,12 +131,12 @@ class DeepSpeedEngine:
         if boundary:
             self._idle.begin()
             if self._stage == 3:
-                # Where no new gradient comes, ZeRO 3 would take this step's for the next one's.
+                # If no new gradient arrives, ZeRO 3 would use this step's gradient for the next step.
                 self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     @property
     def grad_norm(self) -> Tensor:
-        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        """Return the L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
         if self._stage == 0:
             return self._grad_norm
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._device)
@@ -148,10 +148,10 @@ class DeepSpeedEngine:
         return widened(self._run(batch))
 
     def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
+        """Gather the weights, and the moments unless excluded, on every rank's CPU; all ranks call it together."""
         if self._stage == 0:
             return plain_state(self._network, self._adam, step, moments=moments)
-        # Slow to import, and plain PyTorch trains without.
+        # Slow to import, and not needed by the plain PyTorch engine.
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         weights = {name: to_cpu(buffer) for name, buffer in self._network.named_buffers()}
@@ -167,10 +167,10 @@ class DeepSpeedEngine:
         return TrainState(weights, gathered, step)
 
     def _make_moments(self, step: int) -> None:
-        # The inner Adam makes its state at its first step; ours must stand there before that.
+        # The inner Adam creates its state at its first step; it must exist before that.
         make_moments(self._adam, self._flat_parameters(), step)
         if self._stage in (1, 2):
-            # Tells each parameter where its moments lie; DeepSpeed does it after its first step.
+            # Set the location of each parameter's moments; DeepSpeed does it after its first step.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_moments(self, state: TrainState) -> None:
@@ -185,7 +185,7 @@ class DeepSpeedEngine:
         return [flat for group in self._adam.param_groups for flat in group["params"]]
 
     def _local_views(self, parameter: nn.Parameter) -> list[Tensor]:
-        """Return this rank's parts of a parameter's fp32 weight and moments, in place; none where it has no part."""
+        """Return this rank's parts of a parameter's fp32 weight and moments, in place; none if it holds no part."""
         if self._stage == 0:
             return [parameter.detach(), *(self._adam.state[parameter][moment] for moment in MOMENTS)]
         if self._stage == 3:
@@ -194,14 +194,14 @@ class DeepSpeedEngine:
         return [] if fragment is None else [fragment.get_hp_fragment(key) for key in (None, *MOMENTS)]
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        from deepspeed import utils  # slow to import, and plain PyTorch trains without
+        from deepspeed import utils  # slow to import, and not needed by the plain PyTorch engine
 
         if self._stage == 0:
             self._adam.state[parameter][moment].copy_(value)
         elif self._stage < 3:
             utils.safe_set_full_optimizer_state(parameter, value, moment)
         else:
-            # safe_set_full_* cuts past the end where a parameter does not divide by the ranks; partitions are padded.
+            # safe_set_full_* truncates if a parameter does not divide by the ranks; partitions are padded.
             part = utils.safe_get_local_optimizer_state(parameter, moment).numel()
             padded = functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
             own = padded.narrow(0, part * self._rank, part)
@@ -209,16 +209,17 @@ class DeepSpeedEngine:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed with its device settled and its CPU op loaded, and without its chatter."""
-    # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for one, and warn.
+    """Import DeepSpeed with its device set and its CPU op loaded, and without its log messages."""
+    # DeepSpeed chooses its device at import; on a machine without CUDA it would otherwise search for a device, and
+    # warn.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It insists on this name; torchrun and Ray set it, a process alone or a test's group does not.
+    # DeepSpeed requires this variable; torchrun and Ray set it, a single process or a test's group does not.
     os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed  # slow to import, and plain PyTorch trains without
+    import deepspeed  # slow to import, and not needed by the plain PyTorch engine
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; nothing a user could act on.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         _load_cpu_op()
@@ -226,11 +227,11 @@ def import_deepspeed() -> Any:
 
 
 def _load_cpu_op() -> None:
-    """Load the op that DeepSpeed would load itself, but not for ever wait for a process that was killed at it.
+    """Load the op that DeepSpeed would load, but never wait for a process that was killed while loading it.
 
-    Torch's lock is a file, which stays when its process dies; ours is the kernel's and ends with the process.
+    Torch's lock is a file, which remains when its process dies; ours is a kernel lock and ends with the process.
     """
-    from deepspeed.accelerator import get_accelerator  # slow to import, and plain PyTorch trains without
+    from deepspeed.accelerator import get_accelerator  # slow to import, and not needed by the plain PyTorch engine
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     folder = Path(_get_build_directory(builder.name, verbose=False))

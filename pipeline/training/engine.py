@@ -1,4 +1,4 @@
-"""What trains a network: the calls the loop needs, its state by parameter name, and what both engines share.
+"""The protocol of engines that train a network, the state by parameter name, and code shared by both engines.
 
 `DeepSpeedEngine` shards optimizer state, gradients and weights over ranks (ZeRO 0 to 3). `TorchEngine` is plain
 PyTorch: one process, or DistributedDataParallel. Both run the same forward pass and the same fused Adam, and hold the
@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainState:
-    """What training needs to resume, by parameter name, the same whatever the engine, world size and ZeRO stage."""
+    """State that training needs to resume, by parameter name; equal for every engine, world size and ZeRO stage."""
 
     weights: dict[str, Tensor]
     """fp32 parameters and buffers by name."""
@@ -34,15 +34,15 @@ class TrainState:
 
 
 class Engine(Protocol):
-    """One network in training. Nothing but `state` and `predict` makes the host wait for the device at ZeRO 0."""
+    """One network in training. At ZeRO 0 only `state` and `predict` make the host wait for the device."""
 
     @property
     def grad_norm(self) -> Tensor:
-        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        """Return the L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
         ...
 
     def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
         ...
 
     def forward(self, batch: Batch) -> Fusion:
@@ -62,7 +62,7 @@ class Engine(Protocol):
         ...
 
     def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Gather the weights, and the moments unless told not to, on every rank's CPU; all ranks call it together."""
+        """Gather the weights, and the moments unless excluded, on every rank's CPU; all ranks call it together."""
         ...
 
 
@@ -73,12 +73,12 @@ def compiled(function: Any) -> Any:
 
 
 def make_adam(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
-    """Return the optimizer: one kernel over all parameters, where a loop would launch several for each."""
+    """Return the optimizer: one fused kernel over all parameters, instead of several kernels for each."""
     return torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def make_moments(adam: torch.optim.Adam, parameters: Sequence[Tensor], step: int) -> None:
-    """Give the optimizer the state that it would make at its first step, as if ``step`` steps were taken."""
+    """Create the state that the optimizer would create at its first step, as if ``step`` steps were taken."""
     for parameter in parameters:
         zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         taken = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
@@ -86,7 +86,7 @@ def make_moments(adam: torch.optim.Adam, parameters: Sequence[Tensor], step: int
 
 
 def clip_gradients(network: nn.Module, bound: float) -> Tensor:
-    """Return the L2 norm of all gradients, a scalar on the device, and scale them down to ``bound`` unless it is 0."""
+    """Return the L2 norm of all gradients, a scalar on the device; scale them down to ``bound`` unless it is 0."""
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if bound:
@@ -110,9 +110,9 @@ def to_cpu(value: Tensor) -> Tensor:
 
 
 class ForwardPass(nn.Module):
-    """The network's forward pass: under bfloat16 autocast, and compiled in training, where ``config`` asks for it.
+    """The network's forward pass: under bfloat16 autocast, and compiled in training, if ``config`` says so.
 
-    It is a module because DeepSpeed switches off an autocast outside of the module it is given.
+    It is a module because DeepSpeed disables an autocast outside of its module.
     """
 
     def __init__(self, network: SatFusion, config: TrainConfig, device_type: str) -> None:
@@ -123,8 +123,8 @@ class ForwardPass(nn.Module):
         self._compiled: Any = compiled(self._fuse) if config.compile else None
 
     def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
-        """Return the images that the network has: the result, then those of its stages."""
-        # Evaluation takes one chip at a time: another graph to compile, for a fraction of the run.
+        """Return the network's images: the result, then those of its stages."""
+        # Evaluation takes one chip at a time: another graph to compile, for a small part of the run.
         if self._compiled is not None and self.training and self.network.is_settled:
             images: tuple[Tensor, ...] = self._compiled(lr, pan, revisit)
             return images
@@ -133,15 +133,15 @@ class ForwardPass(nn.Module):
     def _fuse(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
             fusion: Fusion = self.network(lr, pan, revisit)
-        # A plain tuple of tensors, because ZeRO 3 rebuilds outputs to hang its hooks on them.
+        # A plain tuple of tensors, because ZeRO 3 rebuilds outputs to attach its hooks to them.
         return tuple(image for image in fusion if image is not None)
 
     def images(self, outputs: Sequence[Tensor]) -> Fusion:
-        """Name what `forward` returned."""
+        """Return the outputs of `forward` as named images."""
         fused, *stages = outputs
         if len(stages) == 2:
             return Fusion(fused, *stages)
-        # A stage alone is the result; ZeRO 3 returns it as a tensor of its own.
+        # The image of a single stage is the result; ZeRO 3 returns it as a separate tensor.
         return Fusion(fused, fused if self.network.encoder else None, fused if self.network.head else None)
 
 
@@ -152,9 +152,9 @@ def widened(images: Fusion) -> Fusion:
 
 
 def use_tf32(enabled: bool) -> None:
-    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, or forbid it.
+    """Allow or forbid CUDA to round inputs of float32 matrix products and convolutions to 10 bits of mantissa.
 
-    PyTorch by itself allows it in convolutions alone.
+    PyTorch's default allows it in convolutions only.
     """
     precision = "tf32" if enabled else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision

@@ -49,18 +49,18 @@ from sharding.progress import Progress, progress
 logger = logging.getLogger(__name__)
 
 COUNTED = "counted chips"
-"""Name of a step's value that is looked at, and not logged: how many chips of the global batch count."""
+"""Name of a step's value that is checked but not logged: the number of chips of the global batch that count."""
 Image = npt.NDArray[np.uint8]
 Report = Callable[[Mapping[str, float]], None]
 
 
 class NonFiniteLossError(UserError):
-    """Training met a loss or gradient that is no number."""
+    """Training met a loss or gradient that is not finite."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training came to."""
+    """Result of a finished training."""
 
     step: int
     """Optimizer steps taken in all."""
@@ -69,18 +69,18 @@ class TrainResult:
 
 
 def run_training(config: RunConfig, report: Report | None = None) -> TrainResult:
-    """Train, or go on from the run folder's newest checkpoint; call it in every process of the group.
+    """Train, or resume from the run folder's newest checkpoint; call it in every process of the group.
 
     Args:
         config: The run.
         report: Called on every rank with the validation metrics after each validation.
 
     Returns:
-        What it came to, the same on every rank.
+        The result, the same on every rank.
 
     Raises:
         UserError: The dataset, the run folder or the batch does not fit the configuration.
-        NonFiniteLossError: The loss or the gradient stopped being a number.
+        NonFiniteLossError: The loss or the gradient is not finite.
     """
     if config.train.threads_per_rank:
         torch.set_num_threads(config.train.threads_per_rank)
@@ -109,7 +109,7 @@ class Trainer:
         run: RunFolder,
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Build network and engine, and stand where ``checkpoint`` stood."""
+        """Build network and engine, and restore the state of ``checkpoint``."""
         self.config = config
         self.world = world
         self.plan = plan
@@ -121,7 +121,7 @@ class Trainer:
             order = order_state(checkpoint.config, checkpoint.position.index_digest)
             self.loader.load_state_dict({"step": checkpoint.state.step, "order": vars(order)})
         self.first_step = self.step + 1
-        # Of the weights that are kept, which a killed process may have found after its last full checkpoint.
+        # From the kept weights, which a killed process may have found after its last full checkpoint.
         self.best_loss = best_loss(run.storage, checkpoint) if checkpoint else None
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         if config.train.max_steps:
@@ -140,13 +140,13 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken, or being taken: the global batches that the loader gave."""
+        """Return the optimizer steps taken or in progress: the global batches that the loader yielded."""
         return self.loader.step
 
     def fit(self, report: Report) -> TrainResult:
         """Train to the last step, validating after each epoch and at the end."""
         if self.step >= self.total_steps:
-            logger.info("the run is complete at step %d: raise train.epochs or train.max_steps to go on", self.step)
+            logger.info("the run is complete at step %d: raise train.epochs or train.max_steps to continue", self.step)
             return TrainResult(self.step, self.best_loss)
         self._announce()
         logs = RunLogs(self.run, self.world, self.config.train, self.first_step)
@@ -168,7 +168,7 @@ class Trainer:
             ends = self.step == self.total_steps
             validates = ends or self.step % self.loader.steps_per_epoch == 0
             saves = ends or self.step % self.config.train.checkpoint_every == 0
-            # Nothing is kept or validated before it is known that all losses up to here are numbers.
+            # Nothing is saved or validated before all losses up to here are known to be finite.
             row = None
             for row in self._arrived(everything=validates or saves):
                 shown = {"loss": f"{row.by_rank['train/loss'].mean():.4g}"}
@@ -191,7 +191,7 @@ class Trainer:
     def train_step(self, batch: Batch, epoch: int) -> None:
         """Take one optimizer step on this rank's part of the global batch; its values arrive later (`_arrived`).
 
-        At ZeRO 0 the host waits for the device nowhere in here.
+        At ZeRO 0 the host never waits for the device in this method.
         """
         began = time.perf_counter()
         rate = learning_rate(self.step, self.loader.steps_per_epoch, self.total_steps, self.config.train)
@@ -205,7 +205,8 @@ class Trainer:
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
             self.engine.update(rate)
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
-        # As if every rank had its even share of what counts, so that the ranks' mean is the mean over these chips.
+        # Scaled as if every rank had an equal share of the counted chips, so that the ranks' mean is the mean over
+        # these.
         means = sums * (self.world.size / counted.clamp(min=1))
         losses = dict(zip(LOSS_TAGS.values(), means.unbind(), strict=True))
         measured = {COUNTED: counted, **losses, "train/grad_norm": self.engine.grad_norm}
@@ -221,10 +222,10 @@ class Trainer:
         self.values.put(self.step, epoch, measured, known)
 
     def _arrived(self, *, everything: bool) -> Iterator[StepRow]:
-        """Yield the steps whose values are there (`StepValues.arrived`), by STEP_TAGS.
+        """Yield the steps whose values have arrived (`StepValues.arrived`), by STEP_TAGS.
 
         Raises:
-            NonFiniteLossError: On every rank, if any rank's loss or the gradient of a step is no number.
+            NonFiniteLossError: On every rank, if any rank's loss or the gradient of a step is not finite.
             UserError: On every rank, if all chips of a step are quarantined.
         """
         for row in self.values.arrived(everything=everything):
@@ -239,13 +240,13 @@ class Trainer:
             yield StepRow(row.step, row.epoch, by_rank)
 
     def _counted(self, batch: Batch) -> Tensor:
-        """Return how many chips of the global batch count, a float64 scalar on the device."""
+        """Return the number of chips of the global batch that count, a float64 scalar on the device."""
         if self._all_count:
             return self._global_batch
         return self.world.sum_over_ranks(batch.weight.double().sum())
 
     def _mean(self, losses: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
-        """Return what the engine, which averages over micro-batches and ranks, turns into the mean over what counts."""
+        """Return a loss whose average over micro-batches and ranks, by the engine, is the mean of counted chips."""
         if self._all_count:
             return losses.mean()
         share = self.plan.grad_accum * self.world.size / counted.clamp(min=1)
@@ -263,7 +264,7 @@ class Trainer:
         )
 
     def _discard_diverged(self, step: int) -> None:
-        """Remove the checkpoint of the step before: its update may be what diverged, and a restart would repeat it."""
+        """Remove the checkpoint of the step before: its update may have diverged, and a restart would repeat it."""
         if self.world.is_main:
             discard_checkpoint(self.run.storage, f"step-{step - 1}")
 
@@ -301,9 +302,9 @@ class Trainer:
         if not everyone:
             raise UserError(
                 f"split {self.val_set.split!r} of {self.val_set.storage.uri} is empty or quarantined whole, so nothing"
-                " says which weights are best: run `satfusion shard` again, which mends what is damaged"
+                " says which weights are best: run `satfusion shard` again, which builds damaged shards again"
             )
-        # Summed in chip order, so that the figures do not depend on who computed which.
+        # Summed in chip order, so that the result does not depend on the distribution over ranks.
         table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
         metrics = dict(zip(VAL_TAGS, table.mean(0).tolist(), strict=True))
         own = torch.tensor(list(rows.values()), dtype=torch.float64).reshape(-1, len(VAL_TAGS))
@@ -314,7 +315,7 @@ class Trainer:
 
     def _save(self, kind: str, keep: int) -> None:
         state = self.engine.state(self.step, moments=kind == "step")
-        # What is logged of the steps before must be in the store before the checkpoint that makes them past.
+        # Logs of the steps before must be in the store before the checkpoint that follows them.
         self.run.sync()
         generators = self.world.gather_objects(_generators(self.world))
         if not self.world.is_main:
@@ -326,7 +327,7 @@ class Trainer:
         logger.info("checkpoint %s written", name)
 
     def _seed_generators(self, checkpoint: Checkpoint | None) -> None:
-        # Dropout draws differ between ranks, and go on exactly where the same world stood.
+        # Dropout draws differ between ranks, and resume exactly with the same world size.
         if checkpoint and checkpoint.position.world_size == self.world.size:
             states = checkpoint.generators[self.world.rank]
             torch.set_rng_state(states["cpu"])
@@ -360,7 +361,7 @@ class Trainer:
             self.plan.grad_accum,
             self.loader.steps_per_epoch,
             self.loader.dropped_chips,
-            "going on after" if self.step else "starting at",
+            "resuming after" if self.step else "starting at",
             self.step,
             self.total_steps,
         )
@@ -374,7 +375,7 @@ def evaluation_row(images: Fusion, batch: Batch, config: RunConfig) -> list[floa
 
 
 class _Quiet:
-    """Progress of the ranks that show none."""
+    """A silent progress bar, for ranks that show none."""
 
     def __enter__(self) -> _Quiet:
         return self

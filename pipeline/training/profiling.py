@@ -16,19 +16,19 @@ from pipeline.reporting.run_folder import TEMPORARY_SUFFIX
 logger = logging.getLogger(__name__)
 
 SKIPPED = 3
-"""Steps before the profile: first allocations, compilation, the choice of kernels."""
+"""Steps before the profile: first allocations, compilation, choice of kernels."""
 WARM_UP = 1
-"""Steps that the profiler records and drops, since starting it distorts them."""
+"""Steps that the profiler discards, because starting it distorts them."""
 
 
 class StepProfiler:
-    """Records ``num_steps`` optimizer steps, on the CPU and any GPU, and writes one gzipped trace."""
+    """Profiler of ``num_steps`` optimizer steps, on the CPU and any GPU, which writes one gzipped trace."""
 
     def __init__(self, folder: Path, rank: int, num_steps: int) -> None:
         """Begin with the next step.
 
         Args:
-            folder: Where ``rank-<r>.pt.trace.json.gz`` goes, the name that TensorBoard's plugin looks for.
+            folder: Folder of ``rank-<r>.pt.trace.json.gz``, the name that TensorBoard's plugin expects.
             rank: This process's rank.
             num_steps: Steps to record; 0 records nothing and costs nothing.
         """
@@ -48,7 +48,7 @@ class StepProfiler:
             self._profile.step()
 
     def close(self) -> None:
-        """Stop; a profile that training ended before it was complete is written as it is."""
+        """Stop; a profile that is incomplete when training ends is written as it is."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
@@ -57,7 +57,7 @@ class StepProfiler:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(TEMPORARY_SUFFIX)
         with tempfile.TemporaryDirectory(prefix="satfusion-profile-") as folder:
-            trace = Path(folder, self._path.name)  # the profiler compresses by the name's end
+            trace = Path(folder, self._path.name)  # the profiler compresses if the name ends in .gz
             recorded.export_chrome_trace(str(trace))
             shutil.copyfile(trace, beside)
         os.replace(beside, self._path)

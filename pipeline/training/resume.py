@@ -1,4 +1,4 @@
-"""A run folder that holds a run already: its newest checkpoint, or the refusal of another run."""
+"""Start of a run in a used run folder: the newest checkpoint, or an error for another run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, wor
     if checkpoint:
         before: tuple[RunConfig, str] | None = checkpoint.config, checkpoint.position.index_digest
     else:
-        before = _recorded(run)  # A run killed before its first checkpoint is a run too.
+        before = _recorded(run)  # A run killed before its first checkpoint is also a run.
     if before:
         _refuse_another_run(run, before, (config, dataset.index.digest))
     if checkpoint:
@@ -54,7 +54,7 @@ def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, wor
 
 
 def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
-    """Return the configuration and index digest that a run's config.json records, or None without one."""
+    """Return the configuration and index digest recorded in a run's config.json, or None without one."""
     if not run.storage.exists(CONFIG_FILE):
         return None
     source = f"{run.storage.uri}/{CONFIG_FILE}"
@@ -62,7 +62,7 @@ def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
         record = json.loads(run.storage.read(CONFIG_FILE))
         digest = str(record.pop("environment")["index_digest"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{source} is no record of a run: name another output.uri") from None
+        raise UserError(f"{source} is not a record of a run: name another output.uri") from None
     return RunConfig.from_dict(record, source), digest
 
 
@@ -85,6 +85,6 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
 
 
 def order_state(config: RunConfig, index_digest: str) -> OrderState:
-    """Return what the order of a run's chips depends on."""
+    """Return the state that the order of a run's chips depends on."""
     data, train = config.data, config.train
     return OrderState(index_digest, SPLIT, train.seed, train.global_batch, data.shuffle_window, data.lanes)

@@ -8,7 +8,7 @@ from pipeline.config import TrainConfig
 
 
 def learning_rate(step: int, steps_per_epoch: int, total_steps: int, config: TrainConfig) -> float:
-    """Return the rate of optimizer step ``step``, counted from 1.
+    """Return the learning rate of optimizer step ``step``, counted from 1.
 
     ``warm_restarts`` is SGDR's cosine (Loshchilov and Hutter, ICLR 2017, equation 5) with periods of
     ``restart_epochs``, constant within an epoch. ``warmup_cosine`` rises linearly over ``warmup_steps``, then follows

@@ -1,9 +1,9 @@
-"""What each rank measured of its steps, brought to all ranks without making the host wait for the device.
+"""Measured values of steps, sent from each rank to all ranks without making the host wait for the device.
 
-Values that the device computes stay there until a window of steps is complete. One collective then gathers the window
-from all ranks, and its copy to the host is read one window later, when it has long arrived: the device always has the
-next steps queued. Windows are cut by step number, so every rank reads the same rows at the same step, and all ranks
-stop together where a row says so.
+Values computed on the device stay there until a window of steps is complete. One collective then gathers the window
+from all ranks. Its copy to the host is read one window later, when it has long arrived: the device always has the next
+steps queued. Windows are cut by step number, so every rank reads the same rows at the same step, and all ranks stop
+together if a row requires it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.data.batches import send
 from pipeline.world import World
 
 LONGEST_WINDOW = 10
-"""Most steps of a window: a loss that is no number is found after at most two."""
+"""Upper bound of the steps in a window: a loss that is not finite is found after at most two windows."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class StepRow:
 
 @dataclass(frozen=True)
 class _Window:
-    """Rows on their way to the host."""
+    """Rows that are being copied to the host."""
 
     steps: Sequence[tuple[int, int]]
     """Step and epoch of each row."""
     names: Sequence[str]
-    """Of the values."""
+    """Names of the values."""
     values: Tensor
-    """[ranks, steps, values], page-locked where it comes from a GPU."""
+    """[ranks, steps, values], page-locked if it comes from a GPU."""
     arrived: torch.cuda.Event | None
-    """When the copy is done; None where there is nothing to wait for."""
+    """Event at the end of the copy; None if there is nothing to wait for."""
 
     def wait(self) -> None:
         """Wait until the rows are on the host."""
@@ -54,14 +54,14 @@ class _Window:
             self.arrived.synchronize()
 
     def rows(self) -> Iterator[StepRow]:
-        """Yield the rows, for which `wait` has waited."""
+        """Yield the rows; call `wait` first."""
         for number, (step, epoch) in enumerate(self.steps):
             by_rank = self.values[:, number].unbind(1)
             yield StepRow(step, epoch, dict(zip(self.names, by_rank, strict=True)))
 
 
 class StepValues:
-    """Collects the values of steps on one rank; all ranks call `put` and `arrived` at the same steps."""
+    """Collector of the steps' values on one rank; all ranks call `put` and `arrived` at the same steps."""
 
     def __init__(self, world: World, log_every: int, lag: int | None = None) -> None:
         """Prepare to collect.
@@ -69,8 +69,8 @@ class StepValues:
         Args:
             world: This process's place.
             log_every: Steps between rows of the log; a window is never longer.
-            lag: Windows on their way that `arrived` does not wait for; by default 1 on CUDA, and 0 on the CPU, where
-                values are there at once.
+            lag: Number of newest windows that `arrived` does not wait for; by default 1 on CUDA, and 0 on the CPU,
+                where values are available at once.
         """
         self._world = world
         self._window = min(log_every, LONGEST_WINDOW)
@@ -81,7 +81,7 @@ class StepValues:
         self._known: list[list[float]] = []
         self._sent: deque[_Window] = deque()
         self.wait_seconds = 0.0
-        """How long the last call of `arrived` waited for the device."""
+        """Time that the last call of `arrived` waited for the device, seconds."""
 
     def put(self, step: int, epoch: int, measured: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
         """Add a step's values; all steps and all ranks name the same ones in the same order.
@@ -90,7 +90,7 @@ class StepValues:
             step: Optimizer step, from 1.
             epoch: Epoch, from 0.
             measured: Scalars that the device computes; read later, so they must not change.
-            known: What the host knows already.
+            known: Values that the host knows already.
         """
         self._names = [*measured, *known]
         self._steps.append((step, epoch))
@@ -100,7 +100,7 @@ class StepValues:
             self._send()
 
     def arrived(self, *, everything: bool = False) -> Iterator[StepRow]:
-        """Yield the rows of all windows but the last one sent, in order; with ``everything``, all that were put."""
+        """Yield the rows of all windows except the last one sent, in order; with ``everything``, all rows."""
         if everything and self._steps:
             self._send()
         self.wait_seconds = 0.0

@@ -24,7 +24,7 @@ from pipeline.world import World
 
 
 class TorchEngine:
-    """Train one network by PyTorch alone (Li et al., "PyTorch Distributed", VLDB 2020); an `Engine`."""
+    """Training of one network by PyTorch alone (Li et al., "PyTorch Distributed", VLDB 2020); an `Engine`."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class TorchEngine:
 
     @property
     def grad_norm(self) -> Tensor:
-        """L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        """Return the L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
         return self._grad_norm
 
     def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, how many steps were taken."""
+        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
         self._network.at_step(step)
 
     def forward(self, batch: Batch) -> Fusion:
@@ -64,7 +64,8 @@ class TorchEngine:
         self._forward.train()
         if self._parallel is None:
             return self._forward.images(self._forward(batch.lr, batch.pan, batch.revisit))
-        # Read by the forward pass; gradients are reduced with the last micro-batch of a step alone.
+        # DistributedDataParallel reads it in the forward pass; gradients are reduced only with a step's last
+        # micro-batch.
         self._parallel.require_backward_grad_sync = self._is_last
         return self._forward.images(self._parallel(batch.lr, batch.pan, batch.revisit))
 
@@ -93,16 +94,16 @@ class TorchEngine:
         return widened(self._forward.images(self._forward(batch.lr, batch.pan, batch.revisit)))
 
     def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Return copies of the weights, and of the moments unless told not to, on the CPU."""
+        """Return copies of the weights, and of the moments unless excluded, on the CPU."""
         return plain_state(self._network, self._adam, step, moments=moments)
 
     @property
     def _is_last(self) -> bool:
-        """Whether the micro-batch at hand is the last of its optimizer step."""
+        """Return whether the current micro-batch is the last of its optimizer step."""
         return (self._micro_steps + 1) % self._accum == 0
 
     def _count_idle(self) -> None:
-        """Count the step for parameters without gradient too, which Adam passes over: one count serves all."""
+        """Count the step also for parameters without gradient, which Adam skips: one count serves all."""
         idle = [self._adam.state[p]["step"] for p in self._network.parameters() if p.grad is None]
         if idle:
             torch._foreach_add_(idle, 1)
@@ -117,10 +118,10 @@ def _parallel(forward: ForwardPass, world: World) -> DistributedDataParallel:
     return DistributedDataParallel(
         forward,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        # All ranks begin with equal weights, and what is averaged over ranks of the buffers averages itself.
+        # All ranks begin with equal weights, and buffers that are averaged over ranks average themselves.
         init_sync=False,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        # Costs a walk over the graph, and is needed where a step may leave parameters without gradient.
+        # Costs a walk over the graph; needed if a step may leave parameters without gradient.
         find_unused_parameters=forward.network.may_leave_idle,
     )

@@ -1,4 +1,4 @@
-"""Parameters that a step does not use, which the optimizer is to leave alone."""
+"""Parameters that a step does not use, and that the optimizer must not change."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class IdleParameters:
-    """Keeps an optimizer's step from the parameters that got no gradient since the step before.
+    """Guard that keeps an optimizer's step from the parameters without gradient since the step before.
 
-    A PyTorch optimizer passes over them by itself. DeepSpeed, at every ZeRO stage, gives it zeros for their gradients,
-    on which weight decay and momentum go on: Adam would take all but the same full step of the learning rate each
-    time, until nothing is left of the weights that an adaptive convolution has no use for today.
+    A PyTorch optimizer skips them. DeepSpeed, at every ZeRO stage, passes zeros for their gradients, to which weight
+    decay and momentum still apply: Adam would take nearly a full step of the learning rate each time, until the weights
+    that an adaptive convolution does not currently use have vanished.
 
-    Adam's count of steps stays one for all parameters, where PyTorch alone would keep one for each: a parameter that is
-    first used after hundreds of steps begins with steps of up to three times the learning rate.
+    Adam keeps one step count for all parameters, while PyTorch alone would keep one for each: a parameter that is first
+    used after hundreds of steps begins with steps of up to three times the learning rate.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class IdleParameters:
         """Watch the backward passes and the steps.
 
         Args:
-            parameters: All that are trained.
-            optimizer: What steps; its state must stand already.
-            views: Where this rank's part of a parameter's weight and state lies, to be read and written in place.
+            parameters: All trained parameters.
+            optimizer: The optimizer; its state must exist already.
+            views: Function that returns this rank's part of a parameter's weight and state, read and written in place.
         """
         self._parameters = list(parameters)
         self._views = views
@@ -42,7 +42,7 @@ class IdleParameters:
         optimizer.register_step_post_hook(lambda *_: self._put_back())
 
     def begin(self) -> None:
-        """Forget which parameters got gradients: what comes now belongs to the next step."""
+        """Forget which parameters got gradients: later gradients belong to the next step."""
         self._reached.clear()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""ARConv: where it samples, how it decides its kernel, what its gradients are damped by."""
+"""ARConv: sampling positions, choice of the kernel, damping of gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def image(*shape: int) -> Tensor:
 
 
 def set_extents(module: AdaptiveConv, height: float, width: float) -> None:
-    """Make every pixel's height and width these, in (1, 9)."""
+    """Set every pixel's height and width to these values, in (1, 9)."""
     for branch, extent in ((module.height, height), (module.width, width)):
         last = branch[-1]
         assert isinstance(last, nn.BatchNorm2d)
@@ -124,7 +124,7 @@ def test_a_diverged_network_still_takes_a_kernel() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("published", [False, True])
 def test_images_that_are_no_numbers_take_the_smallest_kernels(value: float, published: bool) -> None:
-    # The loop finds a loss that is none a step or two later; until then the network must run.
+    # The loop finds a loss that is not finite a step or two later; until then the network must run.
     model = head(published=published, kernel_freeze_step=2)
     for step in range(4):
         model.at_step(step)
@@ -185,7 +185,7 @@ def test_the_kernel_travels_with_state_dicts_and_copies() -> None:
     for twin in (loaded, copy.deepcopy(module), copy.deepcopy(module).to("cpu")):
         assert torch.equal(twin(x), expected)
         assert twin.reserved_NXY.tolist() == [5, 7]
-    with pytest.raises(ValueError, match=r"reserved_NXY = \[4, 3\] is no size of a kernel"):
+    with pytest.raises(ValueError, match=r"reserved_NXY = \[4, 3\] is not a kernel size"):
         loaded.load_state_dict(module.state_dict() | {"reserved_NXY": torch.tensor([4, 3])})
 
 

@@ -1,4 +1,4 @@
-"""Costs from shapes alone equal those of arithmetic, and of a forward pass on real tensors."""
+"""Costs from shapes alone equal those of arithmetic, and those of a forward pass on real tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_a_network_of_convolutions() -> None:
 def test_attention_is_counted_without_its_weights_being_kept() -> None:
     small, large = (cost(ModelConfig("none", "u2net"), (8, 8), (size, size)) for size in (32, 64))
     attention = [4 * 16 * sum(heads * (size // shrunk) ** 4 for heads, shrunk in LEVELS) for size in (32, 64)]
-    # Beside the attention all grows with the pixels; the 16 x 16 spectral one does, too.
+    # Except for the attention all costs grow with the pixels, also the 16 x 16 spectral attention.
     assert large.flops - attention[1] == 4 * (small.flops - attention[0])
     assert large.activation_bytes < 4.01 * small.activation_bytes
 
 
 LEVELS = ((2, 1), (4, 2), (8, 4), (4, 2), (2, 1))
-"""Heads of 16 channels, and how many times smaller the grid is."""
+"""Heads of 16 channels, and the factor by which the grid is smaller."""
 
 
 def test_the_scan_keeps_no_states() -> None:

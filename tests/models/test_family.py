@@ -1,4 +1,4 @@
-"""Every model of the family keeps the same promises: the 41 at one size fast, at all sizes in the slow grid."""
+"""Contracts of every model of the family: the 41 at one size in the fast tests, at all sizes in the slow grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.config import ModelConfig
 from models.registry import all_pairs, build_model
 from models.satfusion import SatFusion
 
-# LR and PAN sizes that nothing divides, and one that much does.
+# LR and PAN sizes that few numbers divide, and one that many divide.
 SIZES = {"odd": ((9, 11), (31, 26)), "even": ((8, 8), (24, 24))}
 
 
@@ -30,7 +30,7 @@ def keeps_its_promises(config: ModelConfig, lr_size: tuple[int, int], pan_size: 
             idle.add(name)
         else:
             assert parameter.grad.isfinite().all(), name
-    # Of ARConv's nine kernel sizes a step uses one.
+    # A step uses one of ARConv's nine kernel sizes.
     assert all(".convs." in name for name in idle), idle
     assert len(idle) == 10 * 8 * 2 * (config.head == "arconv")
     first = evaluated(model, lr, pan)

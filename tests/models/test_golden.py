@@ -10,7 +10,7 @@ from models.published import count_parameters, to_published
 from models.registry import all_pairs, build_model
 from tests.golden import cases
 
-# Of all 41 published models, read off the instantiated modules: encoders across, heads down.
+# Counts of all 41 published models, read off the instantiated modules: encoders across, heads down.
 ENCODERS = ("none", "srcnn", "highresnet", "rams", "trnet", "trnet_pan")
 COUNTS = {
     "none": (None, 1_778_766, 1_627_981, 338_055, 470_350, 471_040),
@@ -29,7 +29,7 @@ MODELS = [
 ]
 
 ROUNDING = {"PSIT": 2e-3, "Pan_Mamba": 2e-3}
-"""What float32 results are defined to, by published head; 1e-4 for the others."""
+"""Relative tolerance of float32 results, by published head; 1e-4 for the others."""
 
 
 @pytest.mark.parametrize("case", cases.CONFIGS)

@@ -1,4 +1,4 @@
-"""INNformer: its search keeps no similarities, its blocks can be inverted, its weights begin as published."""
+"""INNformer: its search keeps no similarities, its blocks can be inverted, its initial weights are as published."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATCHES = 24 * 24
 
 
 class Largest(TorchDispatchMode):
-    """Note how many bytes the largest tensor has that any operation makes."""
+    """Counter of the bytes of the largest tensor that any operation creates."""
 
     nbytes = 0
 
@@ -37,7 +37,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def transfer_by_the_whole_matrix(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with all similarities [P, 576, 576] in the graph."""
+    """Return the same with all similarities [P, 576, 576] in the graph."""
     queries, keys = F.unfold(query, 3, padding=1), F.unfold(key, 3, padding=1)
     similarity = F.normalize(queries, dim=1).transpose(1, 2) @ F.normalize(keys, dim=1)
     cosine, index = similarity.max(dim=1)
@@ -67,7 +67,7 @@ def test_windows_are_searched_a_few_at_a_time_with_the_same_result(monkeypatch: 
 
 
 def test_the_first_of_equal_patches_is_taken() -> None:
-    # Single ones: every cosine is exactly 0 or 1.
+    # With single values every cosine is exactly 0 or 1.
     query, key = torch.zeros(2, 1, *WINDOW)
     query[0, 0, 5, 7] = query[0, 0, 18, 3] = key[0, 0, 10, 10] = 1
     index = nearest_patch(query, key).view(24, 24)

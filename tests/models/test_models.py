@@ -38,7 +38,7 @@ def test_the_output_lies_on_the_grid_of_pan(encoder: str, head: str, pan: tuple[
 
 @pytest.mark.parametrize(("encoder", "head"), STAGES)
 def test_samples_do_not_mix(encoder: str, head: str) -> None:
-    # Evaluation, since batch norms mix the samples in training, as they should.
+    # In evaluation mode, because batch norms mix the samples in training, as intended.
     model = small(encoder, head).double().eval()
     lr, pan = (x.double() for x in inputs())
     both = model(lr, pan).fused
@@ -50,7 +50,7 @@ def test_samples_do_not_mix(encoder: str, head: str) -> None:
 def test_every_parameter_gets_a_gradient(encoder: str, head: str) -> None:
     model = small(encoder, head)
     model(*inputs()).fused.square().sum().backward()
-    # Of the kernels of an adaptive convolution a forward pass takes one.
+    # A forward pass uses one of the kernels of an adaptive convolution.
     idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None and ".convs." not in name}
     assert not idle
 

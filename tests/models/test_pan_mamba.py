@@ -1,4 +1,4 @@
-"""Pan-Mamba and its blocks: what they compute, how they begin, what they refuse."""
+"""Pan-Mamba and its blocks: their results, their initial weights, their refusals."""
 
 from __future__ import annotations
 

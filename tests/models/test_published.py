@@ -1,4 +1,4 @@
-"""Published state dicts are read and written whole, or refused."""
+"""Published state dicts are read and written completely, or refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_file_is_read_however_it_was_saved(wrapping: str, tmp_path: Path) -> N
 
 
 class Malicious:
-    """Pickles into a call that writes a file when it is read."""
+    """Object that pickles into a call which writes a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -120,7 +120,7 @@ def test_damaged_bytes_end_in_a_sentence(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[byte] ^= 0x24
         (tmp_path / "damaged.pt").write_bytes(damaged)
-        # Some bytes do not matter; where one does, any other error than the sentence fails the test.
+        # Some bytes do not matter; for those that do, any error but the sentence fails the test.
         with contextlib.suppress(ValueError):
             read_published(tmp_path / "damaged.pt")
             refused -= 1
@@ -134,7 +134,7 @@ def test_a_kernel_size_that_is_none_leaves_the_model_as_it_was() -> None:
     state = {name: torch.zeros_like(value) for name, value in to_published(model).items()}
     kept = {name: torch.full_like(value, 3) for name, value in state.items() if name.endswith("reserved_NXY")}
     kept["Sharpening.blockSharp.rb5.conv2.reserved_NXY"] = torch.tensor([4, 4], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"reserved_NXY = \[4, 4\] is no size of a kernel"):
+    with pytest.raises(ValueError, match=r"reserved_NXY = \[4, 4\] is not a kernel size"):
         load_published(model, state | kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

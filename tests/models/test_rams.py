@@ -1,4 +1,4 @@
-"""RAMS: how revisits are reduced, and what the published form is bound to."""
+"""RAMS: reduction of the revisits, and limits of the published form."""
 
 from __future__ import annotations
 

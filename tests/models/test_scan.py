@@ -135,7 +135,7 @@ def test_shapes_and_work_are_known_without_computing() -> None:
 
 
 class FusedKernels(ModuleType):
-    """Stands in for the extension of mamba_ssm, by the scan of this repository: u [B, c, n], B and C [B, 1, k, n]."""
+    """Stand-in for the extension of mamba_ssm, by the scan of this repository: u [B, c, n], B and C [B, 1, k, n]."""
 
     def __init__(self) -> None:
         super().__init__("selective_scan_cuda")
@@ -171,7 +171,7 @@ class FusedKernels(ModuleType):
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedKernels]:
-    """Put the stand-in where the extension would be, and the CPU where CUDA would be."""
+    """Replace the extension by the stand-in, and CUDA by the CPU."""
     module = FusedKernels()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(scan, "FUSED_DEVICE", "cpu")

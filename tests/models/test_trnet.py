@@ -1,4 +1,4 @@
-"""TR-MISR, alone and guided by PAN: attention, tokens, and what the published forms are bound to."""
+"""TR-MISR, alone and guided by PAN: attention, tokens, and limits of the published forms."""
 
 from __future__ import annotations
 

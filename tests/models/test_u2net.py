@@ -1,4 +1,4 @@
-"""U2Net: attention without its n x n weights, sizes that cannot be halved, what is published."""
+"""U2Net: attention without its n x n weights, sizes that cannot be halved, the published form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.registry import build_model, check_config, check_sizes
 
 
 class Largest(TorchDispatchMode):
-    """Note how many values the largest tensor has that any operation makes."""
+    """Counter of the values of the largest tensor that any operation creates."""
 
     values = 0
 
@@ -39,7 +39,7 @@ def images(height: int, width: int, bands: int = 2, dtype: torch.dtype = torch.f
 
 
 def materialised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Spatial attention by its n x n weights, as the paper writes it."""
+    """Return spatial attention by its n x n weights, as the paper writes it."""
     return (query @ key.transpose(-2, -1) / 4).softmax(dim=-1) @ value
 
 

@@ -52,7 +52,7 @@ def refused(*arguments: str, environment: Mapping[str, str] | None = None) -> st
         (["evaluate", "{tmp}", "--checkpoint", "best"], ["has no checkpoint 'best'", "none yet"]),
         (["train", "{tmp}/binary.toml"], ["binary.toml", "neither a file nor a recipe"]),
         (["evaluate"], ["needs the run folder RUN, or --published-checkpoint FILE"]),
-        (["evaluate", "{tmp}", "--model", "srcnn+pnn"], ["--model belongs to --published-checkpoint"]),
+        (["evaluate", "{tmp}", "--model", "srcnn+pnn"], ["--model is only for --published-checkpoint"]),
         (["evaluate", "--published-checkpoint", "f.pt", "--data", "{tmp}"], ["needs --model ENCODER+HEAD"]),
         (["evaluate", "{tmp}", "--published-checkpoint", "f.pt"], ["RUN", "exclude each other"]),
         (["monitor", "{tmp}"], ["holds no events/", "run folder"]),
@@ -111,7 +111,7 @@ def test_a_store_that_refuses(change: dict[str, str], bucket: str, words: list[s
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file as the published training writes it, of SRCNN+PNN at full width with the golden weights."""
+    """Return a file like those of the published training, of SRCNN+PNN at full width with the golden weights."""
     file = tmp_path_factory.mktemp("published") / "srcnn_pnn.ckpt"
     state = {f"backbone.{name}": value for name, value in to_published(cases.golden_model("SRCNN+PNN")).items()}
     torch.save({"epoch": 19, "global_step": 7780, "state_dict": state}, file)
@@ -152,7 +152,7 @@ def test_files_that_hold_more_or_less_than_weights_are_refused(dataset_uri: str,
     ("model", "words"),
     [
         ("srcnn+panet", ["head = 'panet' is unknown; did you mean 'pannet'"]),
-        ("srcnn", ["'srcnn' is no model: it must be ENCODER+HEAD"]),
+        ("srcnn", ["'srcnn' is not a model: name ENCODER+HEAD"]),
         ("srcnn+pannet", ["does not fit srcnn+pannet", "lacks Sharpening.blockSharp", "it is one of srcnn+pnn"]),
     ],
 )

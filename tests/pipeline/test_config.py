@@ -1,4 +1,4 @@
-"""Configurations: what is read back is what was written, and what is wrong is named."""
+"""Configurations: they are read back as written, and errors name the wrong key."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ shuffles = st.builds(Shuffle, window=st.integers(1, 5), lanes=st.integers(1, 16)
 def test_ranks_join_to_the_same_global_batches(
     layout: list[int], shuffle: Shuffle, world: int, micro: int, accumulation: int, epoch: int, data: st.DataObject
 ) -> None:
-    """In any world, from any step on, ranks take equal steps, and together the chips that one rank alone takes."""
+    """In any world, from any step on, ranks take equal steps, and together the chips of a single rank."""
     plan = BatchPlan.create(world * micro * accumulation, micro, world)
     assert plan.micro_batch * plan.grad_accum * plan.world_size == plan.global_batch
     batches = epoch_batches(layout, "digest", 1, epoch, plan.global_batch, shuffle)
@@ -84,7 +84,7 @@ def test_what_the_order_depends_on() -> None:
 
 
 def test_the_shuffle_is_pinned() -> None:
-    # A change here would send every running job's resumption astray.
+    # A change here would make every running job resume at wrong chips.
     assert permutation(8, "digest", 1, 0, "shards").tolist() == [6, 7, 4, 3, 2, 1, 0, 5]
     first = epoch_batches([2, 1, 2], "digest", 1, 0, 8, Shuffle(2, 4))[0]
     assert first.tolist() == [34, 28, 22, 42, 38, 19, 8, 2]

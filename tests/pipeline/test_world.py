@@ -1,4 +1,4 @@
-"""Where a rank computes, on machines with GPUs too: what CUDA would say is put in its place."""
+"""Device of a rank, on machines with GPUs too: CUDA's answers are simulated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Pretend to see CUDA, with the third GPU chosen; return the devices that are chosen afterwards."""
+    """Simulate CUDA with the third GPU selected; return the devices that are selected afterwards."""
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setenv("DS_ACCELERATOR", "unset")  # Both are put back after the test.
+    monkeypatch.setenv("DS_ACCELERATOR", "unset")  # Both are restored after the test.
     monkeypatch.setenv("LOCAL_RANK", "1")
     return chosen
 

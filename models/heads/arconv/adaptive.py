@@ -1,4 +1,4 @@
-"""Adaptive rectangular convolution: how many pixels a kernel spans is learned, pixel by pixel."""
+"""Adaptive rectangular convolution: the extent of the kernel in pixels is learned at each pixel."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ KERNELS: tuple[Size, ...] = ((3, 3), (3, 5), (5, 3), (3, 7), (7, 3), (5, 5), (5,
 """Rows and columns of the taps of each stored convolution."""
 
 CONTEXT_GAIN = 100
-"""What the input is multiplied by before heights and widths are read off it."""
+"""Factor on the input of the branches that predict heights and widths."""
 
 DAMPING = 0.1
-"""Factor on the gradient that enters each of a branch's first two layers."""
+"""Factor on the gradient at each of a branch's first two layers."""
 
 
 class AdaptiveConv(nn.Module):
     """A convolution C -> C whose taps spread over a rectangle of learned height and width at each pixel.
 
     Wang et al., "Adaptive Rectangular Convolution for Remote Sensing Pansharpening", CVPR 2025 (arXiv 2503.00467),
-    section 3: heights h and widths w in (1, 9) px at each pixel; the numbers of taps, from their means; the samples, at
-    (h / rows, w / columns) from one tap to the next; their convolution; and an affine map of it, m * conv + b.
+    section 3: heights h and widths w in (1, 9) px at each pixel; the numbers of taps, from their means; the samples,
+    with a distance of (h / rows, w / columns) between taps; their convolution; and an affine map of it, m * conv + b.
 
-    How many taps there are is one decision for all pixels and all ranks. Training decides anew in each forward pass
-    until ``frozen``, and keeps the last decision in the buffer ``reserved_NXY``; evaluation uses what is kept there, so
-    that no image's result depends on its batch, unless ``follows_batch``: the published form decides there too.
+    The number of taps is one decision for all pixels and all ranks. Training decides again in each forward pass until
+    ``frozen``, and keeps the last decision in the buffer ``reserved_NXY``. Evaluation uses the buffer, so that no
+    image's result depends on its batch, unless ``follows_batch`` is set: the published form also decides in evaluation.
 
     Args:
         channels: C.
         dropout: Rate at which whole channels are dropped, 0 for none.
-        follows_batch: Whether the number of taps is decided by the batch in evaluation mode too.
+        follows_batch: True decides the number of taps by the batch in evaluation mode too.
     """
 
     reserved_NXY: Tensor
@@ -45,9 +45,9 @@ class AdaptiveConv(nn.Module):
         super().__init__()
         self.frozen = False
         self.follows_batch = follows_batch
-        # What the buffer holds, for a forward pass that need not wait for a GPU to tell.
+        # A copy of the buffer on the host, so that a forward pass need not wait for a GPU.
         self._kernel = KERNELS[0]
-        # No parameter, as in the published form: optimizers and ZeRO would reach for it.
+        # Not a parameter, as in the published form: optimizers and ZeRO would use it.
         self.register_buffer("reserved_NXY", torch.tensor(self._kernel, dtype=torch.int32))
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, kernel, stride=kernel) for kernel in KERNELS)
         self.scale = _affine_branch(channels, dropout)
@@ -70,7 +70,7 @@ class AdaptiveConv(nn.Module):
     def _choose(self, height: Tensor, width: Tensor) -> Size:
         """Return rows and columns of taps for a batch; all ranks call it together in training."""
         decides = not self.frozen if self.training else self.follows_batch
-        if not decides or height.is_meta:  # where there are no values, nothing can be decided from them
+        if not decides or height.is_meta:  # without values, nothing can be decided from them
             return self._kernel
         means = torch.stack([height.double().mean(), width.double().mean()])
         if not self.training:
@@ -86,15 +86,15 @@ class AdaptiveConv(nn.Module):
         if name in state_dict and not state_dict[name].is_meta:
             kernel = tuple(state_dict[name].tolist())
             if kernel not in KERNELS:
-                raise ValueError(f"{name} = {list(kernel)} is no size of a kernel: both must be 3, 5 or 7")
+                raise ValueError(f"{name} = {list(kernel)} is not a kernel size: both must be 3, 5 or 7")
             self._kernel = kernel
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class Branch(nn.Sequential):
-    """Layers in a row; in training the gradients that enter the first and the second are damped.
+    """Sequence of layers; in training the gradients at the first and the second layer are damped.
 
-    The second damping reaches the first layer's weights; both together what lies before the branch.
+    The second damping affects the first layer's weights; both together affect the layers before the branch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Branch(nn.Sequential):
 
 
 class _Damp(torch.autograd.Function):
-    """Nothing on the way forward, ``DAMPING`` times the gradient on the way back."""
+    """Identity in the forward pass, the gradient times ``DAMPING`` in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ def _damp(x: Tensor) -> Tensor:
 
 
 def sample_taps(x: Tensor, height: Tensor, width: Tensor, kernel: Size) -> Tensor:
-    """Sample an image at the taps of each pixel, between pixels bilinearly, outside as zero.
+    """Sample an image at the taps of each pixel, bilinear between pixels, zero outside.
 
-    Tap (i, j) of pixel (r, c) lies at row r + height (i - (rows - 1) / 2) / rows, and likewise in its column, with the
+    Tap (i, j) of pixel (r, c) lies at row r + height (i - (rows - 1) / 2) / rows, and its column likewise, with the
     height and the width at that pixel.
 
     Args:
@@ -133,7 +133,7 @@ def sample_taps(x: Tensor, height: Tensor, width: Tensor, kernel: Size) -> Tenso
         kernel: Numbers of rows and columns of taps.
 
     Returns:
-        [B, C, rows H, columns W]: in place of each pixel its taps.
+        [B, C, rows H, columns W]: each pixel replaced by its taps.
     """
     vertical = _positions(height, kernel[0], axis=1)  # [B, H, rows, W]
     horizontal = _positions(width, kernel[1], axis=2)  # [B, H, W, columns]
@@ -145,10 +145,10 @@ def sample_taps(x: Tensor, height: Tensor, width: Tensor, kernel: Size) -> Tenso
 
 
 def _positions(extent: Tensor, taps: int, axis: int) -> Tensor:
-    """Return where the taps of each pixel lie along an axis of [B, H, W], their number as a new axis behind it.
+    """Return the positions of each pixel's taps along an axis of [B, H, W], with a new axis for the taps behind it.
 
-    -1 and 1 are the outer edges of the image. (Published: the centres of its outer pixels, which is the same point but
-    for an image of one pixel, where every point would be its centre.)
+    -1 and 1 are the outer edges of the image. (Published: the centres of its outer pixels, which gives the same point,
+    except in an image of one pixel, where every point would be its centre.)
     """
     size = extent.shape[axis + 1]
     steps = torch.arange(taps, device=extent.device, dtype=extent.dtype) - (taps - 1) / 2
@@ -162,7 +162,7 @@ def _positions(extent: Tensor, taps: int, axis: int) -> Tensor:
 
 
 def _extent(x: Tensor) -> Tensor:
-    """Map any number to an extent in (1, 9) px, in float32 at least: bfloat16 knows no fractions of a distant pixel."""
+    """Map any number to an extent in (1, 9) px, in float32 or wider: bfloat16 has no fractions of a distant pixel."""
     return 1 + 8 * torch.sigmoid(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
@@ -187,7 +187,7 @@ def _extent_layers(inputs: int, outputs: int, second_kernel: int) -> tuple[nn.Mo
         nn.Conv2d(inputs, outputs, 3, padding=1),
         RankBatchNorm2d(outputs),
         nn.LeakyReLU(),
-        nn.Identity(),  # a dropout of rate 0 where the names come from
+        nn.Identity(),  # a dropout of rate 0 in the model that the names come from
         nn.Conv2d(outputs, outputs, second_kernel, padding=second_kernel // 2),
         RankBatchNorm2d(outputs),
     )

@@ -16,7 +16,7 @@ from models.heads.arconv.adaptive import AdaptiveConv, adaptive_names
 DROPOUT = 0.3
 WIDTH = 32
 SHRINKING = 4
-"""How many times smaller the coarsest grid is."""
+"""Ratio of the finest grid to the coarsest."""
 
 
 class ARConv(Head):
@@ -28,7 +28,7 @@ class ARConv(Head):
     """
 
     may_leave_idle = True
-    """Of each convolution's nine kernels a step uses one."""
+    """A step uses one of each convolution's nine kernels."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -56,7 +56,7 @@ class ARConv(Head):
         if max(pan) <= SHRINKING:
             raise ValueError(
                 f"ARConv normalises over the pixels of its coarsest grid, a quarter of a side, and of a PAN of "
-                f"{pan[0]} x {pan[1]} px that is a single one: it needs one side of at least {SHRINKING + 1} px"
+                f"{pan[0]} x {pan[1]} px that is a single pixel: it needs one side of at least {SHRINKING + 1} px"
             )
         check_published_grid(config, pan, SHRINKING, "ARConv")
 
@@ -76,7 +76,7 @@ class ARConv(Head):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the kernel sizes are frozen."""
+        """Return whether the kernel sizes are frozen."""
         return self.rb1.conv1.frozen
 
     def at_step(self, step: int) -> None:
@@ -84,7 +84,7 @@ class ARConv(Head):
         for module in self.modules():
             if isinstance(module, AdaptiveConv):
                 module.frozen = step >= self.freeze_step
-                # Validation between steps: ranks with other chips must not want other weights gathered.
+                # For validation between steps: ranks with different chips must not request different weights.
                 module.follows_batch = False
 
     def published_names(self) -> NamePairs:
@@ -114,7 +114,7 @@ class ResidualBlock(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the size, halve the channels and add what was there on the way down."""
+    """Upsampling by 2 that halves the channels and adds the skip connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Up(nn.Module):
 
 
 def _down(channels: int) -> nn.Sequential:
-    """Halve the size and double the channels."""
+    """Return a layer that halves the size and doubles the channels."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 2, stride=2),
         nn.LeakyReLU(),

@@ -1,4 +1,4 @@
-"""What a model computes over all ranks of a training: means, and batch norms that use them."""
+"""Computation over all ranks of a training: means, and batch norms that use them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PIXELS = (0, 2, 3)
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of every rank's ``value``, the same on all ranks; differentiable.
 
-    All ranks must call it, with equal shapes. Where there is no process group, or one of a single process, this is
-    ``value`` itself.
+    All ranks must call it, with equal shapes. Without a process group, or with a single process, it returns ``value``
+    itself.
     """
     return value if _num_ranks() == 1 else cast(Tensor, _MeanOverRanks.apply(value))  # type: ignore[no-untyped-call]
 
@@ -34,7 +34,7 @@ class RankBatchNorm2d(nn.BatchNorm2d):
         if ranks == 1 or not self.training:
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Two passes: the mean of squares less the square of the mean would cancel where a mean is large.
+        # Two passes: the difference of mean square and squared mean would cancel for a large mean.
         mean = mean_over_ranks(wide.mean(PIXELS, keepdim=True))
         centred = wide - mean
         variance = mean_over_ranks(centred.square().mean(PIXELS, keepdim=True))
@@ -44,8 +44,8 @@ class RankBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics towards a batch's; the variance kept is the unbiased one."""
-        assert self.running_mean is not None  # set to None only where nothing is tracked
+        """Move the running statistics towards a batch's; the stored variance is the unbiased one."""
+        assert self.running_mean is not None  # None only without tracking
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
@@ -55,7 +55,7 @@ class RankBatchNorm2d(nn.BatchNorm2d):
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean over ranks; as each rank's value is in every rank's mean, the gradient is one too."""
+    """The mean over ranks; each rank's value is part of every rank's mean, so the gradient is a mean too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

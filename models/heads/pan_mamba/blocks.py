@@ -49,11 +49,11 @@ class Mamba(nn.Module):
 
 
 class CrossMamba(nn.Module):
-    """Two sequences scanned side by side, each with its own input projection, gate and scan, and summed.
+    """Two sequences scanned side by side, each with its own input projection, gate and scan, then summed.
 
     He et al., "Pan-Mamba: Effective Pan-Sharpening with State Space Model", arXiv 2402.12192, section 3.4. The names of
     the second branch are those of the backward one in Zhu et al., "Vision Mamba", arXiv 2401.09417; as published with
-    SatFusion it too scans forwards.
+    SatFusion it also scans forwards.
 
     Args:
         width: Channels of a token of either sequence.
@@ -98,10 +98,10 @@ class CausalConv1d(nn.Conv1d):
 
 
 class StepProjection(nn.Linear):
-    """Step sizes of the scan: softplus(W x + b), in float32 at least.
+    """Step sizes of the scan: softplus(W x + b), in float32 or wider.
 
-    The bias is initialised so that the steps are log-uniform in [0.001, 0.1]; its sum is not left to a narrower type,
-    in which it would be off by a percent.
+    The bias is initialised so that the steps are log-uniform in [0.001, 0.1]. The sum with the bias is not computed in
+    a narrower type, where its error would be a percent.
     """
 
     def __init__(self, rank: int, channels: int) -> None:
@@ -129,7 +129,7 @@ def scan_branch(
     """Map [B, n, inner] to the same shape: convolution, SiLU, and the scan whose steps, B and C depend on the input."""
     x = F.silu(conv1d(x))
     steps, B, C = x_proj(x).split([dt_proj.in_features, STATE, STATE], dim=-1)
-    # In float32 also where all else is float64: mamba_ssm does so, and thirty scans in a row would show the difference.
-    # For the same reason its exponential is rounded from float64: processors differ in the last bit of float32's.
+    # In float32 also if all else is float64, as in mamba_ssm: thirty scans in a row would show the difference. For the
+    # same reason its exponential is rounded from float64: processors differ in the last bit of float32's.
     A = -A_log.float().double().exp().float()
     return selective_scan(x, dt_proj(steps), A, B, C, D)

@@ -1,4 +1,4 @@
-"""Pan-Mamba: state space models over the pixels, whose channels swap between the two images and then cross."""
+"""Pan-Mamba: state space models over the pixels; the channels of both images are swapped, then crossed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PanMamba(Head):
 
     He et al., "Pan-Mamba: Effective Pan-Sharpening with State Space Model", arXiv 2402.12192; HinRes blocks: Chen et
     al., "HINet: Half Instance Normalization Network for Image Restoration", CVPRW 2021. Tokens are pixels, row after
-    row. The published form is bound to 3 bands and 156 x 156 px and holds convolutions and norms that nothing uses.
+    row. The published form requires 3 bands and 156 x 156 px and holds unused convolutions and norms.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -50,12 +50,12 @@ class PanMamba(Head):
 
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
-        """Refuse the bands that the published model cannot take."""
+        """Refuse bands that the published model cannot take."""
         check_published_bands(config, "Pan-Mamba")
 
     @classmethod
     def check_sizes(cls, config: ModelConfig, lr: Size, pan: Size) -> None:
-        """Refuse the sizes that the published model cannot take, and a single pixel."""
+        """Refuse sizes that the published model cannot take, and a single pixel."""
         if config.published and pan != PUBLISHED_SIZE:
             raise ValueError(
                 f"the published Pan-Mamba reshapes its tokens to 156 x 156 px and cannot take a PAN of "
@@ -79,7 +79,7 @@ class PanMamba(Head):
         return cast(Tensor, self.refine(to_image(m, size)))
 
     def _extract(self, m: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Let each image's tokens [B, n, 32] see each other, then swap; what travelled beside them is dropped."""
+        """Map each image's tokens [B, n, 32] through their Mamba blocks, then swap; the residuals are dropped."""
         m_residual, p_residual = torch.zeros_like(m), torch.zeros_like(p)
         for block in self.ms_extraction:
             m, m_residual = block(m, m_residual)
@@ -120,7 +120,7 @@ class HinRes(nn.Module):
     """Two convolutions beside the identity, half the channels normalised between them.
 
     Args:
-        published: Whether to hold the published 1 x 1 convolution, which nothing uses.
+        published: True adds the published 1 x 1 convolution, which is unused.
     """
 
     def __init__(self, published: bool) -> None:
@@ -138,7 +138,7 @@ class HinRes(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """Mamba(LN(r)) with r = x + residual; r travels on beside the result."""
+    """Mamba(LN(r)) with r = x + residual; r is passed on beside the result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class MambaBlock(nn.Module):
 
 
 class SwapBlock(nn.Module):
-    """Both images' tokens trade the first half of their channels before a Mamba block each."""
+    """Swap of the first half of the channels of both images' tokens, before a Mamba block each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class SwapBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Let the multispectral tokens take from those of PAN, then look at each pixel's neighbours.
+    """Cross block: multispectral tokens take from those of PAN, then a convolution mixes each pixel's neighbours.
 
     Each norm is applied twice with the same weights, as published.
     """
@@ -196,7 +196,7 @@ class CrossBlock(nn.Module):
 
 
 class Refine(nn.Module):
-    """Convolutions with channel attention on what lies between the first and the last."""
+    """Convolutions with channel attention between the first and the last."""
 
     PUBLISHED = (
         ("conv_in", "conv_in"),

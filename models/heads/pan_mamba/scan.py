@@ -1,4 +1,4 @@
-"""Selective scan: the recurrence of Mamba in PyTorch, many chunks of the sequence at a time."""
+"""Selective scan: the recurrence of Mamba in PyTorch, with many chunks of the sequence at a time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 STEP_NUMBERS = {"cpu": 1 << 15, "cuda": 1 << 20}
-"""How many numbers a step of the recurrence works on, as far as there are chunks to fill it: enough that the time goes
-into arithmetic and not into calls, few enough to stay in a core's cache. At 2^16 and above PyTorch shares a step among
-threads, which is a little faster on an idle machine and many times slower on a busy one, where a step then waits for
-the thread that is scheduled last."""
+"""Size of a step of the recurrence, in numbers, if enough chunks exist: large enough that arithmetic and not calls take
+the time, small enough for a core's cache. From 2^16 up PyTorch splits a step among threads, which is a little faster on
+an idle machine and many times slower on a busy one, where a step then waits for the thread that is scheduled last."""
 
 FORWARD_FLOPS = 7
-"""Of one state of one token: its decay (2), its input (1), the recurrence (2), its part of y (2)."""
+"""Operations per state and token, forward: its decay (2), its input (1), the recurrence (2), its part of y (2)."""
 
 BACKWARD_FLOPS = 20
-"""The state again (5), the gradient of the state (3), of x, B, C, delta and A (2 each), of the decay (2)."""
+"""Operations backward: the state again (5), the gradient of the state (3), of x, B, C, delta and A (2 each), of the
+decay (2)."""
 
 LOG2_E = 1 / math.log(2)
 
 FUSED_DEVICE = "cuda"
-"""Where mamba_ssm's scan runs."""
+"""Device type of mamba_ssm's scan."""
 
 FUSED_CHUNK = 2048
 """Tokens between two of the states that it keeps for its backward pass."""
@@ -45,15 +45,15 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         h_t[c, k] = exp(delta_t[c] A[c, k]) h_{t-1}[c, k] + delta_t[c] B_t[k] x_t[c]
         y_t[c] = sum_k C_t[k] h_t[c, k] + D[c] x_t[c]
 
-    Computed in float32, or in float64 where ``x`` is. The backward pass computes the states anew, so what is kept
-    between the passes is of the size of the inputs. On CUDA the kernel of ``mamba_ssm`` runs where it is installed.
+    Computed in float32, or in float64 where ``x`` is. The backward pass computes the states again, so the memory kept
+    between the passes has the size of the inputs. On CUDA the kernel of ``mamba_ssm`` runs if it is installed.
 
     Args:
         x: Sequence [batch, n, c].
         delta: Step sizes [batch, n, c], not negative.
         A: Rates [c, k], not positive.
-        B: What goes into the state [batch, n, k].
-        C: What is read of it [batch, n, k].
+        B: Input weights of the state [batch, n, k].
+        C: Output weights of the state [batch, n, k].
         D: Weight of the skip connection [c].
 
     Returns:
@@ -68,12 +68,12 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Scan as :func:`selective_scan` does without mamba_ssm, all tensors of one type, float32 or float64."""
+    """Scan like :func:`selective_scan` without mamba_ssm; all tensors have one type, float32 or float64."""
     return cast(Tensor, _scan(x, delta, A, B, C)[0]) + D * x
 
 
 def _is_fused(device: str, dtype: torch.dtype) -> bool:
-    """Return whether mamba_ssm's scan is there and can take such tensors."""
+    """Return whether mamba_ssm's scan is installed and can take these tensors."""
     return device == FUSED_DEVICE and dtype == torch.float32 and _has_mamba()
 
 
@@ -102,11 +102,11 @@ def import_mamba() -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a batch of sequences is cut.
+    """Plan of cutting a batch of sequences.
 
-    Each sequence becomes ``chunks`` that are scanned side by side, once without knowing the state they begin with to
-    find what they add to it, and once knowing it. A chunk is ``blocks`` of ``steps`` tokens. The states of one
-    block are in memory at once, and one state before each is kept: both grow with the root of a chunk's length.
+    Each sequence becomes ``chunks`` that are scanned in parallel twice: first without their initial state, to find what
+    they add to it, then with it. A chunk is ``blocks`` of ``steps`` tokens. The states of one block are in memory at
+    once, and one state before each block is kept: both grow with the square root of a chunk's length.
     """
 
     batch: int
@@ -117,16 +117,16 @@ class Plan:
 
     @classmethod
     def of(cls, batch: int, tokens: int, state: int, device: str = "cpu") -> Plan:
-        """Plan for sequences of ``tokens``, with ``state`` numbers in the state of each."""
+        """Return the plan for sequences of ``tokens``, with ``state`` numbers in the state of each."""
         numbers = STEP_NUMBERS.get(device, STEP_NUMBERS["cpu"])
-        # More chunks than steps would make the loop over the chunks' ends the longer one.
+        # With more chunks than steps, the loop over the chunks' ends would be the longer one.
         chunks = max(1, min(numbers // (batch * state), math.isqrt(tokens)))
         length = -(-tokens // chunks)
         steps = math.isqrt(length - 1) + 1
         return cls(batch, tokens, chunks, -(-length // steps), steps)
 
     def cut(self, x: Tensor) -> Tensor:
-        """Map [batch, n, c] to [blocks, steps, batch * chunks, c], zeros after the end: they leave the state alone."""
+        """Map [batch, n, c] to [blocks, steps, batch * chunks, c]; zeros at the end leave the state unchanged."""
         x = F.pad(x, (0, 0, 0, self.chunks * self.blocks * self.steps - self.tokens))
         x = x.reshape(self.batch, self.chunks, self.blocks, self.steps, -1)
         return x.permute(2, 3, 0, 1, 4).flatten(2, 3).contiguous()
@@ -137,12 +137,12 @@ class Plan:
         return x.flatten(1, 3)[:, : self.tokens].contiguous()
 
     def chain(self, ends: Tensor, gains: Tensor, reverse: bool = False) -> Tensor:
-        """Return what enters each chunk, [batch * chunks, k, c].
+        """Return the state at the start of each chunk, [batch * chunks, k, c].
 
         Args:
-            ends: What leaves each chunk if nothing enters it, [batch * chunks, k, c].
-            gains: How much of what enters leaves it again, of the same shape.
-            reverse: Whether to go from the last chunk to the first.
+            ends: Final state of each chunk for a zero initial state, [batch * chunks, k, c].
+            gains: Share of the initial state in the final state, of the same shape.
+            reverse: True goes from the last chunk to the first.
         """
         shape = (self.batch, self.chunks, *ends.shape[1:])
         ends, gains = ends.view(shape), gains.view(shape)
@@ -231,7 +231,7 @@ def _plan(x: Tensor, A: Tensor) -> Plan:
 
 def _decay(rates: Tensor, A: Tensor, out: Tensor) -> None:
     """Write exp(delta A) [..., k, c] for rates [..., c] and A [k, c]."""
-    # 2^x takes PyTorch a quarter of the time of e^x on a CPU, and a fiftieth where it comes to nothing.
+    # 2^x takes a quarter of the time of e^x in PyTorch on a CPU, and a fiftieth if the result underflows.
     torch.mul(rates.unsqueeze(-2), A * LOG2_E, out=out).exp2_()
 
 
@@ -254,7 +254,7 @@ def _read(weights: Tensor, h: Tensor, out: Tensor) -> None:
 
 def _project(h: Tensor, weights: Tensor, out: Tensor) -> None:
     """Write sum_c h[..., k, c] weights[..., c] to out [steps, lanes, k]."""
-    # As a row times a transposed matrix: MKL takes seven times as long for the matrix times a column.
+    # As a row times a transposed matrix: a matrix times a column takes seven times as long in MKL.
     torch.bmm(weights.flatten(0, 1).unsqueeze(1), h.flatten(0, 1).mT, out=out.view(-1, 1, out.shape[-1]))
 
 
@@ -269,12 +269,12 @@ def _recur_back(decays: Tensor, terms: Tensor, carry: Tensor) -> Tensor:
     """Turn terms into g_t = a_{t+1} g_{t+1} + b_t, in place, from the last to the first.
 
     Args:
-        decays: a_t of the block, [steps, ...].
-        terms: b_t of the block, of the same shape.
-        carry: a g of the step after the block, [...].
+        decays: Factors a_t of the block, [steps, ...].
+        terms: Terms b_t of the block, of the same shape.
+        carry: Product a g of the step after the block, [...].
 
     Returns:
-        a g of the block's first step.
+        The product a g of the block's first step.
     """
     last = terms[-1].add_(carry)
     return decays[0] * _recur(reversed(decays[1:].unbind()), reversed(terms[:-1].unbind()), last)
@@ -312,10 +312,10 @@ _scan.register_autograd(_differentiate, setup_context=_keep)
 
 @torch.library.custom_op("satfusion::fused_scan", mutates_args=())
 def _fused_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return y [batch, c, n] of mamba_ssm, and what its backward pass needs, [batch, c, chunks, 2 k].
+    """Return y [batch, c, n] of mamba_ssm, and the data for its backward pass, [batch, c, chunks, 2 k].
 
-    One operator to ``torch.compile``, which cannot see into the extension. ``u`` and ``delta`` are [batch, c, n], ``B``
-    and ``C`` [batch, k, n], all contiguous.
+    It is one operator for ``torch.compile``, which cannot trace the extension. ``u`` and ``delta`` are [batch, c, n],
+    ``B`` and ``C`` [batch, k, n], all contiguous.
     """
     y, states = import_mamba().fwd(u, delta, A, B.unsqueeze(1), C.unsqueeze(1), D, None, None, False)[:2]
     return y, states
@@ -327,7 +327,7 @@ def _fused_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, delta, A, B, C and D from that of y."""
     B, C = B.unsqueeze(1), C.unsqueeze(1)
-    # Without gate, bias of the steps, result before the gate and room for the gate's gradient; no softplus.
+    # No gate, no bias of the steps, no result before the gate, no buffer for the gate's gradient; no softplus.
     grads = import_mamba().bwd(u, delta, A, B, C, D, None, None, grad, states, None, None, False, False)
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D = grads[:6]
     return grad_u, grad_delta, grad_A, grad_B.squeeze(1), grad_C.squeeze(1), grad_D

@@ -1,4 +1,4 @@
-"""Sharding as a job of a real cluster of two Ray nodes, of which one is lost midway."""
+"""Sharding as a job of a real cluster of two Ray nodes, one of which is lost midway."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sharding.storage import open_storage
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 OPTIONS = ["--revisits", "2", "--shard-size", "2.5"]
-"""A sample takes 2.4 MB, so a shard has one."""
+"""A sample takes 2.4 MB, so a shard holds one."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def kill_node(cluster: LocalCluster, node: str, folder: Path, shards: int, killed: list[str]) -> None:
-    """SIGKILL what Ray runs on a node once so many shards are there."""
+    """SIGKILL Ray's processes on a node once so many shards exist."""
     deadline = time.monotonic() + 120
     while len(list(folder.glob("*.tar"))) < shards:
         assert time.monotonic() < deadline
@@ -82,7 +82,7 @@ def test_a_lost_node_costs_nothing(
     while local.alive_nodes(cluster) != [cluster.nodes[0]]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    # What is refused is refused as it is without a cluster: here, and in the job.
+    # Refused options are refused like without a cluster: here, and in the job.
     assert main([*arguments, "--hr", "pan"]) == 2
     assert "--hr 'pan' is unknown" in capsys.readouterr().err
     assert main([*arguments[:2], str(tmp_path / "none"), *arguments[3:]]) == 2

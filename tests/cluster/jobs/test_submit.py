@@ -114,7 +114,7 @@ def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, object]:
     [
         (Placement(2), [node(1), node(1)], 2),
         (Placement(2), [node(1), node(1, alive=False)], 1),
-        (Placement(1, cpus_per_worker=2), [node(1), node(1)], 0),  # Two halves of it are no room.
+        (Placement(1, cpus_per_worker=2), [node(1), node(1)], 0),  # Two halves of a rank do not make room for one.
         (Placement(9, cpus_per_worker=0.1), [node(0.3)], 3),
         (Placement(4, gpus_per_worker=2), [node(8, 5), node(8), node(1, 8)], 3),
     ],

@@ -1,4 +1,4 @@
-"""Which failures a job goes on after; the cluster is put in place of by what Ray would say."""
+"""Failures after which a job resumes; Ray's answers are simulated instead of a cluster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def failure(*failures: Exception) -> TrainingFailedError:
 
 
 class Attempts:
-    """How each attempt is to end; what a job took of them is gone from ``left``."""
+    """Outcomes of the attempts; a job removes those it has taken from ``left``."""
 
     def __init__(self) -> None:
         self.left: list[Exception | None] = []
@@ -90,7 +90,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_refused_before_a_rank_is_s
 
 
 def test_keys_are_the_ranks_matter(attempts: Attempts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The driver's node may have none where the ranks' nodes have."""
+    """The driver's node may have no keys while the ranks' nodes have some."""
     config = load_config("srcnn_pnn", ["data.uri=s3://bucket/shards", "output.uri=s3://bucket/run"])
     began: list[Job] = []
     monkeypatch.setattr(worker, "_fit", lambda job, function: began.append(job))

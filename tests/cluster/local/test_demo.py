@@ -1,4 +1,4 @@
-"""The demo, and that whatever ends it, nothing of it is left but the output folder."""
+"""The demo: however it ends, nothing but the output folder remains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKEN = "SATFUSION_TEST_DEMO"
 
 @dataclass
 class Demo:
-    """A running ``satfusion demo``, and how to find everything it starts."""
+    """A running ``satfusion demo``, and a way to find every process that it starts."""
 
     process: subprocess.Popen[str]
     token: str
@@ -49,7 +49,7 @@ class Demo:
         return listening([process.pid for process in running_with(TOKEN, self.token)])
 
     def end(self) -> int:
-        """Wait for its end and return its status; nothing that it started may be left."""
+        """Wait for its end and return its status; every process that it started must have ended."""
         rest, _ = self.process.communicate(timeout=120)
         self.seen.append(rest)
         assert running_with(TOKEN, self.token) == []
@@ -60,7 +60,7 @@ class Demo:
 @contextlib.contextmanager
 def started(output: Path, *arguments: str) -> Iterator[Demo]:
     token = secrets.token_hex(8)
-    # Ray's sockets want a short path.
+    # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="sf-") as temporary, (output.parent / "errors").open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", "demo", "--output", str(output), *arguments],
@@ -149,9 +149,9 @@ def test_data_that_cannot_be_used_leaves_no_key(
 
 
 def failed_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run a demo that fails before its nodes start; its S3 and state folders must be gone, and signals as they were."""
+    """Run a demo that fails before its nodes start; its S3 and state folders must be gone, and signals restored."""
     (folder / "tmp").mkdir()
-    multiprocessing.util.get_temp_dir()  # made once in a process, and kept to its end
+    multiprocessing.util.get_temp_dir()  # created once per process, and kept to its end
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
@@ -181,7 +181,7 @@ def test_a_demo_that_runs_keeps_its_folder(tmp_path: Path, capsys: pytest.Captur
     assert f"is in use by a demo that runs (process {own.pid})" in capsys.readouterr().err
     assert (tmp_path / ".satfusion-demo").exists()
     assert main(["demo", "--output", str(tmp_path / "other"), "output.uri=runs/mine"]) == 2
-    assert "leave out 'output.uri=runs/mine'" in capsys.readouterr().err
+    assert "remove 'output.uri=runs/mine'" in capsys.readouterr().err
 
 
 def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:

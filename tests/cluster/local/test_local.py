@@ -1,4 +1,4 @@
-"""A real cluster of two Ray nodes, brought up once, and real jobs on it."""
+"""A real cluster of two Ray nodes, started once, and real jobs on it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MARK = "SATFUSION_CLUSTER"
 
 @dataclass
 class Watch:
-    """Looks again and again at what a cluster's processes listen on."""
+    """Poll of the sockets that a cluster's processes listen on."""
 
     cluster: LocalCluster
     seen: set[tuple[str, int]] = field(default_factory=set)
@@ -58,7 +58,7 @@ class Watch:
 
 @contextlib.contextmanager
 def short_folder() -> Iterator[Path]:
-    """Make a folder with a path short enough for Ray's sockets, which pytest's own is not."""
+    """Make a folder with a path short enough for Ray's sockets; pytest's own is too long."""
     with tempfile.TemporaryDirectory(prefix="sf-") as name:
         yield Path(name)
 
@@ -78,7 +78,7 @@ def state() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """An S3 server that is not started yet, whose keys the nodes of the cluster have."""
+    """Return an S3 server that is not started yet, whose keys the nodes of the cluster have."""
     store = ObjectStore(tmp_path_factory.mktemp("s3"))
     yield store
     store.stop()
@@ -91,7 +91,7 @@ def cluster(state: Path, store: ObjectStore) -> LocalCluster:
             patch.delenv(name, raising=False)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, store.environment[name])
-        # Ray takes our word for the GPUs; the nodes see one each, whether there are any or not.
+        # Ray trusts the stated number of GPUs; each node sees one, whether it exists or not.
         return local.up(NodeOptions(nodes=2, cpus_per_node=1, gpus_per_node=1), state)
 
 
@@ -140,7 +140,7 @@ def test_training_takes_a_rank_on_each_node(
     write_worldstrat(tmp_path / "worldstrat", aois=3, seed=1, revisits=2, hr_side=80)
     shard_folder(tmp_path / "worldstrat", open_storage(str(tmp_path / "shards")), ShardOptions(SMALL))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # What is given on the command line wins over it.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # An option on the command line overrides it.
     overrides = ["data.uri=shards", "output.uri=run", *TINY, "train.max_steps=2"]
     arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "2", *overrides]
     assert main(arguments) == 0
@@ -162,7 +162,7 @@ def test_gpus_of_a_node_are_hidden_from_a_job_that_asks_for_none(cluster: LocalC
 
 @pytest.mark.slow
 def test_more_than_the_cluster_has_is_refused(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]) -> None:
-    """On two nodes of one CPU each."""
+    """The cluster has two nodes of one CPU each."""
     for workers, each in (("5", ()), ("1", ("--cpus-per-worker", "2"))):
         arguments = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", workers, *each]
         assert main([*arguments, "train.global_batch=20"]) == 2
@@ -198,7 +198,7 @@ def kill_ranks(cluster: LocalCluster, run: Path, step: int, only: int | None = N
 def test_a_killed_training_submitted_again_ends_bit_for_bit(
     cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Epochs have 9 steps and checkpoints come every 5: the steps of either kill are nobody's end but epoch 1's."""
+    """Epochs have 9 steps and checkpoints come every 5: only epoch 1 ends at the step of a kill."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     options = ("train.max_steps=15", "train.checkpoint_every=5", "model.dropout=published", "train.zero_stage=2")
     config = tmp_path / "config.toml"
@@ -220,7 +220,7 @@ def test_a_killed_training_submitted_again_ends_bit_for_bit(
     kill_ranks(cluster, killed, 11, only=1)
     assert follow(cluster.address, second, log) == 0
     # The second kill came after step 10 and before step 15, the next checkpoint and the end.
-    going_on = re.findall(r"going on from \S+/checkpoints/(\S+)", log.getvalue())
+    going_on = re.findall(r"resuming from \S+/checkpoints/(\S+)", log.getvalue())
     assert going_on == ["step-5", "step-10"]
     assert column(killed, "chips", "batches.csv") == column(undisturbed, "chips", "batches.csv")
     assert column(killed, "train/loss") == column(undisturbed, "train/loss")
@@ -230,7 +230,7 @@ def test_a_killed_training_submitted_again_ends_bit_for_bit(
 
 
 class Reacting(io.StringIO):
-    """A log that does something at the first sight of some words."""
+    """A log that calls a function when some words first appear."""
 
     def __init__(self, *reactions: tuple[str, Callable[[], None]]) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class Reacting(io.StringIO):
 def test_a_store_that_is_away_is_waited_for_and_costs_a_restart_when_it_stays_away(
     cluster: LocalCluster, store: ObjectStore, make_config: Callable[..., RunConfig]
 ) -> None:
-    """The run may restart once: had the short absence cost that, the long one would end it."""
+    """The run may restart once: if the short absence had used the restart, the long one would end the run."""
     store.start()
     store.create_bucket("outage")
     config = make_config("s3://outage/run", "train.max_steps=40", "train.checkpoint_every=5")
@@ -263,7 +263,7 @@ def test_a_store_that_is_away_is_waited_for_and_costs_a_restart_when_it_stays_aw
     short, long = log.getvalue().split("checkpoint step-10 written")
     assert "restart" not in short
     assert "the S3 endpoint does not answer" in long
-    (name,) = re.findall(r"going on from s3://outage/run/checkpoints/(\S+)", long)
+    (name,) = re.findall(r"resuming from s3://outage/run/checkpoints/(\S+)", long)
     assert int(name.removeprefix("step-")) >= 10
     assert "checkpoint step-40 written" in long
     store.stop()

@@ -53,7 +53,7 @@ def test_starts_again_over_the_buckets_of_an_earlier_start(tmp_path: Path, monke
             monkeypatch.setenv(name, value)
         client = boto3.session.Session().client("s3")
         client.put_object(Bucket="kept", Key="a/b", Body=b"payload")
-        client.create_bucket(Bucket="ready-probe")  # as a start leaves it that is killed
+        client.create_bucket(Bucket="ready-probe")  # the state after a start that was killed
         store.stop()
         store.start()
         assert client.get_object(Bucket="kept", Key="a/b")["Body"].read() == b"payload"

@@ -28,7 +28,7 @@ signal.pause()
 
 @pytest.fixture
 def stubborn() -> Iterator[tuple[subprocess.Popen[str], int, str]]:
-    """The process, its child's number, and the mark in its environment."""
+    """Yield the process, its child's number, and the mark in its environment."""
     value = secrets.token_hex(8)
     environment = {**os.environ, MARK: value}
     with subprocess.Popen([sys.executable, "-c", STUBBORN], env=environment, stdout=subprocess.PIPE, text=True) as own:
@@ -77,7 +77,7 @@ def test_what_ignores_sigterm_is_killed_and_nothing_else(stubborn: tuple[subproc
     identity, other = identify(process.pid), identify(child)
     assert identity is not None
     assert other is not None
-    stop([ProcessId(other.pid, other.started - 1)])  # a process that had its number before
+    stop([ProcessId(other.pid, other.started - 1)])  # an earlier process with its number
     assert is_running(other)
     began = time.monotonic()
     stop([identity], patience=0.5)

@@ -1,4 +1,4 @@
-"""The loader: what it yields is what the shards hold, in the order that order.py says."""
+"""The loader: it yields the content of the shards, in the order of order.py."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_windows_of_any_grids_stay_inside(lr_size: int, hr_size: int) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three AOIs of few pixels."""
+    """Write three AOIs of few pixels."""
     folder = tmp_path_factory.mktemp("source")
     write_worldstrat(folder, 3, seed=2, revisits=2, hr_side=80)
     return folder

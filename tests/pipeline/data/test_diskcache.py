@@ -1,4 +1,4 @@
-"""The cache on a node's disk: what it keeps, what leaves first, and what a full disk costs."""
+"""The cache on a node's disk: kept samples, the order of eviction, and the cost of a full disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def content(name: str, size: int = SIZE) -> bytes:
-    """Bytes that no other name has, no two pieces alike."""
+    """Return bytes that no other name has, no two pieces alike."""
     return random.Random(name).randbytes(size)
 
 
@@ -39,20 +39,20 @@ def names(folder: Path, suffix: str = SUFFIX) -> set[str]:
 
 @contextmanager
 def at_rest(folder: Path) -> Iterator[None]:
-    """Keep everybody from changing files meanwhile."""
+    """Prevent changes of files by other processes in the block."""
     with open(folder / f"bytes{LOCK_SUFFIX}", "rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all files, those that are being written too."""
+    """Return the bytes of all files, including files being written."""
     with at_rest(folder):
         return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (SUFFIX, TEMPORARY_SUFFIX))
 
 
 def counted(folder: Path) -> int:
-    """Bytes of all files as the ledger has them."""
+    """Return the bytes of all files as counted in the ledger."""
     return int.from_bytes((folder / f"bytes{LOCK_SUFFIX}").read_bytes(), "little")
 
 
@@ -149,7 +149,7 @@ def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
     assert names(tmp_path) == set("abcdefghij")
     for name in "ac":
         assert read(cache, name) == content(name)
-    cache.put("k", content("k", 3 * SIZE))  # three leave for it
+    cache.put("k", content("k", 3 * SIZE))  # three are evicted for it
     assert names(tmp_path) == set("acfghijk")
     assert stored_bytes(tmp_path) == counted(tmp_path) == 10 * SIZE
 
@@ -187,7 +187,7 @@ def test_what_is_not_the_caches_own_stays(tmp_path: Path) -> None:
 def test_files_of_an_earlier_run_are_kept_within_the_bound(tmp_path: Path) -> None:
     for name in "abcde":
         DiskCache(tmp_path, 5 * SIZE).put(name, content(name))
-    (tmp_path / f"bytes{LOCK_SUFFIX}").unlink()  # by hand, or by a cleaner of temporary folders
+    (tmp_path / f"bytes{LOCK_SUFFIX}").unlink()  # by a user, or by a cleaner of temporary folders
     cache = DiskCache(tmp_path, 5 * SIZE)
     assert read(cache, "a") == content("a")
     assert counted(tmp_path) == 5 * SIZE
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def fill_small(folder: Path) -> None:
-    """Put small and large files where no file may have more than 1000 bytes; then open none any more."""
+    """Store small and large files while no file may have more than 1000 bytes; then allow no open file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     logging.basicConfig(stream=(folder.parent / "log").open("w"))
     cache = DiskCache(folder, 10_000)
@@ -256,8 +256,8 @@ def test_no_space_leaves_nothing_behind(
         for name in "ab":
             cache.put(name, content(name))
     assert [record.getMessage() for record in caplog.records] == [
-        f"data.cache_dir: {tmp_path} cannot keep a file (No space left on device); the run reads from the store what "
-        "is not kept"
+        f"data.cache_dir: {tmp_path} cannot keep a file (No space left on device); samples that are not "
+        "cached are read from the store"
     ]
     assert counted(tmp_path) == stored_bytes(tmp_path) == 0
     cache.put("a", content("a"))

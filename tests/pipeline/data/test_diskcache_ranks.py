@@ -1,4 +1,4 @@
-"""The cache on a node's disk among processes and threads: the bound, whole files, one fetch, and kills."""
+"""The cache on a node's disk among processes and threads: the limit, complete files, one fetch, and kills."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def child(folder: Path, body: str, limit: int = 1 << 20) -> subprocess.Popen[str]:
-    """Start a process that makes a cache and does something, and wait until it says so."""
+    """Start a process that makes a cache and runs a script, and wait until the script reports."""
     script = f"""
 import os, time
 from pathlib import Path
@@ -47,7 +47,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def put_and_get(folder: Path, seed: int) -> None:
-    """Read and write at random, and fail for any byte that is not of its name."""
+    """Read and write at random, and fail for any byte that does not belong to its name."""
     cache, draw = DiskCache(folder, 20_000), random.Random(seed)
     for _ in range(1500):
         name = f"{draw.randrange(40):x}-0"
@@ -75,7 +75,7 @@ def test_processes_keep_the_bound_and_read_whole_files(tmp_path: Path) -> None:
 
 
 def fetch_once(folder: Path, start: threading.Barrier) -> None:
-    """Fetch what is not there yet, in four threads, and note each fetch."""
+    """Fetch absent samples, in four threads, and note each fetch."""
     cache = DiskCache(folder, 1 << 20)
 
     def work() -> None:
@@ -108,7 +108,7 @@ def test_one_of_all_processes_and_threads_fetches(tmp_path: Path) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Say whether nobody holds the lock of the only name that was ever locked."""
+    """Return whether the lock of the only name that was ever locked is free."""
     [path] = set(folder.glob(f"*{LOCK_SUFFIX}")) - {folder / f"bytes{LOCK_SUFFIX}"}
     with path.open("rb+") as file:
         try:
@@ -150,7 +150,7 @@ def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
-    """Other writers wait for one that lives, and readers do not."""
+    """Other writers wait for a living writer, and readers do not."""
     DiskCache(tmp_path, 2 * SIZE).put("z", content("z"))
     cache = DiskCache(tmp_path, 2 * SIZE)
     process = child(tmp_path, 'os.utime = lambda *_, **__: here()\ncache.put("a", content("a"))')

@@ -1,4 +1,4 @@
-"""What networks, stores and disks do to the loader, against a real S3 server, and that its batches stay the same."""
+"""Faults of networks, stores and disks under the loader, against a real S3 server: its batches stay the same."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def asked_for(request: Request) -> str:
 
 
 def same(batches: Sequence[Batch], expected: Sequence[Batch]) -> bool:
-    """Say whether all batches are there, bit for bit."""
+    """Return whether all batches are present, bit for bit."""
     return [batch.chips for batch in batches] == [batch.chips for batch in expected] and all(
         torch.equal(own, other)
         for batch, wanted in zip(batches, expected, strict=True)
@@ -67,13 +67,13 @@ def same(batches: Sequence[Batch], expected: Sequence[Batch]) -> bool:
 
 @pytest.fixture(scope="module")
 def local(shards: dict[int, str]) -> str:
-    """Five scenes to train with, in three shards on this machine's disk."""
+    """Return five scenes to train with, in three shards on this machine's disk."""
     return shards[3]
 
 
 @pytest.fixture(scope="module")
 def expected(local: str) -> list[Batch]:
-    """An epoch read without any trouble."""
+    """Return an epoch read without faults."""
     batches = list(loader(local).batches(0))
     assert len(batches) == 9
     return batches
@@ -86,7 +86,7 @@ def places(local: str) -> list[Place]:
 
 @pytest.fixture
 def direct(s3: S3, local: str) -> Storage:
-    """A copy in the store, past the proxy."""
+    """Copy a dataset to the store directly, not through the proxy."""
     uri = s3.prefix()
     copy_to(local, uri)
     storage = open_storage(uri)
@@ -96,7 +96,7 @@ def direct(s3: S3, local: str) -> Storage:
 
 @pytest.fixture
 def proxy(s3: S3, direct: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A proxy without faults yet, which the environment names."""
+    """Yield a proxy without faults yet, named in the environment."""
     with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
@@ -166,12 +166,12 @@ def test_neighbours_in_a_shard_come_by_one_request_that_is_continued(
     asked = [str(request.headers["range"]).split("=")[1].split("-") for request in proxy.seen("GET", ".tar")]
     end = entries[-1].offset + entries[-1].size - 1
     assert asked[0] == [str(entries[0].offset), str(end)]
-    if faults.flip:  # read again alone, and the others are not
+    if faults.flip:  # read again alone, unlike the others
         ((again, last),) = asked[1:]
         assert (int(again), int(last) + 1) in {(entry.offset, entry.offset + entry.size) for entry in entries}
     else:
         assert [int(last) for _, last in asked] == [end] * len(asked)
-    assert len(asked) == requests or (faults.stall and len(asked) > requests)  # a slow machine stalls by itself
+    assert len(asked) == requests or (faults.stall and len(asked) > requests)  # a slow machine may stall too
     assert scenes.reader.refetched == faults.flip
 
     proxy.faults = Faults()
@@ -195,7 +195,7 @@ def test_a_slow_link_changes_no_batch_and_the_wait_is_measured(
         taken.append(batch)
         waited += batches.wait_seconds
     assert same(taken, expected)
-    # The link alone takes three times as long, and nothing else is done meanwhile.
+    # The link alone takes three times as long, and nothing else runs meanwhile.
     assert waited > sum(entry.size for _, entry in places) / SLOW.bytes_per_s / 3  # type: ignore[operator]
 
 
@@ -218,7 +218,7 @@ def flipped(data: bytes, offset: int) -> bytes:
 
 
 def rounds(places: Sequence[Place]) -> Iterator[list[tuple[Place, int]]]:
-    """Give a byte of every region, each time one of each sample."""
+    """Yield a byte of every region, each time one of each sample."""
     everywhere = [list(regions(entry).items()) for _, entry in places]
     given = set()
     for first in range(0, len(everywhere[0]), len(places)):
@@ -276,7 +276,7 @@ def test_damage_in_the_store_is_quarantined(
                 assert torch.equal(own[counts], other[counts]), region
         dataset = dataset_of(batches)
         assert (dataset.refetched, dataset.quarantined_chips) == (1, CHIPS_PER_SCENE)
-        assert len(list((tmp_path / region).glob(f"*{SUFFIX}"))) == len(places) - 1  # damage is not kept
+        assert len(list((tmp_path / region).glob(f"*{SUFFIX}"))) == len(places) - 1  # damaged bytes are not kept
 
 
 def test_damage_at_a_shard_s_end_is_for_verify(direct: Storage, expected: list[Batch], places: list[Place]) -> None:
@@ -290,7 +290,7 @@ def test_damage_at_a_shard_s_end_is_for_verify(direct: Storage, expected: list[B
 def test_damage_on_the_way_is_read_again(
     proxy: FaultProxy, direct: Storage, expected: list[Batch], places: list[Place], first: bool
 ) -> None:
-    """In the first or last sample of each shard, whether it comes alone or with its neighbour."""
+    """The damage is in the first or last sample of each shard, which is read alone or with its neighbour."""
     in_turn = reversed(places) if first else places
     of_each_shard = list({shard.name: (shard, entry) for shard, entry in in_turn}.values())
     for damages in rounds(of_each_shard):
@@ -334,7 +334,7 @@ def test_a_full_disk_costs_the_cache_alone(
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     batches = loader(direct.uri, cache_dir=str(tmp_path))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of any file: less than a scene
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # for any file: less than a scene
     try:
         taken = list(batches.batches(0))
     finally:
@@ -349,7 +349,7 @@ def test_a_full_disk_costs_the_cache_alone(
     ("options", "after"),
     [
         ({"loader_threads": 2}, 0),
-        # So that not all is read ahead of the first batch.
+        # So that not everything is prefetched before the first batch.
         ({"lanes": 1, "shuffle_window": 1, "loader_threads": 1, "prefetch_batches": 1, "cache_mib": 0}, 1),
     ],
     ids=["while others are on their way", "after a batch was taken"],
@@ -365,7 +365,7 @@ def test_a_store_killed_and_restarted_in_mid_epoch_changes_no_batch(
         copy_to(local, "s3://own/data")
 
         def kill(_: Request) -> Faults:
-            """Kill it when more is asked for after two requests and so many batches."""
+            """Kill the process at a further request, after two requests and so many batches."""
             if shard_reads(proxy) >= 2 and batches.step >= after and alive.acquire(blocking=False):
                 store.stop()
                 killed.set()

@@ -1,4 +1,4 @@
-"""The loader's memory: as many scenes as it was allowed, and the same after many epochs."""
+"""The loader's memory: as many scenes as allowed, and constant over many epochs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def many_scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A dataset of more scenes than two threads need."""
+    """Return a dataset with more scenes than two threads need."""
     source = tmp_path_factory.mktemp("many")
     write_worldstrat(source, 20, seed=6, revisits=2, hr_side=80)
     storage = open_storage(source / "out")
@@ -39,7 +39,7 @@ Reads = tuple[list[str], set[int]]
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """AOIs that were read, one for each read, and the addresses of the memory that they were read to."""
+    """Record the AOIs that are read, one per read, and the addresses of the memory that they are read to."""
     aois: list[str] = []
     addresses: set[int] = set()
     read: Callable[..., int] = SampleReader.read
@@ -65,7 +65,7 @@ def epochs(dataset: ChipDataset, first: int, last: int) -> None:
 
 @pytest.mark.parametrize("windows", [False, True])
 def test_scenes_take_the_memory_that_they_were_given(many_scenes: str, reads: Reads, windows: bool) -> None:
-    """Whole scenes are read to where they stay; of those of which the same chips are cut, each thread reads one."""
+    """Whole scenes are read to their final memory; for scenes cut into the same chips, each thread has one buffer."""
     aois, addresses = reads
     dataset = ChipDataset(many_scenes, "train", DataConfig(cache_mib=0, loader_threads=1, random_windows=windows))
     scenes = dataset.num_chips // 9
@@ -85,7 +85,7 @@ def test_scenes_take_the_memory_that_they_were_given(many_scenes: str, reads: Re
 def test_neighbours_come_by_one_request_where_requests_cost_something(
     many_scenes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batches are the same, and those of the first come with their neighbours too."""
+    """The batches are the same, and the first ones' scenes come with their neighbours."""
 
     def read() -> tuple[list[torch.Tensor], int]:
         counted = 0
@@ -121,7 +121,7 @@ def test_neighbours_come_by_one_request_where_requests_cost_something(
 
 
 def test_epochs_leave_nothing_behind(many_scenes: str) -> None:
-    """Five epochs read 200 MB of scenes and make 90 MB of batches; nothing of it may stay."""
+    """Five epochs read 200 MB of scenes and make 90 MB of batches; none of this memory may stay in use."""
 
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB

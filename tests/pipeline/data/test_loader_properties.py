@@ -1,4 +1,4 @@
-"""Any number of ranks, threads, processes, shards, from any step on: the same batches to the bit, each chip once."""
+"""Any number of ranks, threads, processes, shards, from any step on: batches equal to the bit, each chip once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ readers = st.fixed_dictionaries(
         "cache_mib": st.sampled_from([0, 64]),
     }
 )
-"""What may differ between the ranks and worlds of one run."""
+"""Settings that may differ between the ranks and worlds of one run."""
 orders = st.fixed_dictionaries(
     {
         "lanes": st.integers(1, 16),
@@ -47,7 +47,7 @@ orders = st.fixed_dictionaries(
 
 @st.composite
 def plans(draw: st.DrawFn, global_batch: int | None = None) -> BatchPlan:
-    """Any world of up to 16 ranks, and any micro batch; of ``global_batch`` chips if that is given."""
+    """Draw any world of up to 16 ranks, and any micro batch; of ``global_batch`` chips if given."""
     if global_batch is None:
         world = draw(worlds)
         per_rank = draw(st.integers(1, CHIPS // world))
@@ -60,7 +60,7 @@ def plans(draw: st.DrawFn, global_batch: int | None = None) -> BatchPlan:
 
 @cache
 def chips_one_by_one(uri: str, random_windows: bool, simulate: str, epoch: int) -> list[Batch]:
-    """Each chip of an epoch, made alone and without a loader."""
+    """Return each chip of an epoch, made alone and without a loader."""
     dataset = ChipDataset(uri, "train", DataConfig(random_windows=random_windows, simulate=simulate))
     return [dataset.training_chip(chip, SEED, epoch) for chip in range(CHIPS)]
 
@@ -75,7 +75,7 @@ def take(loader: TrainLoader, steps: int) -> list[Batch]:
 
 
 def take_by_workers(loader: TrainLoader, workers: int) -> list[Batch]:
-    """Return the rest of an epoch as torch's loader gets it from processes, each with a copy and every nth batch."""
+    """Return the rest of an epoch from processes of torch's loader, each with a copy and every nth batch."""
     epoch, first = divmod(loader.step, loader.steps_per_epoch)
     copies = [pickle.dumps(loader.epoch_batches(epoch, first))] * workers
     readers = [cast(Sequence[Batch], pickle.loads(copy)) for copy in copies]  # noqa: S301

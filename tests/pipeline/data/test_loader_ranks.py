@@ -1,4 +1,4 @@
-"""Two real ranks on few shards: none waits for the other, and a killed run goes on in any world with the same chips."""
+"""Two real ranks on few shards: none waits for the other, and a killed run resumes in any world with equal chips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.command import column, run_command, start_command
 
 EPOCHS = 3
 STEPS = EPOCHS * (45 // 4)
-"""Of five AOIs in global batches of four."""
+"""Steps of an epoch: five AOIs in global batches of four."""
 
 
 def write_config(make_config: Callable[..., RunConfig], uri: str, run: Path) -> list[str]:
@@ -29,7 +29,7 @@ def write_config(make_config: Callable[..., RunConfig], uri: str, run: Path) -> 
 
 
 def kill_at(step: int, command: list[str], run: Path) -> int:
-    """Train on two ranks, end both by SIGKILL once ``step`` was taken; return the last step that was logged."""
+    """Train on two ranks, SIGKILL both once ``step`` was taken; return the last logged step."""
     ranks = start_command(2, command)
     try:
         deadline = time.monotonic() + 200

@@ -1,4 +1,4 @@
-"""Layouts of scenes in memory: chips that were cut when it was read are those that a whole scene gives."""
+"""Layouts of scenes in memory: chips cut when the scene is read equal those cut from a whole scene."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Taken = tuple[ChipDataset, SampleEntry, list[Window], Fill]
 
 @pytest.fixture
 def taken(shards: dict[int, str]) -> Taken:
-    """A dataset, one of its scenes, the windows of its chips, and what reads it."""
+    """Return a dataset, one of its scenes, the windows of its chips, and its reader."""
     dataset = ChipDataset(shards[3], "train", DataConfig())
     shard, entry = dataset.index.samples("train")[1]
 

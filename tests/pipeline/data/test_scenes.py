@@ -1,4 +1,4 @@
-"""Scenes in memory: one read each, a bound, and what becomes of errors and damage."""
+"""Scenes in memory: one read each, a limit, and the handling of errors and damage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Place = tuple[ShardEntry, SampleEntry]
 
 
 class Watched(SampleReader):
-    """Real reads that are noted, that wait while the gate is closed, and that fail with the errors in store."""
+    """Reader whose real reads are recorded, wait while the gate is closed, and fail with the errors in store."""
 
     request_bytes = 1 << 20  # type: ignore[assignment]
 
@@ -75,7 +75,7 @@ def reader(shards: dict[int, str]) -> Watched:
 
 @pytest.fixture(scope="module")
 def places(shards: dict[int, str]) -> list[Place]:
-    """Five scenes."""
+    """Return five scenes."""
     return list(Index.load(open_storage(shards[3])).samples("train"))
 
 
@@ -128,7 +128,7 @@ def test_memory_is_bounded_and_used_again(reader: Watched, places: list[Place], 
             assert name_of(scene) == place[1].aoi
             addresses.add(scene.images[0].ctypes.data)
     assert len(addresses) == held
-    assert len(reader.reads) == 15  # five in a row push out whatever comes next
+    assert len(reader.reads) == 15  # five in a row evict any next scene
 
 
 def test_what_the_threads_work_on_has_room_in_any_case(reader: Watched, places: list[Place]) -> None:
@@ -228,7 +228,7 @@ def test_what_was_not_read_ahead_is_read_by_who_needs_it(reader: Watched, places
 
 
 def test_a_store_that_is_away_is_not_read_ahead_from(reader: Watched, places: list[Place]) -> None:
-    """Each would be waited for, and whoever needs a scene now would wait behind all of them."""
+    """A prefetch would wait for each, and a thread that needs a scene now would wait behind all of them."""
     scenes = scenes_of(reader, places, 3)
     reader.errors = [StorageUnavailableError("away") for _ in range(2)]
     for place in places:
@@ -243,7 +243,7 @@ def test_a_store_that_is_away_is_not_read_ahead_from(reader: Watched, places: li
 
 @pytest.fixture(scope="module")
 def neighbours(shards: dict[int, str]) -> list[Place]:
-    """Five scenes of one shard."""
+    """Return five scenes of one shard."""
     return list(Index.load(open_storage(shards[1])).samples("train"))
 
 
@@ -252,7 +252,7 @@ def keys(*places: Place) -> str:
 
 
 def test_neighbours_are_read_together(shards: dict[int, str], neighbours: list[Place]) -> None:
-    """What is cached already parts those that are not."""
+    """Cached scenes separate the others into two requests."""
     reader = Watched(open_storage(shards[1]))
     scenes = scenes_of(reader, neighbours, 5)
     a, b, c, d, e = neighbours
@@ -291,7 +291,7 @@ def test_who_waits_for_a_neighbour_is_told_that_the_store_is_away(
             waiting.result()
         ahead.result()
     prefetch(scenes, *neighbours)
-    assert reader.reads == [keys(*neighbours)]  # not asked again before somebody needs a scene and gets it
+    assert reader.reads == [keys(*neighbours)]  # not read again before a thread needs a scene and gets it
     assert used(scenes, neighbours[4]) == neighbours[4][1].aoi
     prefetch(scenes, *neighbours)
     assert reader.reads[1:] == [keys(neighbours[4]), keys(*neighbours[:4])]
@@ -315,7 +315,7 @@ def test_damage_among_neighbours_is_read_again_and_costs_none_of_the_others(
     prefetch(scenes, *neighbours)
     lost = {"flipped": neighbours[2:3], "cut": neighbours[2:], "gone": neighbours}[harm]
     assert reader.reads == [keys(*neighbours)]
-    assert reader.refetched == (0 if harm == "gone" else 2 * len(lost))  # and each of them by itself
+    assert reader.refetched == (0 if harm == "gone" else 2 * len(lost))  # and each of them alone
     assert scenes.quarantined.keys() == {entry.key for _, entry in lost}
     for place in neighbours:
         assert nothing(scenes, place) == (place in lost)
@@ -323,7 +323,7 @@ def test_damage_among_neighbours_is_read_again_and_costs_none_of_the_others(
 
 @pytest.fixture
 def damaged(shards: dict[int, str], places: list[Place], tmp_path: Path) -> Watched:
-    """The first scene is damaged."""
+    """Damage the first scene."""
     copy_to(shards[3], str(tmp_path))
     shard, entry = places[0]
     data = bytearray((tmp_path / shard.name).read_bytes())
@@ -340,7 +340,7 @@ def test_quarantine_is_told_once_and_remembered(
     damaged.gate.clear()
     with ThreadPoolExecutor(12) as pool:
         ahead = [pool.submit(prefetch, scenes, places[0]) for _ in range(6)]
-        everybody_waits(scenes, places[0], 1)  # who reads ahead waits for nobody
+        everybody_waits(scenes, places[0], 1)  # a thread that prefetches waits for no other
         calls = [pool.submit(nothing, scenes, places[0]) for _ in range(6)]
         everybody_waits(scenes, places[0], 7)
         damaged.gate.set()

@@ -1,4 +1,4 @@
-"""Simulated revisits are the published formulas, and depend on seed, epoch and chip alone."""
+"""Simulated revisits follow the published formulas, and depend on seed, epoch and chip alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sharding.errors import UserError
 from tests.command import column, last_checkpoint
 
 SIZES = [((156, 156), (50, 50)), ((61, 46), (19, 15)), ((24, 33), (12, 33))]
-"""Target and revisit: the usual, a size that 4 does not divide, and one that is enlarged."""
+"""Sizes of target and revisit: the usual, one that 4 does not divide, and one that is enlarged."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def image(*size: int, seed: int = 0) -> Tensor:
-    """Return an image [3, H, W] whose border counts, with values at both ends of the range."""
+    """Return an image [3, H, W] whose border matters, with values at both ends of the range."""
     return torch.rand(3, *size, generator=torch.Generator().manual_seed(seed)).square()
 
 
@@ -52,7 +52,7 @@ def blurred(picture: Tensor, sigma: float, radius: int) -> Tensor:
 
 
 def sensor_one_by_one(target: Tensor, revisits: int, size: tuple[int, int], draw: torch.Generator) -> Tensor:
-    """The published steps in their order, revisit by revisit, with torch's own grid sampling and resizing."""
+    """Run the published steps in their order, revisit by revisit, with torch's own grid sampling and resizing."""
     tx, ty = uniform(revisits, -3, 3, draw), uniform(revisits, -3, 3, draw)
     sigmas = uniform(revisits, 1.5, 2.0, draw)
     n1 = torch.randn(revisits, len(target), *size, generator=draw)
@@ -110,7 +110,7 @@ def test_each_is_its_published_formula(
 
 
 def test_the_sensor_looks_from_anywhere_within_three_pixels() -> None:
-    """A ramp's value tells the shift: content that moves right by t lowers it by t steps."""
+    """A ramp's value gives the shift: content that moves right by t lowers it by t steps."""
     slope = 0.006
     ramp = (slope * torch.arange(156.0)).expand(3, 156, 156)
     across = sensor_revisits(ramp, 600, (50, 50), chip_generator(0, 0, 0))[..., 20:30].mean(dim=(1, 2, 3))
@@ -132,7 +132,7 @@ def test_shot_noise_grows_with_the_root_of_the_signal(level: float) -> None:
     if level:
         assert seen.std().item() == pytest.approx(expected, rel=0.02)
         assert seen.mean().item() == pytest.approx(level, abs=4 * expected / math.sqrt(seen.numel()))
-    else:  # of which the clamp keeps the upper half
+    else:  # the clamp keeps the upper half
         assert seen.square().mean().sqrt().item() == pytest.approx(0.001 / math.sqrt(2), rel=0.02)
 
 

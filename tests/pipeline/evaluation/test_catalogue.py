@@ -1,4 +1,4 @@
-"""docs/models.md is what `satfusion models --markdown` prints."""
+"""The page docs/models.md equals the output of `satfusion models --markdown`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: the figures are those of the images, the baselines those that were promised."""
+"""Evaluation: the metrics are those of the images, the baselines as documented."""
 
 from __future__ import annotations
 

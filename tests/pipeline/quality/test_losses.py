@@ -1,4 +1,4 @@
-"""The loss equals the published one where it is asked to, and plain formulas where these are simple."""
+"""The loss equals the published one in published mode, and plain formulas in simple cases."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_black_pixels_have_a_finite_gradient() -> None:
 def test_a_constant_offset_in_closed_form() -> None:
     target = torch.full((1, 3, 30, 30), 0.4, dtype=torch.float64)
     parts = result_loss(target + 0.1, target, LossConfig())
-    ssim = (2 * 0.5 * 0.4 + 1e-4) / (0.5**2 + 0.4**2 + 1e-4)  # no structure: only the luminance term is left
+    ssim = (2 * 0.5 * 0.4 + 1e-4) / (0.5**2 + 0.4**2 + 1e-4)  # no structure: only the luminance term remains
     expected = (0.01, 0.1, (1 - ssim) / 2, 0.0)
     assert [parts[k].item() for k in range(1, 5)] == pytest.approx(expected, abs=1e-6)
     assert parts.total.item() == pytest.approx(0.3 * 0.01 + 0.3 * 0.1 + 0.2 * (1 - ssim) / 2, abs=1e-6)
@@ -175,8 +175,8 @@ def test_a_non_finite_prediction_gives_a_non_finite_loss() -> None:
     ("changes", "message"),
     [
         ({"mse": 0.4}, r"mse 0.4 \+ mae 0.3 \+ ssim 0.2 \+ sam 0.2 sum to 1.1, and must sum to 1"),
-        ({"mse": -0.1, "mae": 0.7}, "loss.mse = -0.1 is no weight"),
-        ({"sam": math.nan}, "loss.sam = nan is no weight"),
+        ({"mse": -0.1, "mae": 0.7}, "loss.mse = -0.1 is not a weight"),
+        ({"sam": math.nan}, "loss.sam = nan is not a weight"),
         ({"placement": "stage"}, "loss.placement = 'stage' is unknown; did you mean 'staged'"),
         ({"registration": "centered"}, "loss.registration = 'centered' is unknown; did you mean 'centred'"),
     ],

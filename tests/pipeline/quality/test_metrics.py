@@ -1,4 +1,4 @@
-"""Metrics equal the published ones, and plain formulas where these are simple."""
+"""Metrics equal the published ones, and plain formulas in simple cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pipeline.quality.test_losses import assert_near, golden_pair
 def test_published_metrics(dtype: torch.dtype) -> None:
     golden = cases.load("losses")
     metrics = image_metrics(*golden_pair(dtype), registration="published")
-    for name in METRICS:  # the golden figures are those after bias adjustment
+    for name in METRICS:  # the golden values are those after bias adjustment
         assert_near(metrics[name + ADJUSTED], golden[name])
 
 

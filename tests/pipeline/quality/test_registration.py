@@ -23,7 +23,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 def waves(size: int, shifts: list[tuple[float, float]]) -> Tensor:
     """Return one band-limited periodic image, seen from each (dy, dx): [len(shifts), 2, size, size].
 
-    Shifted by the phases of its Fourier series, hence exactly and by no interpolation kernel.
+    Shifted by the phases of its Fourier series, hence exactly and without an interpolation kernel.
     """
     spectrum = torch.fft.rfft2(noise(1, 2, size, size))
     rows, columns = torch.fft.fftfreq(size).double(), torch.fft.rfftfreq(size).double()

@@ -45,7 +45,7 @@ def monitoring(*uris: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 def ask(url: str, until: Callable[[object], bool], patience: float = 90) -> object:
-    """Ask until the answer is the one waited for; return it."""
+    """Ask until the expected answer arrives; return it."""
     deadline = time.monotonic() + patience
     answer: object = None
     while time.monotonic() < deadline:
@@ -87,7 +87,7 @@ def test_runs_are_shown_live(world: World, make_config: MakeConfig, tmp_path: Pa
 
 
 class Store(LocalStorage):
-    """Lists keys that it was given, whatever they are."""
+    """Store that lists the given keys, whatever they are."""
 
     keys: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Values of ranks and steps become one: losses by their mean, counts by their sum over ranks."""
+"""Aggregation over ranks and steps: the mean of losses, the sum of counts over ranks."""
 
 from __future__ import annotations
 

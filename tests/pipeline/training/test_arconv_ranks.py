@@ -1,4 +1,4 @@
-"""ARConv over ranks: one decision, one set of statistics, and kernels that wait unused, at every ZeRO stage."""
+"""ARConv over ranks: one decision, one set of statistics, and kernels that stay unused, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from tests.distributed import Rank, run_ranks
 from tests.pipeline.training.test_engine import KINDS, Kind, options
 
 MOVED = "head.rb1.conv1"
-"""The convolution whose heights are set by hand."""
+"""The convolution whose heights are set by the test."""
 
 TARGETS = [(-3.0, 1.5), (0.2, 0.2), (-1.0, 3.0), (-3.0, -3.0), (3.0, 3.0)]
-"""Before the sigmoid, for both samples of each step. The first sample alone would have 3 3 3 3 7 rows of taps, the
-second 7 5 7 3 7."""
+"""Heights before the sigmoid, for both samples of each step. The first sample alone would have 3 3 3 3 7 rows of taps,
+the second 7 5 7 3 7."""
 
 ROWS = [3, 5, 5, 3, 3]
-"""Of the two together, frozen from step 4 on."""
+"""Rows of both samples together, frozen from step 4 on."""
 
 FREEZE = 4
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a training of five steps came to."""
+    """Result of a training of five steps."""
 
     losses: list[float]
     norms: list[float]
-    """Of the gradients."""
+    """Norms of the gradients."""
     kernels: list[list[int]]
-    """The moved convolution's, after each step."""
+    """Rows of the set convolution, after each step."""
     middle: TrainState
-    """After three steps."""
+    """State after three steps."""
     end: TrainState
 
 
@@ -119,7 +119,7 @@ def train_at_stages(place: Rank, kinds: tuple[Kind, ...], width: int) -> list[En
 
 
 def check(ranks: list[list[Ended]], alone: Ended) -> None:
-    """Both ranks must end alike at each stage, and all stages like one process that had both samples."""
+    """Both ranks must end with equal results at each stage, and all stages like one process with both samples."""
     for first, second in zip(*ranks, strict=True):
         assert [rows for rows, _ in first.kernels] == ROWS
         assert first.kernels == second.kernels == alone.kernels
@@ -132,7 +132,7 @@ def check(ranks: list[list[Ended]], alone: Ended) -> None:
 
 
 def check_idle(ended: Ended, alone: Ended) -> None:
-    """What a step does not use must stay: kernels never used, and from step 4 on those of five rows."""
+    """Unused parameters must stay: kernels never used, and from step 4 on those of five rows."""
     for number, (rows, columns) in enumerate(KERNELS):
         name = f"{MOVED}.convs.{number}.weight"
         was_used = [rows, columns] in ended.kernels
@@ -176,14 +176,14 @@ def test_kernels_may_change_within_a_step(world: World) -> None:
         assert run.moved.reserved_NXY[0] == 7
         ends.append((norms, run.engine.state(3, moments=False).weights))
     (norms, weights), (norms_3, weights_3) = ends
-    # ZeRO 3 adds to what it holds of a kernel that waited for the second micro-batch.
+    # ZeRO 3 adds to its gradient of a kernel that waited for the second micro-batch.
     assert norms == pytest.approx(norms_3, rel=1e-6)
     for name, value in weights.items():
         torch.testing.assert_close(value, weights_3[name], rtol=0, atol=2e-5, msg=name)
 
 
 def norm_on_ranks(place: Rank) -> dict[str, float]:
-    """Return how far a batch norm of two ranks lies from PyTorch's over both batches."""
+    """Return the difference of a batch norm on two ranks from PyTorch's over both batches."""
     generator = torch.Generator().manual_seed(3)
     x, weight = (100 + torch.randn(4, 3, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     ours, whole = RankBatchNorm2d(3).double(), nn.BatchNorm2d(3).double()

@@ -41,7 +41,7 @@ def network(encoder: str, head: str, *, published: bool = False) -> SatFusion:
 
 def inputs(model: SatFusion, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     lr, pan = (8, 8), (12, 16)
-    if model.config.published:  # sizes that some cannot do without
+    if model.config.published:  # sizes that some models require
         lr, pan = ((50, 50) if "trnet" in model.config.encoder else lr), ((156, 156))
     return torch.rand(2, 3, 3, *lr, dtype=dtype), torch.rand(2, 1, *pan, dtype=dtype), torch.tensor([1, 2])
 
@@ -61,7 +61,7 @@ def assert_same(ours: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("encoder", "head"), PAIRS)
 def test_a_network_is_one_graph(encoder: str, head: str) -> None:
-    # In float64, where rounding pushes no ReLU over its edge.
+    # In float64, where rounding does not change the sign at a ReLU.
     model = network(encoder, head).double()
     arguments, leaves = inputs(model, torch.float64), list(model.parameters())
     expected = forward_backward(model, arguments, leaves)

@@ -130,16 +130,16 @@ def test_clipping_bounds_the_step(kind: Kind, world: World) -> None:
         take_step(engine, random_batch(0), 4, 1e-3, LossConfig())
         after = engine.state(1).weights
         moved.append(max((after[name] - before[name]).abs().max().item() for name in before))
-    # Adam divides by the gradient's size plus 1e-8; clipped far below that, the step all but vanishes.
+    # Adam divides by the gradient's size plus 1e-8; clipped far below that, the step nearly vanishes.
     assert moved[0] == pytest.approx(1e-3, rel=0.05)
     assert moved[1] < 1e-6
 
 
 def test_the_lock_of_a_killed_process_is_not_waited_for() -> None:
-    """Torch's lock file, left in the folder of DeepSpeed's op by a process that was killed while it loaded it."""
+    """Torch's lock file is left in the folder of DeepSpeed's op by a process that was killed while loading it."""
     import_deepspeed()
     folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-    with (folder / "satfusion.lock").open("w") as ours:  # nobody else is at it, as when the killed one was
+    with (folder / "satfusion.lock").open("w") as ours:  # no other process uses it, as after the kill
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").touch()
     program = "from pipeline.training.deepspeed_engine import import_deepspeed; import_deepspeed()"

@@ -17,12 +17,12 @@ from pipeline.world import World
 from tests.distributed import Rank, run_ranks
 from tests.pipeline.training.test_engine import random_batch, take_step
 
-# Each encoder and each head once, the encoders of fewest parameters before the heads that need one.
+# Each encoder and each head once; the encoders with the fewest parameters before the heads that need one.
 PAIRS = [*((encoder, ABSENT) for encoder in ENCODERS), *((ABSENT, head) for head in HEADS)]
 
 
 def three_steps(place: Rank, stage: int, encoder: str, head: str) -> dict[str, torch.Tensor]:
-    """Train on chips that differ between ranks, and return what this rank then holds, and its losses."""
+    """Train on chips that differ between ranks, and return this rank's state and its losses."""
     torch.manual_seed(0)
     world = World(place.rank, place.world_size, torch.device("cpu"))
     network = build_model(ModelConfig(encoder, head, hidden=8))
@@ -36,10 +36,10 @@ def three_steps(place: Rank, stage: int, encoder: str, head: str) -> dict[str, t
     weights = engine.state(3).weights
     assert weights.keys() == before.keys()
     moved = {name for name, value in weights.items() if not torch.equal(value, before[name])}
-    # Of ARConv's nine kernel sizes three steps use few.
+    # Three steps use few of ARConv's nine kernel sizes.
     still = {name for name, _ in network.named_parameters() if name not in moved and ".convs." not in name}
     assert not still, still
-    # Beside what is gathered, which is the same on all ranks by nature, what this rank itself computes with.
+    # In addition to gathered values, which are equal on all ranks by nature, the weights that this rank computes with.
     own = {f"own {name}": value.clone() for name, value in network.state_dict().items()}
     return weights | own | {"losses": torch.tensor(losses)}
 

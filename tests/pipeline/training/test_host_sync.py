@@ -1,6 +1,6 @@
-"""Nothing in a forward and backward pass makes the host wait for a GPU: no value is read, nothing is copied to it.
+"""Forward and backward pass without a wait of the host for a GPU: no value is read, nothing is copied to it.
 
-Tensors of the device ``meta`` stand for a GPU's: they have no values, so whatever asks for one raises.
+Tensors of the device ``meta`` stand for a GPU's: they have no values, so code that reads one raises.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ STAGES_FIRST = [
     pytest.param(*pair, marks=() if ABSENT in pair or pair == ("srcnn", "pnn") else pytest.mark.slow)
     for pair in all_pairs()
 ]
-"""Each stage alone and one pair; the other pairs, which are made of the same stages, take a minute."""
+"""Each stage alone and one pair; the other pairs, built of the same stages, take a minute."""
 
 
 def devices(values: Any) -> set[str]:
-    """Return the devices of all tensors but those that a call takes as plain numbers."""
+    """Return the devices of all tensors except those that a call takes as plain numbers."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
     return {tensor.device.type for tensor in tensors if tensor.ndim or tensor.device.type != "cpu"}
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses operators that take tensors of the host for the device's."""
+    """Mode that refuses operators which take tensors of the host for the device's."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -48,7 +48,7 @@ class NoCopies(TorchDispatchMode):
 
 
 class NoNumbers(TorchFunctionMode):
-    """Refuses tensors of the device that are made from the host's numbers, a copy below the dispatcher."""
+    """Mode that refuses device tensors made from the host's numbers, a copy below the dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.__getitem__, Tensor.__setitem__):

@@ -32,7 +32,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def usual(world: World, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps as they are by default."""
+    """Take six steps with the defaults."""
     folder = tmp_path_factory.mktemp("usual")
     run_training(make_config(folder, "train.max_steps=6"))
     return folder
@@ -85,7 +85,7 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(world: World, make_config: 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"engine": "torch", "zero_stage": 1}, "train.zero_stage = 1 .+ knows no ZeRO"),
+        ({"engine": "torch", "zero_stage": 1}, "train.zero_stage = 1 .+ has no ZeRO"),
         ({"engine": "horovod"}, "train.engine = 'horovod' is not known"),
         ({"channels_last": True, "zero_stage": 2}, "train.channels_last = True .+ flatten the weights"),
         ({"compile": True, "zero_stage": 3}, "train.compile = True .+ layer by layer"),
@@ -98,7 +98,7 @@ def test_keys_that_exclude_each_other_are_refused(values: dict[str, object], nam
 
 
 def test_tf32_is_off_unless_asked_for() -> None:
-    """PyTorch allows it in convolutions by itself, where golden cases would miss their bound."""
+    """PyTorch's default allows it in convolutions, where golden cases would exceed their tolerance."""
     try:
         for enabled, name in ((True, "tf32"), (False, "ieee")):
             use_tf32(enabled)

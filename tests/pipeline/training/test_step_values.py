@@ -1,4 +1,4 @@
-"""Values of steps reach every rank in order, one window late where the device is not waited for."""
+"""Values of steps reach every rank in order, one window late if the host does not wait for the device."""
 
 from __future__ import annotations
 

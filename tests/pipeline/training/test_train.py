@@ -1,4 +1,4 @@
-"""The loop through the real command: worlds agree, a killed run goes on, and what does not fit is refused."""
+"""The loop through the real command: worlds agree, a killed run resumes, and invalid input is refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_rank_and_two_see_the_same_losses(make_config: MakeConfig, tmp_path:
 
 @pytest.mark.distributed
 def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Epochs have 9 steps and checkpoints come every 5: step 7 is neither's end."""
+    """Epochs have 9 steps and checkpoints come every 5: step 7 ends neither."""
     options = ("train.max_steps=12", "train.checkpoint_every=5", "train.micro_batch=1", "model.dropout=published")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run_command(2, command(make_config(undisturbed, *options), tmp_path))
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
     assert complete_checkpoints(open_storage(killed), "step") == [5]
 
     finished = run_command(2, again)
-    assert f"going on from {open_storage(killed).uri}/checkpoints/step-5" in finished.output
+    assert f"resuming from {open_storage(killed).uri}/checkpoints/step-5" in finished.output
     assert column(killed, "chips", "batches.csv") == column(undisturbed, "chips", "batches.csv")
     assert column(killed, "train/loss") == column(undisturbed, "train/loss")
     ours, theirs = last_checkpoint(killed), last_checkpoint(undisturbed)
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_another_world_and_stage_go_on_from_the_same_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
-    constant = "train.schedule=warm_restarts"  # whose rates do not depend on max_steps
+    constant = "train.schedule=warm_restarts"  # their rates do not depend on max_steps
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     run_command(1, command(make_config(alone, constant, "train.max_steps=8"), tmp_path))
     run_command(2, command(make_config(moved, constant, "train.max_steps=4", "train.zero_stage=3"), tmp_path))
@@ -130,7 +130,7 @@ def test_a_run_folder_on_s3_holds_what_a_local_one_holds(
 
 @pytest.mark.distributed
 def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfig, tmp_path: Path, s3: S3) -> None:
-    """Events and tables go to the store before the checkpoint that makes their steps past."""
+    """Events and tables are uploaded before the checkpoint that follows their steps."""
     target = s3.prefix()
     storage = open_storage(target)
     config = command(make_config(target, "train.max_steps=14", "train.checkpoint_every=5"), tmp_path)

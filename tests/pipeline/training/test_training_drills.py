@@ -1,4 +1,4 @@
-"""Real runs over a bad network and over damaged samples: the same steps, and the mean over what counts."""
+"""Real runs over a bad network and over damaged samples: the same steps, and the mean over the counted chips."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BATCH = 6
 
 @pytest.fixture(scope="module")
 def make_small(make_config: MakeConfig, shards: dict[int, str]) -> MakeConfig:
-    """The tiny run on the five small scenes."""
+    """Return the tiny run on the five small scenes."""
 
     def make(output: Path, *overrides: str) -> RunConfig:
         small = (f"data.uri={shards[3]}", f"train.global_batch={BATCH}")
@@ -53,7 +53,7 @@ def scalars(folder: Path, tag: str) -> list[float]:
 
 @pytest.fixture
 def busy(s3: S3, shards: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The small scenes in a store that turns every third request away and is slow."""
+    """Return the small scenes in a slow store that rejects every third request."""
     uri = s3.prefix()
     copy_to(shards[3], uri)
     with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], Faults(busy=0.3, bytes_per_s=4e6), seed=2) as proxy:
@@ -95,7 +95,7 @@ def damage(uri: str, target: Path, samples: Sequence[int], split: str = "train")
 
 
 def uneven(config: RunConfig) -> int:
-    """Return a training sample of the first global batch that two ranks have an unlike number of chips of."""
+    """Return a training sample of whose chips in the first global batch two ranks have different numbers."""
     loader = TrainLoader(
         ChipDataset(config.data.uri, "train", config.data), BatchPlan.create(BATCH, 0, 1), 0, config.train.seed
     )
@@ -105,7 +105,7 @@ def uneven(config: RunConfig) -> int:
 
 
 def by_hand(config: RunConfig) -> tuple[float, dict[str, Tensor], Batch]:
-    """Return the mean loss over the chips of the first global batch that count, and its gradient."""
+    """Return the mean loss over the counted chips of the first global batch, and its gradient."""
     dataset = ChipDataset(config.data.uri, "train", config.data)
     batch = next(TrainLoader(dataset, BatchPlan.create(BATCH, 0, 1), 0, config.train.seed).batches(0))
     torch.manual_seed(config.train.seed)
@@ -120,7 +120,7 @@ def by_hand(config: RunConfig) -> tuple[float, dict[str, Tensor], Batch]:
 
 
 def train_and_refuse(place: Rank, quarantining: RunConfig, hopeless: RunConfig) -> str:
-    """Train where one sample is damaged, then where all are; return what is said of that."""
+    """Train with one damaged sample, then with all damaged; return the error message."""
     run_training(quarantining)
     with pytest.raises(UserError) as told:
         run_training(hopeless)
@@ -153,7 +153,7 @@ def test_a_quarantined_sample_counts_nothing_on_any_number_of_ranks(
         for name, value in gradient.items():  # the first of Adam's moments is a tenth of it
             assert (moments[name]["exp_avg"] * 10 - value).abs().max() <= 1e-6 * norm, name
         ranks = 1 if run.name == "alone" else 2
-        assert float(column(run, "data/read_again")[0]) == ranks  # the scene's chips lie on both
+        assert float(column(run, "data/read_again")[0]) == ranks  # the scene's chips are on both ranks
         assert float(column(run, "data/quarantined_chips")[0]) == sum(left_out)
         assert scalars(run / "events" / "aggregate", "data/quarantined_chips") == [sum(left_out)]
     own, theirs = (last_checkpoint(Path(config.output.uri)).state.weights for config in (alone, pair))
@@ -164,7 +164,7 @@ def test_a_quarantined_sample_counts_nothing_on_any_number_of_ranks(
 
 @pytest.fixture(scope="module")
 def run(world: World, make_small: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step, which evaluates what is not damaged."""
+    """Run one step and evaluate the undamaged chips."""
     folder = tmp_path_factory.mktemp("run")
     run_training(make_small(folder, "data.damaged=quarantine", "train.max_steps=1"))
     return folder
@@ -182,7 +182,7 @@ def test_evaluation_leaves_quarantined_chips_out_and_says_so(
     assert len(result.chips) == 4 * CHIPS_PER_SCENE * len(METHODS)
     assert "36 chips" in result.table()
     for chip in range(CHIPS_PER_SCENE):
-        assert f"left out of the figures: {lost}/{chip} is quarantined" in caplog.text
+        assert f"skipped in the metrics: {lost}/{chip} is quarantined" in caplog.text
 
 
 def test_a_split_that_is_quarantined_whole_is_refused(
@@ -221,7 +221,7 @@ LOSSES = {
     ],
 )
 def test_blank_chips_have_gradients_that_weigh_nothing(encoder: str, head: str, loss: str) -> None:
-    """Nothing times what is no number would be no number."""
+    """Zero times a value that is not finite would not be finite."""
     torch.manual_seed(0)
     network = build_model(ModelConfig(encoder, head, hidden=8, revisits=2)).train()
     blank = ChipLayout((2, 3, 16, 16), (3, 50, 50), torch.uint16, 3e-5)
