@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pipeline.losses import LossConfig
 from torch import Tensor
 
 from models.config import ModelConfig
 from models.published import load_published, to_published
 from models.registry import build_model
 from models.satfusion import SatFusion
+from pipeline.quality.losses import LossConfig
 from tests.golden import formula
 
 HERE = Path(__file__).parent

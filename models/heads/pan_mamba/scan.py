@@ -77,9 +77,12 @@ def _is_fused(device: str, dtype: torch.dtype) -> bool:
     return device == FUSED_DEVICE and dtype == torch.float32 and _has_mamba()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_mamba() -> bool:
     return _tried_mamba()
+
+
+# As torch.compiler.assume_constant_result marks a function; calling that imports the whole compiler, at every start.
+_has_mamba._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

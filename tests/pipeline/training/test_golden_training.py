@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipeline.losses import fusion_loss
 
+from pipeline.quality.losses import fusion_loss
 from tests.golden import cases
 
 

@@ -210,7 +210,7 @@ def test_a_damaged_body_is_found_by_the_store_s_checksum(
 ) -> None:
     storage.write("x", DATA)
     proxy.faults = Faults(flip=1.0)
-    with pytest.raises(CorruptedError, match="/x does not match the checksum"):
+    with pytest.raises(CorruptedError, match="/x does not match the store's checksum"):
         read(storage)
 
 
@@ -236,7 +236,7 @@ def test_a_range_that_arrives_with_its_checksum_is_compared() -> None:
     assert buffer == DATA
     assert bucket.bodies == []
     assert bucket.retries.by_reason() == {"CorruptedError": 1}
-    with pytest.raises(CorruptedError, match="x does not match the checksum"):
+    with pytest.raises(CorruptedError, match="x does not match the store's checksum"):
         read_range(cast(Bucket, Answers(*[damaged] * READS)), "x", "x", 0, buffer)
 
 
@@ -252,7 +252,7 @@ def test_damage_in_a_continuation_is_found_too(proxy: FaultProxy, storage: Stora
     storage.write("x", DATA)
     proxy.requests.clear()
     proxy.faults = lambda request: Faults(flip=1.0) if "range" in request.headers else Faults(cut=1.0, at=300_000)
-    with pytest.raises(CorruptedError, match="/x does not match the checksum"):
+    with pytest.raises(CorruptedError, match="/x does not match the store's checksum"):
         storage.read("x")
     assert proxy.done("flip") == READS
 
