@@ -106,7 +106,6 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _bilinear.register_autograd(_differentiate, setup_context=_keep_size)
-_bilinear.register_autocast("cpu", torch.float32)  # as PyTorch does outside of a graph
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
