@@ -58,6 +58,7 @@ def test_all_gpu_tests_are_in_their_folder() -> None:
             assert bool(marker.search(path.read_text(encoding="utf-8"))) == (GPU_TESTS in path.parents), path
 
 
+@pytest.mark.slow
 def test_the_command_runs_on_a_cpu(small_uri: str, tmp_path: Path) -> None:
     """The way that it goes on a GPU machine: a wheel installed, every part run, the results of each kept."""
     kit, output = tmp_path / "kit", tmp_path / "output"
