@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import tempfile
+import threading
 import time
 import uuid
 import zlib
@@ -35,6 +36,8 @@ _STRIPES = 1024
 """Number of locks that names share: enough that samples fetched at the same time rarely share one."""
 _ABANDONED_S = 3600.0
 """Age after which an unfinished sample counts as left by a dead writer, on file systems without locks."""
+_warning = threading.Lock()
+"""Held while a cache decides whether its warning is the first. Of the module, so that a cache can be pickled."""
 
 
 class DiskCache:
@@ -166,9 +169,10 @@ class DiskCache:
             yield
         except OSError as error:
             text = "data.cache_dir: %s cannot keep a file (%s); samples that are not cached are read from the store"
-            if not self._warned:
+            with _warning:
+                first, self._warned = not self._warned, True
+            if first:
                 logger.warning(text, self._folder, error.strerror)
-            self._warned = True
 
 
 class _LockFile:
