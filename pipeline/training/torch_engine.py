@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -115,13 +117,16 @@ class TorchEngine:
 
 
 def _parallel(forward: ForwardPass, world: World) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        forward,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        # All ranks begin with equal weights, and buffers that are averaged over ranks average themselves.
-        init_sync=False,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        # Costs a walk over the graph; needed if a step may leave parameters without gradient.
-        find_unused_parameters=forward.network.may_leave_idle,
-    )
+    with warnings.catch_warnings():
+        # PyTorch 2.13 asks for `forward_sync_buffers`, which 2.11 does not have.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            forward,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            # All ranks begin with equal weights, and buffers that are averaged over ranks average themselves.
+            init_sync=False,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # Costs a walk over the graph; needed if a step may leave parameters without gradient.
+            find_unused_parameters=forward.network.may_leave_idle,
+        )

@@ -127,7 +127,8 @@ def check(ranks: list[list[Ended]], alone: Ended) -> None:
         assert first.norms == pytest.approx(alone.norms, rel=1e-4)
         for name, value in first.end.weights.items():
             assert torch.equal(value, second.end.weights[name]), name
-            torch.testing.assert_close(value, alone.end.weights[name], rtol=0, atol=2e-5, msg=name)
+            # A running variance reaches 115 at full width, where neighbouring float32 are 8e-6 apart.
+            torch.testing.assert_close(value, alone.end.weights[name], rtol=1e-6, atol=2e-5, msg=name)
         check_idle(first, alone)
 
 
