@@ -1,5 +1,5 @@
 # A fresh machine needs Python 3.11 or 3.12 with venv and a C++ compiler; everything else is installed here.
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12))
+PYTHON ?= $(firstword $(shell command -v python3.11; command -v python3.12))
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -67,7 +67,7 @@ class ChipLayout:
     dtype: torch.dtype
     """Data type of the stored images."""
     unit: float
-    """Stored value of reflectance 1."""
+    """Reflectance of a stored value of 1."""
 
     @cached_property
     def _parts(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
