@@ -82,6 +82,7 @@ class SatFusion(nn.Module):
         self.upsampler = Upsampler(config.hidden, config.bands, config.zoom) if encoder or config.published else None
         self.head = head
         self.refinement = SpectralRefinement(config.bands) if (encoder and head) or config.published else None
+        self._frozen: list[nn.Module] = []
 
     def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor | None = None) -> Fusion:
         """Fuse one batch.
@@ -115,6 +116,30 @@ class SatFusion(nn.Module):
         for stage in (self.encoder, self.head):
             if stage is not None:
                 stage.at_step(step)
+
+    def freeze(self, stage: str) -> None:
+        """Stop training a stage, from here on: no gradients, and norms and dropout as in evaluation.
+
+        Args:
+            stage: ``encoder`` (with the upsampler, so that its image stays) or ``head``.
+
+        Raises:
+            ValueError: If the model has no such stage.
+        """
+        parts = (self.encoder, self.upsampler) if stage == "encoder" else (self.head,)
+        if parts[0] is None:
+            raise ValueError(f"the model has no {stage} to freeze")
+        self._frozen += [part for part in parts if part is not None]
+        for part in self._frozen:
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     @property
     def is_settled(self) -> bool:

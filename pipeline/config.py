@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig
-from models.registry import check_config
+from models.registry import ABSENT, check_config
 from pipeline.quality.losses import LossConfig
 from sharding.errors import UserError, nearest
 from sharding.storage.names import check_uri, expanded, refuse_secret, refuse_secrets
@@ -84,6 +84,20 @@ class TrainConfig:
     """Chips per forward pass of one rank; 0 means global_batch / ranks (no accumulation)."""
     learning_rate: float = 1e-4
     """Peak learning rate, > 0."""
+    encoder_rate: float = 1.0
+    """Factor of the learning rate for the encoder and the upsampler, > 0."""
+    head_rate: float = 1.0
+    """Factor of the learning rate for the head, > 0."""
+    init: str = ""
+    """Weights that a new run starts from: a run folder of ours, or a checkpoint file of the published code. Parameters
+    that it lacks or holds in another shape start fresh, and are named."""
+    init_checkpoint: str = "best"
+    """Checkpoint of the run that ``init`` names: ``best``, ``last`` or a step."""
+    freeze: str = ""
+    """Stage that is not trained, ``encoder`` (with the upsampler) or ``head``; empty for none."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, kept beside them, in [0, 1); 0 keeps none. Not with ZeRO
+    3."""
     weight_decay: float = 1e-4
     """L2 term added to the gradient (Adam's, not AdamW's), >= 0."""
     schedule: str = "warm_restarts"
@@ -149,7 +163,13 @@ class TrainConfig:
         )
         for name in (*not_negative, "min_learning_rate"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "a number above 0")
+        for name in ("learning_rate", "encoder_rate", "head_rate"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a number above 0")
+        check_uri("train.init", self.init)
+        require_one_of("train.freeze", self.freeze, ("", "encoder", "head"))
+        require(0 <= self.ema < 1, "train.ema", self.ema, "a number from 0 up and below 1")
+        gathered = not self.ema or self.zero_stage < 3
+        require(gathered, "train.ema", self.ema, "0 with ZeRO 3, where no rank holds the whole weights")
         require_one_of("train.schedule", self.schedule, ("warm_restarts", "warmup_cosine"))
         require_one_of("train.precision", self.precision, ("fp32", "bf16"))
         require_one_of("train.engine", self.engine, ("deepspeed", "torch"))
@@ -197,8 +217,11 @@ class RunConfig:
     """Run folder."""
 
     def __post_init__(self) -> None:
-        """Refuse a model that cannot be built."""
+        """Refuse a model that cannot be built, and a stage to freeze that it lacks or is all of it."""
         check_config(self.model)
+        both = ABSENT not in (self.model.encoder, self.model.head)
+        frozen = self.train.freeze
+        require(not frozen or both, "train.freeze", frozen, "empty for a model of one stage")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by section, as JSON and TOML hold them."""
@@ -222,6 +245,7 @@ class RunConfig:
         return dataclasses.replace(
             self,
             data=dataclasses.replace(self.data, uri=absolute(self.data.uri)),
+            train=dataclasses.replace(self.train, init=absolute(self.train.init)),
             output=dataclasses.replace(self.output, uri=absolute(self.output.uri)),
         )
 

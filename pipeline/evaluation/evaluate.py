@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("fused", "bicubic_clearest", "bicubic_median")
+FUSED, AVERAGED = "fused", "fused_ema"
+"""Methods of the weights, and of their moving average if the run keeps one (``train.ema``)."""
+BASELINES = ("bicubic_clearest", "bicubic_median")
 COLUMNS = tuple(name + suffix for suffix in ("", ADJUSTED) for name in METRICS)
 
 
@@ -50,6 +53,8 @@ class Evaluation:
     """Mode of registering predictions to the target."""
     chips: list[dict[str, object]]
     """A row per chip and method: ``aoi chip method`` and COLUMNS."""
+    methods: tuple[str, ...]
+    """Methods in the order of the table: the fused images, then BASELINES."""
     folder: str
     """Folder of the CSVs and panels."""
 
@@ -60,18 +65,17 @@ class Evaluation:
 
     def margin(self, column: str) -> tuple[float, float]:
         """Return the mean of ``column`` for the fused image and for the better of the baselines (higher is better)."""
-        fused, *others = (self.means(method)[column] for method in METHODS)
-        return fused, max(others)
+        return self.means(FUSED)[column], max(self.means(method)[column] for method in BASELINES)
 
     def table(self) -> str:
         """Return the table that the command prints: a line per method, raw then adjusted."""
         lines = [
             f"split {self.split}, checkpoint {self.checkpoint}, {self.registration} registration,"
             f"{'' if self.simulation == 'off' else f' simulated revisits ({self.simulation}),'}"
-            f" {len(self.chips) // len(METHODS)} chips",
+            f" {len(self.chips) // len(self.methods)} chips",
             f"{'':18}" + "".join(f"{name:>10}" for name in (*METRICS, *(f"{name}*" for name in METRICS))),
         ]
-        for method in METHODS:
+        for method in self.methods:
             means = self.means(method)
             lines.append(f"{method:18}" + "".join(f"{means[column]:>10.4g}" for column in COLUMNS))
         lines.append("* after bias adjustment to the truth's band means; psnr in dB, sam in degrees, ergas in percent")
@@ -96,7 +100,9 @@ def evaluate_run(
     """
     run = open_storage(uri)
     checkpoint = read_checkpoint(run, select_checkpoint(run, which))
-    network = load_network(checkpoint)
+    networks = {FUSED: load_network(checkpoint)}
+    if checkpoint.state.ema:
+        networks[AVERAGED] = load_network(checkpoint, checkpoint.state.ema)
     # The nodes' disk cache is not on this machine, and every sample is read only once.
     data = replace(checkpoint.config.data, cache_dir="")
     dataset = _open_split(data_uri or data.uri, split, data)
@@ -111,7 +117,7 @@ def evaluate_run(
             dataset.split,
         )
         name += f"-{digest[:8]}"
-    return _measure(network, dataset, checkpoint.name, run.child(f"evaluation/{name}"), registration, panels)
+    return _measure(networks, dataset, checkpoint.name, run.child(f"evaluation/{name}"), registration, panels)
 
 
 def evaluate_published(
@@ -168,7 +174,7 @@ def evaluate_published(
     network.at_step(config.kernel_freeze_step)
     name = f"{encoder}+{head}-{path.stem}"
     folder = f"{_folder_name(name, dataset, registration)}-{dataset.index.digest[:8]}"
-    return _measure(network, dataset, name, open_storage(output).child(folder), registration, panels)
+    return _measure({FUSED: network}, dataset, name, open_storage(output).child(folder), registration, panels)
 
 
 def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
@@ -179,11 +185,18 @@ def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
 
 
 def _measure(
-    network: nn.Module, dataset: ChipDataset, name: str, folder: Storage, registration: Mode, panels: int
+    networks: Mapping[str, nn.Module],
+    dataset: ChipDataset,
+    name: str,
+    folder: Storage,
+    registration: Mode,
+    panels: int,
 ) -> Evaluation:
-    """Run the split through the network; replace the rows and panels in ``folder``."""
+    """Run the split through the networks, by method; replace the rows and panels in ``folder``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device).eval()
+    for network in networks.values():
+        network.to(device).eval()
+    methods = (*networks, *BASELINES)
     # Remove results of an earlier evaluation only: the folder may be the user's own.
     for stored in folder.list():
         if re.fullmatch(r"chips\.csv|aois\.csv|table\.txt|panel-\d+\.png", stored.key):
@@ -196,21 +209,24 @@ def _measure(
                 logger.warning("skipped in the metrics: %s is quarantined", dataset.chip_id(batch.chips[0]))
                 continue
             with torch.no_grad():
-                fused = network(batch.lr, batch.pan, batch.revisit).fused.float()
-            images = {"fused": fused, **baselines(batch)}
+                images = {
+                    method: network(batch.lr, batch.pan, batch.revisit).fused.float()
+                    for method, network in networks.items()
+                }
+            images |= baselines(batch)
             chip = batch.chips[0]
-            for method in METHODS:
+            for method in methods:
                 metrics = image_metrics(images[method], batch.hr, registration)
                 place = {"aoi": dataset.aoi(chip), "chip": chip % CHIPS_PER_SCENE, "method": method}
                 rows.append(place | {column: metrics[column].item() for column in COLUMNS})
             if number < panels:
-                _write_panel(folder, f"panel-{number:03d}.png", batch, fused, dataset.chip_id(chip))
+                _write_panel(folder, f"panel-{number:03d}.png", batch, images[FUSED], dataset.chip_id(chip))
     if not rows:
         raise UserError(
             f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: repair the dataset with"
             " `satfusion shard`, which builds damaged shards again"
         )
-    result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, folder.uri)
+    result = Evaluation(name, dataset.split, dataset.simulation, registration, rows, methods, folder.uri)
     _write_csvs(folder, rows)
     folder.write("table.txt", result.table().encode())
     return result
@@ -224,10 +240,10 @@ def _folder_name(checkpoint: str, dataset: ChipDataset, registration: Mode) -> s
     return name if dataset.simulation == "off" else f"{name}-{dataset.simulation}"
 
 
-def load_network(checkpoint: Checkpoint) -> nn.Module:
-    """Return the checkpoint's network with its weights."""
+def load_network(checkpoint: Checkpoint, average: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Return the checkpoint's network with its weights, or with their average and the weights' buffers."""
     network = build_model(checkpoint.config.model)
-    network.load_state_dict(checkpoint.state.weights)
+    network.load_state_dict(checkpoint.state.weights | dict(average or {}))
     network.at_step(checkpoint.position.step)
     return network
 

@@ -64,20 +64,23 @@ class RunLogs:
             self._aggregate.scalars(step, row, merged)
             self._metrics.row({"step": step, "epoch": epoch, **merged, **validation})
 
-    def validation(self, step: int, metrics: Mapping[str, float], by_rank: Tensor) -> None:
+    def validation(self, step: int, metrics: Mapping[str, float], by_rank: Tensor, group: str = "val") -> None:
         """Write a validation.
 
         Args:
             step: Optimizer step.
             metrics: Means over all chips, by VAL_TAGS.
             by_rank: [ranks, VAL_TAGS] means over each rank's chips, NaN for a rank without chips.
+            group: First part of the tags in the events.
         """
+        tags = [f"{group}/{tag.removeprefix('val/')}" for tag in VAL_TAGS]
         if not by_rank[self._rank].isnan().any():
-            self._events.scalars(step, dict(zip(VAL_TAGS, by_rank[self._rank].tolist(), strict=True)))
+            self._events.scalars(step, dict(zip(tags, by_rank[self._rank].tolist(), strict=True)))
         if self._aggregate:
             seen = by_rank[~by_rank.isnan().any(1)]
             # The overall mean is over chips, not over ranks.
-            self._aggregate.scalars(step, dict(zip(VAL_TAGS, seen.unbind(1), strict=True)), metrics)
+            merged = dict(zip(tags, metrics.values(), strict=True))
+            self._aggregate.scalars(step, dict(zip(tags, seen.unbind(1), strict=True)), merged)
 
     def panel(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """Write an image panel [H, W, 3]; rank 0 only."""

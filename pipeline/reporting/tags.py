@@ -44,6 +44,8 @@ STEP_TAGS: Mapping[str, Tag] = {
 """Tags of every value of a step, in the order of the columns of metrics.csv."""
 RENAMED: Mapping[str, str] = {"time/samples_per_second": "time/chips_per_second"}
 """Column names of older runs by their current names."""
+AVERAGED = "val_ema"
+"""Group of the validation with averaged weights, in place of ``val``."""
 VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
 
 

@@ -87,7 +87,7 @@ def save_checkpoint(
     folder = runs.child(f"checkpoints/{name}")
     buffer = io.BytesIO()
     torch.save(
-        {"weights": state.weights, "moments": state.moments, "generators": generators},
+        {"weights": state.weights, "moments": state.moments, "generators": generators, "ema": state.ema},
         buffer,
     )
     meta = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "position": asdict(position)}
@@ -168,7 +168,8 @@ def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
     config = RunConfig.from_dict(meta["config"], source=f"{folder.uri}/{META}")
     position = Position(**meta["position"])
     tensors = torch.load(io.BytesIO(files[STATE]), map_location="cpu", weights_only=True)
-    state = TrainState(tensors["weights"], tensors["moments"], position.step)
+    # Checkpoints of earlier versions hold no average.
+    state = TrainState(tensors["weights"], tensors["moments"], position.step, tensors.get("ema", {}))
     return Checkpoint(name, config, position, state, tensors["generators"])
 
 

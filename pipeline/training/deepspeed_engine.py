@@ -29,7 +29,9 @@ from pipeline.training.engine import (
     make_adam,
     make_moments,
     plain_state,
+    set_rate,
     to_cpu,
+    trained,
     widened,
 )
 from pipeline.training.unused_parameters import IdleParameters
@@ -102,7 +104,7 @@ class DeepSpeedEngine:
         self._make_moments(state.step if state is not None else 0)
         if state is not None and state.step > 0:
             self._load_moments(state)
-        self._idle = IdleParameters(network.parameters(), self._adam, self._local_views)
+        self._idle = IdleParameters((parameter for _, parameter in trained(network)), self._adam, self._local_views)
 
     def forward(self, batch: Batch) -> Fusion:
         """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
@@ -124,8 +126,7 @@ class DeepSpeedEngine:
 
     def update(self, learning_rate: float) -> None:
         """Count a micro-batch, and after the last of a global batch update the weights."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self._engine.optimizer.param_groups, learning_rate)
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
         if boundary:
@@ -157,6 +158,9 @@ class DeepSpeedEngine:
         weights = {name: to_cpu(buffer) for name, buffer in self._network.named_buffers()}
         gathered: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._network.named_parameters():
+            if not parameter.requires_grad:
+                weights[name] = self._whole(parameter)
+                continue
             weights[name] = to_cpu(safe_get_full_fp32_param(parameter))
             if not moments:
                 continue
@@ -166,6 +170,15 @@ class DeepSpeedEngine:
             }
         return TrainState(weights, gathered, step)
 
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """Return a frozen parameter, which has no fp32 copy in the optimizer."""
+        if self._stage < 3:
+            return to_cpu(parameter)
+        import deepspeed  # slow to import, and not needed by the plain PyTorch engine
+
+        with deepspeed.zero.GatheredParameters(parameter):
+            return to_cpu(parameter)
+
     def _make_moments(self, step: int) -> None:
         # The inner Adam creates its state at its first step; it must exist before that.
         make_moments(self._adam, self._flat_parameters(), step)
@@ -174,7 +187,7 @@ class DeepSpeedEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_moments(self, state: TrainState) -> None:
-        for name, parameter in self._network.named_parameters():
+        for name, parameter in trained(self._network):
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, state.moments[name][moment].to(self._device))
 

@@ -8,7 +8,7 @@ same state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FACTOR = "rate_factor"
+"""Key of an optimizer's group: the factor of its learning rate."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class TrainState:
     """Adam's fp32 ``exp_avg`` and ``exp_avg_sq`` by parameter name."""
     step: int
     """Optimizer steps taken."""
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    """Moving average of the weights by name, if one is kept."""
 
 
 class Engine(Protocol):
@@ -73,8 +77,31 @@ def compiled(function: Any) -> Any:
 
 
 def make_adam(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
-    """Return the optimizer: one fused kernel over all parameters, instead of several kernels for each."""
-    return torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    """Return the optimizer: one fused kernel over all parameters, instead of several kernels for each.
+
+    Parameters with another factor of the learning rate are groups of their own; `set_rate` sets all rates.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained(network):
+        groups.setdefault(_rate_factor(name, config), []).append(parameter)
+    described = [{"params": parameters, FACTOR: factor} for factor, parameters in groups.items()]
+    return torch.optim.Adam(described, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def set_rate(groups: Sequence[dict[str, Any]], learning_rate: float) -> None:
+    """Set the learning rate of the optimizer's groups, each by its factor."""
+    for group in groups:
+        group["lr"] = learning_rate * group[FACTOR]
+
+
+def trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that are trained, by name: all but those of a frozen stage."""
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def _rate_factor(name: str, config: TrainConfig) -> float:
+    stage = name.partition(".")[0]
+    return {"encoder": config.encoder_rate, "upsampler": config.encoder_rate, "head": config.head_rate}.get(stage, 1.0)
 
 
 def make_moments(adam: torch.optim.Adam, parameters: Sequence[Tensor], step: int) -> None:
@@ -99,7 +126,7 @@ def plain_state(network: nn.Module, adam: torch.optim.Adam, step: int, *, moment
     weights = {name: to_cpu(value) for name, value in (*network.named_buffers(), *network.named_parameters())}
     gathered: dict[str, dict[str, Tensor]] = {}
     if moments:
-        for name, parameter in network.named_parameters():
+        for name, parameter in trained(network):
             gathered[name] = {moment: to_cpu(adam.state[parameter][moment]) for moment in MOMENTS}
     return TrainState(weights, gathered, step)
 

@@ -8,26 +8,22 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from models.registry import build_model
-from models.satfusion import Fusion
 from pipeline.config import RunConfig
-from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
+from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.batches import Batch
 from pipeline.order import BatchPlan, random_words
 from pipeline.quality.losses import LossParts, fusion_loss
-from pipeline.quality.metrics import image_metrics
 from pipeline.reporting.events import rank_folder
-from pipeline.reporting.panels import panel
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.run_logs import RunLogs
-from pipeline.reporting.tags import LOSS_TAGS, VAL_TAGS
+from pipeline.reporting.tags import AVERAGED, LOSS_TAGS
+from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import (
     Checkpoint,
     Position,
@@ -38,10 +34,12 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.engine import compiled, use_tf32
 from pipeline.training.engines import make_engine
+from pipeline.training.initial import load_initial
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.resume import CONFIG_FILE, find_checkpoint, order_state
 from pipeline.training.schedule import learning_rate
 from pipeline.training.step_values import StepRow, StepValues
+from pipeline.training.validation import validate
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
@@ -50,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 COUNTED = "counted chips"
 """Name of a step's value that is checked but not logged: the number of chips of the global batch that count."""
-Image = npt.NDArray[np.uint8]
 Report = Callable[[Mapping[str, float]], None]
 
 
@@ -127,8 +124,17 @@ class Trainer:
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         torch.manual_seed(config.train.seed)
-        network = build_model(config.model).to(world.device)
+        network = build_model(config.model)
+        if config.train.init and not checkpoint:
+            load_initial(network, config.train)
+        if config.train.freeze:
+            network.freeze(config.train.freeze)
+        network.to(world.device)
         self.engine = make_engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
+        self.average: WeightAverage | None = None
+        if config.train.ema:
+            kept = checkpoint.state.ema if checkpoint else {}
+            self.average = WeightAverage(network, config.train.ema, kept)
         self.loss: Callable[..., LossParts] = fusion_loss
         if config.train.compile:
             self.loss = compiled(fusion_loss)
@@ -151,6 +157,8 @@ class Trainer:
         self._announce()
         logs = RunLogs(self.run, self.world, self.config.train, self.first_step)
         try:
+            if self.config.train.init and self.step == 0:
+                self.validate(logs)
             with progress(self.total_steps - self.step, "training", "step") if self.world.is_main else _Quiet() as bar:
                 while self.step < self.total_steps:
                     self.train_epoch(self.step // self.loader.steps_per_epoch, logs, bar, report)
@@ -204,6 +212,8 @@ class Trainer:
             sums += (logged * micro.weight).double().sum(dim=1)
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
             self.engine.update(rate)
+        if self.average:
+            self.average.update(self.step)
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
         # Scaled as if every rank had an equal share of the counted chips, so that the ranks' mean is the mean over
         # these.
@@ -270,51 +280,31 @@ class Trainer:
 
     def validate(self, logs: RunLogs) -> dict[str, float]:
         """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""
-        rows: dict[int, list[float]] = {}
-        panels: dict[int, Image] = {}
-        for batch, counts in evaluation_batches(self.val_set, self.world.rank, self.world.size, self.world.device):
-            images = self.engine.predict(batch)
-            if not counts:
-                continue
-            chip = batch.chips[0]
-            rows[chip] = evaluation_row(images, batch, self.config)
-            if chip < self.config.output.panels:
-                panels[chip] = panel(batch, images.fused, self.val_set.chip_id(chip))
-        for drawn in self.world.gather_objects(panels):
-            for chip, image in drawn.items():
-                logs.panel(self.step, f"val/{chip}", image)
-        metrics = self._merge_validation(rows, logs)
-        if not math.isfinite(metrics["val/loss"]):
+        found = validate(self.engine, self.val_set, self.world, self.config)
+        for chip, image in found.panels.items():
+            logs.panel(self.step, f"val/{chip}", image)
+        if not math.isfinite(found.metrics["val/loss"]):
             raise NonFiniteLossError(
                 f"validation loss is not finite after step {self.step}: the weights diverged; lower train.learning_rate"
             )
-        if self.best_loss is None or metrics["val/loss"] < self.best_loss:
-            self.best_loss = metrics["val/loss"]
+        logs.validation(self.step, found.metrics, found.by_rank)
+        if self.average:
+            with self.average.applied():
+                averaged = validate(self.engine, self.val_set, self.world, self.config, panels=0)
+            logs.validation(self.step, averaged.metrics, averaged.by_rank, AVERAGED)
+        if self.best_loss is None or found.metrics["val/loss"] < self.best_loss:
+            self.best_loss = found.metrics["val/loss"]
             self._save("best", keep=1)
         if self.world.is_main:
-            logger.info("step %d: validation %s", self.step, _shown(metrics))
-        return metrics
-
-    def _merge_validation(self, rows: Mapping[int, list[float]], logs: RunLogs) -> dict[str, float]:
-        everyone: dict[int, list[float]] = {}
-        for part in self.world.gather_objects(rows):
-            everyone.update(part)
-        if not everyone:
-            raise UserError(
-                f"split {self.val_set.split!r} of {self.val_set.storage.uri} is empty or quarantined whole, so nothing"
-                " says which weights are best: run `satfusion shard` again, which builds damaged shards again"
-            )
-        # Summed in chip order, so that the result does not depend on the distribution over ranks.
-        table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
-        metrics = dict(zip(VAL_TAGS, table.mean(0).tolist(), strict=True))
-        own = torch.tensor(list(rows.values()), dtype=torch.float64).reshape(-1, len(VAL_TAGS))
-        by_rank = self.world.gather(own.mean(0).tolist())
-        if table.isfinite().all():
-            logs.validation(self.step, metrics, by_rank)
-        return metrics
+            logger.info("step %d: validation %s", self.step, _shown(found.metrics))
+            if self.average:
+                logger.info("step %d: with averaged weights %s", self.step, _shown(averaged.metrics))
+        return found.metrics
 
     def _save(self, kind: str, keep: int) -> None:
         state = self.engine.state(self.step, moments=kind == "step")
+        if self.average:
+            state = replace(state, ema=self.average.state())
         # Logs of the steps before must be in the store before the checkpoint that follows them.
         self.run.sync()
         generators = self.world.gather_objects(_generators(self.world))
@@ -365,13 +355,6 @@ class Trainer:
             self.step,
             self.total_steps,
         )
-
-
-def evaluation_row(images: Fusion, batch: Batch, config: RunConfig) -> list[float]:
-    """Return the values of VAL_TAGS for a batch of one chip."""
-    loss = fusion_loss(images, batch.hr, config.loss).total
-    metrics = image_metrics(images.fused, batch.hr, config.loss.registration)
-    return [loss.item(), *(metrics[tag.removeprefix("val/")].item() for tag in VAL_TAGS[1:])]
 
 
 class _Quiet:

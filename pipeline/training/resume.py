@@ -72,6 +72,8 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
         "model": (config.model, config_now.model),
         "loss": (config.loss, config_now.loss),
         "data.simulate": (config.data.simulate, config_now.data.simulate),
+        "train.init": (config.train.init, config_now.train.init),
+        "train.freeze": (config.train.freeze, config_now.train.freeze),
     }
     found = {name: values for name, values in parts.items() if values[0] != values[1]}
     order = order_state(config, digest).differences(order_state(config_now, digest_now))

@@ -20,6 +20,8 @@ from pipeline.training.engine import (
     make_adam,
     make_moments,
     plain_state,
+    set_rate,
+    trained,
     widened,
 )
 from pipeline.world import World
@@ -45,7 +47,9 @@ class TorchEngine:
         self._clip_norm, self._accum = config.clip_norm, plan.grad_accum
         self._micro_steps = 0
         self._adam = make_adam(network, config)
-        make_moments(self._adam, list(network.parameters()), state.step if state is not None else 0)
+        make_moments(
+            self._adam, [parameter for _, parameter in trained(network)], state.step if state is not None else 0
+        )
         if state is not None and state.step > 0:
             self._load_moments(state)
         self._forward = ForwardPass(network, config, world.device.type)
@@ -83,8 +87,7 @@ class TorchEngine:
         self._micro_steps += 1
         if not last:
             return
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self._adam.param_groups, learning_rate)
         self._count_idle()
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
@@ -106,12 +109,12 @@ class TorchEngine:
 
     def _count_idle(self) -> None:
         """Count the step also for parameters without gradient, which Adam skips: one count serves all."""
-        idle = [self._adam.state[p]["step"] for p in self._network.parameters() if p.grad is None]
+        idle = [self._adam.state[p]["step"] for _, p in trained(self._network) if p.grad is None]
         if idle:
             torch._foreach_add_(idle, 1)
 
     def _load_moments(self, state: TrainState) -> None:
-        for name, parameter in self._network.named_parameters():
+        for name, parameter in trained(self._network):
             for moment in MOMENTS:
                 self._adam.state[parameter][moment].copy_(state.moments[name][moment])
 

@@ -1,0 +1,90 @@
+"""Validation: the metrics of the current weights on a split, over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from models.satfusion import Fusion
+from pipeline.config import RunConfig
+from pipeline.data import ChipDataset, evaluation_batches
+from pipeline.data.batches import Batch
+from pipeline.quality.losses import fusion_loss
+from pipeline.quality.metrics import image_metrics
+from pipeline.reporting.panels import panel
+from pipeline.reporting.tags import VAL_TAGS
+from pipeline.training.engine import Engine
+from pipeline.world import World
+from sharding.errors import UserError
+
+Image = npt.NDArray[np.uint8]
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Result of a validation, the same on every rank."""
+
+    metrics: dict[str, float]
+    """Means over all chips, by VAL_TAGS."""
+    by_rank: Tensor
+    """[ranks, VAL_TAGS] means over each rank's chips, NaN for a rank without chips."""
+    panels: dict[int, Image]
+    """Panels of the first chips, by chip."""
+
+
+def validate(
+    engine: Engine, dataset: ChipDataset, world: World, config: RunConfig, panels: int | None = None
+) -> Validated:
+    """Predict every chip of a split and compare it with its target; all ranks call it together.
+
+    Args:
+        engine: Engine with the weights.
+        dataset: Split.
+        world: This process's place.
+        config: Configuration of the loss, and of the panels.
+        panels: Number of chips drawn; None takes ``output.panels``.
+
+    Raises:
+        UserError: The split is empty, or all of it is quarantined.
+    """
+    rows: dict[int, list[float]] = {}
+    drawn: dict[int, Image] = {}
+    for batch, counts in evaluation_batches(dataset, world.rank, world.size, world.device):
+        images = engine.predict(batch)
+        if not counts:
+            continue
+        chip = batch.chips[0]
+        rows[chip] = _values(images, batch, config)
+        if chip < (config.output.panels if panels is None else panels):
+            drawn[chip] = panel(batch, images.fused, dataset.chip_id(chip))
+    everyone = _merged(world.gather_objects(rows))
+    if not everyone:
+        raise UserError(
+            f"split {dataset.split!r} of {dataset.storage.uri} is empty or quarantined whole, so nothing"
+            " says which weights are best: run `satfusion shard` again, which builds damaged shards again"
+        )
+    # Summed in chip order, so that the result does not depend on the distribution over ranks.
+    table = torch.tensor([everyone[chip] for chip in sorted(everyone)], dtype=torch.float64)
+    own = torch.tensor(list(rows.values()), dtype=torch.float64).reshape(-1, len(VAL_TAGS))
+    return Validated(
+        metrics=dict(zip(VAL_TAGS, table.mean(0).tolist(), strict=True)),
+        by_rank=world.gather(own.mean(0).tolist()),
+        panels=_merged(world.gather_objects(drawn)),
+    )
+
+
+def _values(images: Fusion, batch: Batch, config: RunConfig) -> list[float]:
+    """Return the values of VAL_TAGS for a batch of one chip."""
+    loss = fusion_loss(images, batch.hr, config.loss).total
+    metrics = image_metrics(images.fused, batch.hr, config.loss.registration)
+    return [loss.item(), *(metrics[tag.removeprefix("val/")].item() for tag in VAL_TAGS[1:])]
+
+
+def _merged(parts: list[dict[int, _Value]]) -> dict[int, _Value]:
+    return {chip: value for part in parts for chip, value in part.items()}
