@@ -44,7 +44,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .[dev]
-	$(BIN)/python -m pipeline.training.build_op
+	$(BIN)/python -m pipeline.engines.build_op
 	touch $@
 
 clean:

@@ -13,10 +13,10 @@ from models.config import ModelConfig
 from models.registry import build_model, parse_pair
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.engines.engine import compiled, use_tf32
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig, fusion_loss
-from pipeline.training.engine import compiled, use_tf32
-from pipeline.training.engines import make_engine
 from pipeline.world import World
 
 LR, HR = 50, 156

@@ -198,7 +198,7 @@ def run_part(part: Part, setting: Setting, seconds: float, results: Results) -> 
 def cpu_op_beside(setting: Setting, results: Results) -> Iterator[None]:
     """Compile DeepSpeed's CPU op beside the parts, in about a minute: parts that compute on the CPU wait for it."""
     on_cpu = replace(setting, environment={**setting.environment, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
-    part = Part("cpu op", 0, "pipeline.training.build_op", [])
+    part = Part("cpu op", 0, "pipeline.engines.build_op", [])
     thread = threading.Thread(target=run_part, args=(part, on_cpu, CPU_OP_SECONDS, results))
     thread.start()
     try:

@@ -6,6 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pipeline.evaluation.evaluate
 import pipeline.training.loop  # noqa: F401
-from pipeline.training.deepspeed_engine import import_deepspeed
+from pipeline.engines.deepspeed_engine import import_deepspeed
 
 import_deepspeed()

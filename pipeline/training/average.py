@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.engine import to_cpu
+from pipeline.engines.engine import to_cpu
 
 
 class WeightAverage:

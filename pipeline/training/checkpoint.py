@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
-from pipeline.training.engine import TrainState
+from pipeline.engines.engine import TrainState
 from sharding.errors import UserError
 from sharding.storage import NotFoundError, Storage
 

@@ -17,6 +17,8 @@ from models.registry import build_model
 from pipeline.config import RunConfig
 from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.batches import Batch
+from pipeline.engines.engine import compiled, use_tf32
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan, random_words
 from pipeline.quality.losses import LossParts, fusion_loss
 from pipeline.reporting.events import rank_folder
@@ -32,8 +34,6 @@ from pipeline.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.training.engine import compiled, use_tf32
-from pipeline.training.engines import make_engine
 from pipeline.training.initial import load_initial
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.resume import CONFIG_FILE, find_checkpoint, order_state

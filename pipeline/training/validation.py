@@ -14,11 +14,11 @@ from models.satfusion import Fusion
 from pipeline.config import RunConfig
 from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.data.batches import Batch
+from pipeline.engines.engine import Engine
 from pipeline.quality.losses import fusion_loss
 from pipeline.quality.metrics import image_metrics
 from pipeline.reporting.panels import panel
 from pipeline.reporting.tags import VAL_TAGS
-from pipeline.training.engine import Engine
 from pipeline.world import World
 from sharding.errors import UserError
 

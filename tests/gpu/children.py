@@ -16,9 +16,9 @@ import torch
 
 from models.registry import build_model
 from pipeline.config import RunConfig, load_config
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.training.checkpoint import newest_checkpoint, save_checkpoint
-from pipeline.training.engines import make_engine
 from pipeline.training.loop import run_training
 from pipeline.world import join_world
 from sharding.storage import open_storage

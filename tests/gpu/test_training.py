@@ -12,11 +12,11 @@ import torch
 from models.registry import build_model
 from pipeline.config import RunConfig
 from pipeline.data import ChipDataset, TrainLoader
+from pipeline.engines.engine import MOMENTS, TrainState
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import fusion_loss
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.training.checkpoint import newest_checkpoint
-from pipeline.training.engine import MOMENTS, TrainState
 from pipeline.training.loop import Trainer
 from pipeline.training.schedule import learning_rate
 from pipeline.world import World

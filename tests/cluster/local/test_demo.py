@@ -20,7 +20,7 @@ import pytest
 from cluster.cli import main
 from cluster.local import demo, objectstore
 from cluster.local.processes import identify, running_with, stop
-from pipeline.evaluation.evaluate import COLUMNS, METHODS, Evaluation
+from pipeline.evaluation.evaluate import BASELINES, COLUMNS, FUSED, Evaluation
 from sharding.sources.synthetic.rasters import write_worldstrat
 from tests.listening import is_loopback, listening
 
@@ -185,11 +185,12 @@ def test_a_demo_that_runs_keeps_its_folder(tmp_path: Path, capsys: pytest.Captur
 
 
 def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:
+    methods = (FUSED, *BASELINES)
     rows: list[dict[str, object]] = [
         {"aoi": "a", "chip": 0, "method": method, **dict.fromkeys(COLUMNS, 0.0), "psnr": psnr, "psnr_adjusted": shifted}
-        for method, psnr, shifted in zip(METHODS, raw, adjusted, strict=True)
+        for method, psnr, shifted in zip(methods, raw, adjusted, strict=True)
     ]
-    return Evaluation("best-2", "test", "off", "centred", rows, "s3://satfusion/run/evaluation/test-best-2")
+    return Evaluation("best-2", "test", "off", "centred", rows, methods, "s3://satfusion/run/evaluation/test-best-2")
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from models.registry import build_model
 from models.satfusion import SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.engines.engine import TrainState
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
-from pipeline.training.engine import TrainState
-from pipeline.training.engines import make_engine
 from pipeline.world import World
 from tests.distributed import Rank, run_ranks
-from tests.pipeline.training.test_engine import KINDS, Kind, options
+from tests.pipeline.engines.test_engine import KINDS, Kind, options
 
 MOVED = "head.rb1.conv1"
 """The convolution whose heights are set by the test."""

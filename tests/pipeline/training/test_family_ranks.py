@@ -10,12 +10,12 @@ import torch
 from models.config import ModelConfig
 from models.registry import ABSENT, ENCODERS, HEADS, build_model
 from pipeline.config import TrainConfig
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig
-from pipeline.training.engines import make_engine
 from pipeline.world import World
 from tests.distributed import Rank, run_ranks
-from tests.pipeline.training.test_engine import random_batch, take_step
+from tests.pipeline.engines.test_engine import random_batch, take_step
 
 # Each encoder and each head once; the encoders with the fewest parameters before the heads that need one.
 PAIRS = [*((encoder, ABSENT) for encoder in ENCODERS), *((ABSENT, head) for head in HEADS)]

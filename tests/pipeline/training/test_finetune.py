@@ -14,17 +14,17 @@ from models.published import to_published
 from models.registry import build_model
 from models.satfusion import SatFusion
 from pipeline.config import RunConfig, TrainConfig
+from pipeline.engines.engine import TrainState
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig
 from pipeline.training.average import WeightAverage
-from pipeline.training.engine import TrainState
-from pipeline.training.engines import make_engine
 from pipeline.training.initial import load_initial
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
 from tests.command import column, last_checkpoint
-from tests.pipeline.training.test_engine import KINDS, Kind, options, random_batch, take_step
+from tests.pipeline.engines.test_engine import KINDS, Kind, options, random_batch, take_step
 
 MakeConfig = Callable[..., RunConfig]
 MODEL = ModelConfig("rams", "pannet", hidden=8)

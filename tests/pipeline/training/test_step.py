@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig, TrainConfig
+from pipeline.engines.engine import use_tf32
 from pipeline.reporting.events import CsvLog
 from pipeline.training import loop as train
 from pipeline.training.checkpoint import complete_checkpoints
-from pipeline.training.engine import use_tf32
 from pipeline.training.loop import run_training
 from pipeline.training.step_values import StepValues
 from pipeline.world import World

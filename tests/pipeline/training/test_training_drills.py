@@ -17,7 +17,7 @@ from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.batches import Batch, StoredBatch, to_batch
 from pipeline.data.chips import ChipLayout, Variant, make_window
 from pipeline.data.dataset import CPU
-from pipeline.evaluation.evaluate import METHODS, evaluate_run
+from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan, rank_slots
 from pipeline.quality.losses import PLACEMENTS, LossConfig, fusion_loss
 from pipeline.quality.registration import MODES
@@ -179,7 +179,7 @@ def test_evaluation_leaves_quarantined_chips_out_and_says_so(
     caplog.clear()
     result = evaluate_run(str(run), "train", "last", data_uri=damaged, panels=0)
     assert result.chips == [row for row in whole if row["aoi"] != lost]
-    assert len(result.chips) == 4 * CHIPS_PER_SCENE * len(METHODS)
+    assert len(result.chips) == 4 * CHIPS_PER_SCENE * len(result.methods)
     assert "36 chips" in result.table()
     for chip in range(CHIPS_PER_SCENE):
         assert f"skipped in the metrics: {lost}/{chip} is quarantined" in caplog.text

@@ -11,13 +11,13 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.registry import build_model
 from pipeline.config import TrainConfig
+from pipeline.engines.engine import Engine, TrainState
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig
-from pipeline.training.engine import Engine, TrainState
-from pipeline.training.engines import make_engine
 from pipeline.world import World
 from tests.distributed import Rank, run_ranks
-from tests.pipeline.training.test_engine import KINDS, Kind, options, random_batch, take_step
+from tests.pipeline.engines.test_engine import KINDS, Kind, options, random_batch, take_step
 
 
 def resume_from(place: Rank, kind: Kind) -> list[dict[str, Tensor]]:

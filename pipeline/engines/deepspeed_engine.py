@@ -20,8 +20,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
-from pipeline.order import BatchPlan
-from pipeline.training.engine import (
+from pipeline.engines.engine import (
     MOMENTS,
     ForwardPass,
     TrainState,
@@ -34,7 +33,8 @@ from pipeline.training.engine import (
     trained,
     widened,
 )
-from pipeline.training.unused_parameters import IdleParameters
+from pipeline.engines.unused_parameters import IdleParameters
+from pipeline.order import BatchPlan
 from pipeline.world import World
 
 

@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
-from pipeline.order import BatchPlan
-from pipeline.training.engine import (
+from pipeline.engines.engine import (
     MOMENTS,
     ForwardPass,
     TrainState,
@@ -24,6 +23,7 @@ from pipeline.training.engine import (
     trained,
     widened,
 )
+from pipeline.order import BatchPlan
 from pipeline.world import World
 
 
@@ -38,7 +38,7 @@ class TorchEngine:
         world: World,
         state: TrainState | None = None,
     ) -> None:
-        """Wrap ``network``; the arguments are those of `pipeline.training.engine.make_engine`."""
+        """Wrap ``network``; the arguments are those of `pipeline.engines.engine.make_engine`."""
         if state is not None:
             network.load_state_dict(state.weights)
         if config.channels_last:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from models.satfusion import SatFusion
 from pipeline.config import TrainConfig
+from pipeline.engines.deepspeed_engine import DeepSpeedEngine
+from pipeline.engines.engine import Engine, TrainState
+from pipeline.engines.torch_engine import TorchEngine
 from pipeline.order import BatchPlan
-from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.engine import Engine, TrainState
-from pipeline.training.torch_engine import TorchEngine
 from pipeline.world import World
 
 

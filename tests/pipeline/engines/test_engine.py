@@ -17,11 +17,11 @@ from models.config import ModelConfig
 from models.registry import build_model
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.engines.deepspeed_engine import import_deepspeed
+from pipeline.engines.engine import Engine, TrainState
+from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig, fusion_loss
-from pipeline.training.deepspeed_engine import import_deepspeed
-from pipeline.training.engine import Engine, TrainState
-from pipeline.training.engines import make_engine
 from pipeline.world import World
 from tests.golden import cases
 
@@ -142,6 +142,6 @@ def test_the_lock_of_a_killed_process_is_not_waited_for() -> None:
     with (folder / "satfusion.lock").open("w") as ours:  # no other process uses it, as after the kill
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").touch()
-    program = "from pipeline.training.deepspeed_engine import import_deepspeed; import_deepspeed()"
+    program = "from pipeline.engines.deepspeed_engine import import_deepspeed; import_deepspeed()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     assert not (folder / "lock").exists()
