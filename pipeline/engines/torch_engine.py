@@ -38,7 +38,7 @@ class TorchEngine:
         world: World,
         state: TrainState | None = None,
     ) -> None:
-        """Wrap ``network``; the arguments are those of `pipeline.engines.engine.make_engine`."""
+        """Wrap ``network``; the arguments are those of `pipeline.engines.make.make_engine`."""
         if state is not None:
             network.load_state_dict(state.weights)
         if config.channels_last:
