@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,6 +167,7 @@ def _up(args: argparse.Namespace) -> int:
     cluster = local.up(options, args.state or local.default_state())
     print(f"{len(cluster.nodes)} Ray nodes are up: {', '.join(cluster.nodes)} ({_size(cluster)})")
     print(f"satfusion submit CONFIG --address {cluster.address} --workers {len(cluster.nodes)}")
+    print(f"for Ray's own commands: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(cluster.token_file)}")
     return 0
 
 

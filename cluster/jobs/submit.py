@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from cluster.jobs.train_job import Job, Placement
 from cluster.logs import PACKAGES
+from cluster.token import MODE_VARIABLE, PATH_VARIABLE, authorization, token_file
 from sharding.errors import UserError
 from sharding.storage.names import refuse_secret
 
@@ -48,6 +50,8 @@ _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _LOST_SECONDS = 60.0
 _INTERRUPTED = 130
+# HTTP statuses without a token, and with another one.
+_REFUSED = {401, 403}
 
 
 class Described(Protocol):
@@ -165,7 +169,8 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
     Raises:
         UserError: The job server has not answered for a minute; the job may still run.
     """
-    from ray.job_submission import JobStatus  # Ray is slow to import
+    from ray.exceptions import AuthenticationError  # Ray is slow to import
+    from ray.job_submission import JobStatus
 
     client = _connect(address)
     log = _Log(client, job_id, output)
@@ -176,7 +181,7 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
             details = client.get_job_info(job_id)
             answered = time.monotonic()
         # The client raises RuntimeError for refusals and broken streams; errors of aiohttp and requests are OSErrors.
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, AuthenticationError) as error:
             if time.monotonic() - answered > _LOST_SECONDS:
                 raise UserError(
                     f"the Ray job server at {address} stopped answering ({_first_line(error)}): job {job_id} may still "
@@ -216,9 +221,11 @@ def run(request: JobRequest, address: str, output: TextIO) -> int:
 
 def how_to_follow(address: str, job_id: str) -> str:
     """Return the commands that follow and stop a job which continues to run."""
+    path = token_file(address)
+    token = f"{MODE_VARIABLE}=token {PATH_VARIABLE}={shlex.quote(str(path))} " if path else ""
     return (
-        f"follow it with `ray job logs --address {address} --follow {job_id}`, "
-        f"stop it with `ray job stop --address {address} {job_id}`"
+        f"follow it with `{token}ray job logs --address {address} --follow {job_id}`, "
+        f"stop it with `{token}ray job stop --address {address} {job_id}`"
     )
 
 
@@ -248,9 +255,16 @@ def _connect(address: str) -> JobSubmissionClient:
     if not _is_http(address):
         raise UserError(f"--address {address!r} is not a URL of a Ray job server: give http://HOST:8265")
     unanswered = f"no Ray job server answers at {address}: check the address and that the cluster is up"
+    path = token_file(address)
+    headers = authorization(path) if path else {}
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS) as response:
+        asked = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
+        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as response:
             json.load(response)["ray_version"]
+    except urllib.error.HTTPError as error:
+        # The client below sends the token of Ray's own variables, and so gets another answer.
+        if error.code not in _REFUSED:
+            raise UserError(unanswered) from error
     # Servers that speak no HTTP, for example Ray's own control service, break the protocol or send no text.
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise UserError(unanswered) from error
@@ -258,11 +272,17 @@ def _connect(address: str) -> JobSubmissionClient:
     # Ray prefers these variables to the address it is given.
     hidden = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
-        from ray.job_submission import JobSubmissionClient  # Ray is slow to import
+        from ray.exceptions import AuthenticationError  # Ray is slow to import
+        from ray.job_submission import JobSubmissionClient
 
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.WARNING)  # It logs each upload and each stream's end.
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers=headers or None)
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray job server at {address} refuses requests without its token: if it is yours, set "
+            f"{MODE_VARIABLE}=token, and {PATH_VARIABLE} to the file with its token"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(f"{unanswered} ({_first_line(error)})") from error
     finally:

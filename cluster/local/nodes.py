@@ -1,4 +1,8 @@
-"""A real multi-node Ray cluster on this machine: each node has its own loopback address, from 127.0.0.2 up."""
+"""A real multi-node Ray cluster on this machine: each node has its own loopback address, from 127.0.0.2 up.
+
+Every user of the machine can connect to loopback addresses, so Ray's services answer only requests with the cluster's
+token. It is in a file that only its owner can read, in the state folder; `cluster.token` finds it for an address.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -21,12 +26,13 @@ from pathlib import Path
 
 from cluster.local.processes import ProcessId, free_ports, is_running, running_with, stop
 from cluster.loopback.library import build_library, confined
+from cluster.token import MODE_VARIABLE, PATH_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, authorization, create_token
 from sharding.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _MARK = "SATFUSION_CLUSTER"
-_STATE, _RAY, _LOGS = "state.json", "ray", "logs"
+_STATE, _RAY, _LOGS, _TOKEN = "state.json", "ray", "logs", "token"
 _START_SECONDS = 120.0
 _DASHBOARD_SECONDS = 60.0
 # A Unix socket's path has at most 107 bytes, and Ray appends this many to its folder.
@@ -52,6 +58,8 @@ class LocalCluster:
     """GPUs of each node that Ray may assign."""
     processes: tuple[ProcessId, ...] = ()
     """The processes that ran when ``up`` ended; empty while ``up`` runs."""
+    token_file: str = ""
+    """Path of the file with the token that Ray's services ask for. The token itself is in no record."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +120,11 @@ def up(options: NodeOptions, state: Path) -> LocalCluster:
         nodes=nodes,
         cpus_per_node=cpus,
         gpus_per_node=options.gpus_per_node,
+        token_file=str(state.resolve() / _TOKEN),
     )
     _write_state(state, cluster)
     try:
+        create_token(Path(cluster.token_file))
         _start_nodes(cluster, options, state)
         _wait_for_nodes(cluster)
         cluster = LocalCluster(**{**vars(cluster), "processes": tuple(running_with(_MARK, cluster.mark))})
@@ -135,7 +145,7 @@ def down(state: Path) -> LocalCluster | None:
         stop(alive)
     for name in (_RAY, _LOGS):
         shutil.rmtree(state / name, ignore_errors=True)
-    for name in ("loopback.so", _STATE):
+    for name in ("loopback.so", _TOKEN, _STATE):
         (state / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Not empty: the folder is the user's own.
         state.rmdir()
@@ -146,9 +156,10 @@ def read_state(state: Path) -> LocalCluster | None:
     """Return the cluster recorded in the state folder, or None if there is none.
 
     Raises:
-        UserError: The state file cannot be understood.
+        UserError: The state file cannot be understood, or another user could have written it.
     """
     path = state / _STATE
+    _refuse_foreign(state)
     try:
         content = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -169,7 +180,9 @@ def alive_nodes(cluster: LocalCluster) -> list[str]:
     # Loopback needs no proxy, whatever the environment says.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{cluster.address}/nodes?view=summary", timeout=10) as response:
+        token = authorization(Path(cluster.token_file)) if cluster.token_file else {}
+        request = urllib.request.Request(f"{cluster.address}/nodes?view=summary", headers=token)
+        with opener.open(request, timeout=10) as response:
             summary = json.load(response)["data"]["summary"]
     except (OSError, ValueError, KeyError):
         return []
@@ -189,6 +202,7 @@ def _claim(state: Path) -> None:
         )
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign(state)
         (state / _STATE).touch(mode=0o600, exist_ok=False)
     except FileExistsError as error:
         raise UserError(f"another `satfusion cluster up` is running in {state}: wait for it") from error
@@ -196,6 +210,18 @@ def _claim(state: Path) -> None:
         raise UserError(
             f"cannot write the state of the cluster to {state} ({error}): choose another --state"
         ) from error
+
+
+def _refuse_foreign(state: Path) -> None:
+    """Refuse a state folder that another user owns or may write to: they could plant a library or name processes."""
+    try:
+        link, folder = state.lstat(), state.stat()
+    except OSError:
+        return  # absent: whoever makes it owns it
+    if {link.st_uid, folder.st_uid} != {os.getuid()}:
+        raise UserError(f"the state folder {state} belongs to another user: choose another --state")
+    if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(f"other users may write to the state folder {state}: run `chmod go-w {state}`")
 
 
 def _write_state(state: Path, cluster: LocalCluster) -> None:
@@ -206,7 +232,8 @@ def _write_state(state: Path, cluster: LocalCluster) -> None:
 
 def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> None:
     library = build_library(state)
-    (state / _LOGS).mkdir()
+    for name in (_LOGS, _RAY):  # Ray lets every user read what it writes.
+        (state / name).mkdir(mode=0o700)
     head = f"--head --port={cluster.gcs.rpartition(':')[2]} --include-dashboard=true --dashboard-host=127.0.0.1"
     first = [
         *head.split(),
@@ -269,6 +296,10 @@ def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
     environment = {
         **os.environ,
         _MARK: cluster.mark,
+        SERVER_VARIABLE: cluster.address,
+        # All processes of the node inherit them, also drivers and workers of jobs; no job record holds the token.
+        MODE_VARIABLE: "token",
+        PATH_VARIABLE: cluster.token_file,
         # Parts of Ray without a given address look for any cluster on this machine.
         "RAY_ADDRESS": cluster.gcs,
         # The jobs' drivers are started as plain `python`.
@@ -279,6 +310,7 @@ def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
         "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
     }
+    environment.pop(TOKEN_VARIABLE, None)  # Ray would prefer it, and it is another cluster's.
     if cluster.gpus_per_node:
         first = number * cluster.gpus_per_node
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + cluster.gpus_per_node)))
