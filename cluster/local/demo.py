@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.jobs.submit import build_request, follow, send
 from cluster.jobs.train_job import Placement
 from cluster.local import nodes as local
-from cluster.local.objectstore import ObjectStore
+from cluster.local.objectstore import ObjectStore, remove_sockets
 from cluster.local.processes import ProcessId, identify, is_running
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation.evaluate import Evaluation, evaluate_run
@@ -117,6 +117,7 @@ def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
             if is_running(ProcessId(int(pid), int(since))):
                 raise UserError(f"--output {output} is in use by a demo that runs (process {pid}): name another folder")
             local.down(Path(state_of_last))
+            remove_sockets(output / "s3")
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         state = Path(

@@ -1,4 +1,9 @@
-"""A real S3 server on this machine, for the demo and the tests: SeaweedFS on loopback, with its own keys."""
+"""A real S3 server on this machine, for the demo and the tests: SeaweedFS on loopback, with its own keys.
+
+Every user of the machine can connect to loopback addresses, so no port serves objects without a signature: S3 asks for
+the generated keys, the volume server for tokens of its own, and the other servers speak no HTTP except for a status
+page. What stays open is SeaweedFS's gRPC, which `docs/operations.md` names.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,16 @@ logger = logging.getLogger(__name__)
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
 _READY_SECONDS = 60.0
+_SOCKETS = Path("/tmp")  # noqa: S108 - SeaweedFS has no option for the folder of its sockets, which hold no data
 _BUCKET_EXISTS = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
+_PORTS_FILE = "ports"
+# Keys with which SeaweedFS signs the requests among its servers, and without which it answers anyone.
+_SIGNING_KEYS = (
+    "WEED_JWT_SIGNING_KEY",
+    "WEED_JWT_SIGNING_READ_KEY",
+    "WEED_JWT_FILER_SIGNING_KEY",
+    "WEED_JWT_FILER_SIGNING_READ_KEY",
+)
 
 
 class _S3Client(Protocol):
@@ -79,10 +93,12 @@ class ObjectStore:
         """Start the server, wait until it stores objects, and make the bucket if one was named."""
         if self._process is not None:
             raise RuntimeError("the object store already runs")
+        remove_sockets(self._folder)
         command = [_find_weed(), *self._arguments()]
         with self.log_file.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
+                env={**os.environ, **{name: secrets.token_hex(32) for name in _SIGNING_KEYS}},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -108,9 +124,7 @@ class ObjectStore:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for port in self._ports:
-            for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left_over.unlink(missing_ok=True)
+        remove_sockets(self._folder)
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; it may exist already."""
@@ -133,11 +147,15 @@ class ObjectStore:
 
     def _arguments(self) -> list[str]:
         data, config = self._folder / "data", self._folder / "s3.json"
-        data.mkdir(parents=True, exist_ok=True)
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._write_config(config)
+        (self._folder / _PORTS_FILE).write_text(" ".join(map(str, self._ports)))
         master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3, s3_grpc = self._ports
         return [
+            "-logtostderr=true",  # not into files of the temporary folder
             "server",
+            # Master and filer would read and write objects, and delete whole buckets, for anyone.
+            "-disableHttp",
             f"-dir={data}",
             f"-ip={_HOST}",
             f"-ip.bind={_HOST}",
@@ -218,6 +236,18 @@ class ObjectStore:
     def _log_tail(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()
         return " | ".join(lines[-5:]) or f"{self.log_file} is empty"
+
+
+def remove_sockets(folder: Path) -> None:
+    """Remove the sockets of the server over ``folder``, which must have ended; a killed one leaves them behind."""
+    try:
+        ports = (folder / _PORTS_FILE).read_text().split()
+    except OSError:
+        return
+    for port in filter(str.isdecimal, ports):
+        for left_over in _SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
+            with contextlib.suppress(OSError):  # another user's, on a port that was used again
+                left_over.unlink()
 
 
 def _find_weed() -> str:
