@@ -15,5 +15,7 @@ def configure_logging(rank: int = 0) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # It logs the traceback of an expired login, whose error becomes one sentence (`sharding/storage/s3/errors.py`).
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)

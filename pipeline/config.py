@@ -17,7 +17,7 @@ from models.config import ModelConfig
 from models.registry import ABSENT, check_config
 from pipeline.quality.losses import LossConfig
 from sharding.errors import UserError, nearest
-from sharding.storage.names import check_uri, expanded, refuse_secret, refuse_secrets
+from sharding.storage.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
 
 SIMULATIONS = ("off", "sensor", "shifts")
 """Modes of simulating revisits from the target (`pipeline.data.simulate`)."""
@@ -240,7 +240,7 @@ class RunConfig:
         """Return the configuration with absolute local paths: ``~`` is the home, relative paths start at ``folder``."""
 
         def absolute(uri: str) -> str:
-            return uri if "://" in uri or not uri else str(folder / expanded(uri))
+            return absolute_uri(uri, folder) if uri else uri
 
         return dataclasses.replace(
             self,

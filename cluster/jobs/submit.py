@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Variables with which a worker finds the storage. Keys are not among them: each node has its own credential chain.
-_TRAVELLING = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_TRAVELLING = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_NO_SIGN_REQUEST",
+    "AWS_REQUEST_PAYER",
+)
 _RAY_HABITS = {
     # Otherwise lines are held back to merge equal ones, and coloured.
     "RAY_DEDUP_LOGS": "0",
@@ -125,8 +132,7 @@ def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: P
 def _travelling(environment: Mapping[str, str]) -> dict[str, str]:
     travelling = {name: environment[name] for name in _TRAVELLING if environment.get(name)}
     for name, value in travelling.items():
-        if "@" in value.partition("://")[2].partition("/")[0]:
-            raise UserError(f"{name} holds a user name or password, which must not be sent with a job: remove it")
+        refuse_secret(name, value)
     return travelling
 
 

@@ -11,7 +11,7 @@ from sharding.errors import UserError
 from sharding.prepare.options import SampleOptions
 from sharding.run.plan import PlanOptions
 from sharding.storage import StorageOptions
-from sharding.storage.names import expanded
+from sharding.storage.names import absolute_uri
 
 
 def _read_names(path: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class ShardJob:
         return replace(
             self,
             input=folder / self.input,
-            output=self.output if "://" in self.output else str(folder / expanded(self.output)),
+            output=absolute_uri(self.output, folder),
             report=folder / self.report if self.report else None,
         )
 

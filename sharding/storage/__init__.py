@@ -20,7 +20,7 @@ from sharding.storage.base import (
     StoredObject,
 )
 from sharding.storage.local import LocalStorage
-from sharding.storage.names import check_uri, expanded
+from sharding.storage.names import check_uri, expanded, is_file_uri
 from sharding.storage.options import StorageOptions
 from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.store import S3Storage
@@ -42,8 +42,9 @@ __all__ = [
 def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
     """Open a local folder (created at the first write; ``~`` is the home folder) or ``s3://bucket[/prefix]``.
 
-    The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from boto3's standard chain. Nothing
-    is sent until the first call.
+    ``file:///FOLDER`` is a local folder too. The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from
+    boto3's standard chain; with ``AWS_NO_SIGN_REQUEST=YES`` requests carry none, and with
+    ``AWS_REQUEST_PAYER=requester`` the requester pays. Nothing is sent until the first call.
 
     Args:
         uri: Folder or S3 URI.
@@ -62,8 +63,8 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
         if not bucket:
             raise UserError(f"{text!r} names no bucket: write s3://BUCKET/PREFIX")
         return S3Storage(Bucket(bucket, options), prefix.strip("/"))
-    if separator:
-        raise UserError(f"cannot open {text!r}: a URI is a local path or starts with s3://")
+    if separator and not is_file_uri(text):
+        raise UserError(f"cannot open {text!r}: a URI is a local path or starts with s3:// or file:///")
     if not text:
         raise UserError("an empty URI names no place: give a local path or s3://BUCKET/PREFIX")
     for option, value in (("--sse", options.sse), ("--storage-class", options.storage_class)):

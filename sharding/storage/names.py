@@ -6,6 +6,7 @@ All code that turns a key into a local path uses `path_below`. Messages show key
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,15 +92,44 @@ def check_uri(where: str, uri: str) -> None:
 
 
 def expanded(path: str) -> Path:
-    """Expand a leading ``~`` of a local path to the home folder; a shell does not expand it in ``--output=~/x``.
+    """Return the path that ``file:///FOLDER`` or a local path names, with a leading ``~`` as the home folder.
+
+    A shell does not expand the ``~`` of ``--output=~/x``.
 
     Raises:
-        UserError: If there is no such home folder.
+        UserError: If there is no such home folder, or for a ``file:`` URI without an absolute path on this machine.
     """
+    if is_file_uri(path):
+        parts = urllib.parse.urlsplit(path)
+        here = path[5:7] == "//" and parts.netloc.lower() in {"", "localhost"} and parts.path.startswith("/")
+        if not here or parts.query or parts.fragment:
+            raise UserError(
+                f"{path!r} names no folder of this machine: write file:///FOLDER, an absolute path with %3F for '?' "
+                "and %23 for '#'"
+            )
+        return Path(urllib.parse.unquote(parts.path))
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path!r} names a home folder that is not known: write the full path") from None
+
+
+def is_file_uri(uri: str) -> bool:
+    """Return True for a URI of the scheme ``file``, which names a local path."""
+    return uri[:5].lower() == "file:"
+
+
+def absolute_uri(uri: str, folder: Path) -> str:
+    """Return a URI that names the same place in any working directory: a local path becomes absolute.
+
+    Args:
+        uri: URI, or a path that is relative to ``folder``.
+        folder: Absolute path.
+
+    Raises:
+        UserError: Like `expanded`.
+    """
+    return uri if "://" in uri and not is_file_uri(uri) else str(folder / expanded(uri))
 
 
 def _holds_secret(uri: re.Match[str]) -> bool:

@@ -6,6 +6,7 @@ No message of this module contains the endpoint or a credential: both may be sec
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from sharding.storage.base import BucketNotFoundError, NotFoundError, StorageUna
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
+
+    from sharding.storage.s3.client import Bucket
 
 _BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
 # Transient codes with other statuses. The digest errors mean that a request's body was damaged on its way.
@@ -27,9 +30,30 @@ _PASSING_CODES = {
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
-_KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_TOKEN_CODES = {"ExpiredToken", "InvalidToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _DENIED_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
-_NO_KEY_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+_NO_LOGIN = "run `aws sso login`, with --profile NAME if it has one"
+# Errors of botocore before anything is sent to S3, by name: what is wrong, and what to do. Their own texts may hold
+# paths, commands and endpoints.
+_NO_KEYS = {
+    "NoCredentialsError": "there is no S3 key: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; a "
+    "public bucket needs no key: set AWS_NO_SIGN_REQUEST=YES",
+    "PartialCredentialsError": "only one half of the S3 key is set: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "the profile that AWS_PROFILE names is in neither AWS configuration file: correct its name, or "
+    "unset AWS_PROFILE",
+    "UnauthorizedSSOTokenError": f"the profile's SSO login has expired: {_NO_LOGIN}",
+    "SSOTokenLoadError": f"the profile has no SSO login yet: {_NO_LOGIN}",
+    "TokenRetrievalError": f"the profile's SSO login has expired and cannot be renewed: {_NO_LOGIN}",
+    "SSOError": f"the profile's SSO login does not work: {_NO_LOGIN}",
+    "LoginRefreshRequired": "the profile's login has expired: run `aws login` again",
+    "LoginTokenLoadError": "the profile has no login yet: run `aws login`",
+    "CredentialRetrievalError": "the profile's program or role gives no S3 key: run its credential_process, or "
+    "`aws sts get-caller-identity`, to see why",
+    "InvalidConfigError": "the profile is incomplete: complete it in the AWS configuration file",
+    "ConfigParseError": "the AWS configuration file cannot be parsed: correct it",
+    "ConfigNotFound": "the file that AWS_CONFIG_FILE names does not exist: correct its path",
+}
 
 
 class RestartReadError(Exception):
@@ -71,7 +95,7 @@ def passing_reason(error: Exception) -> str | None:
 
 
 @contextlib.contextmanager
-def explained(where: str, bucket: str) -> Iterator[None]:
+def explained(where: str, bucket: Bucket) -> Iterator[None]:
     """Convert errors of botocore to errors for the user. ``from None``: their text holds the endpoint.
 
     Args:
@@ -92,24 +116,33 @@ def explained(where: str, bucket: str) -> Iterator[None]:
         raise StorageUnavailableError(f"{where} {error}: try again") from None
 
 
-def _refusal(where: str, bucket: str, error: ClientError) -> UserError:
+def _refusal(where: str, bucket: Bucket, error: ClientError) -> UserError:
     code = code_of(error)
     if passing_reason(error):
         return StorageUnavailableError(
             f"the S3 server cannot serve {where} now ({code}): try again later, or ask its operator"
         )
     if code == "NoSuchBucket":
-        return BucketNotFoundError(f"bucket {bucket!r} does not exist: create it, or correct the URI {where}")
+        return BucketNotFoundError(
+            f"bucket {bucket.name!r} does not exist: create it, or correct the URI {where}{bucket.hint}"
+        )
     if code in {"NoSuchKey", "404"}:
         return NotFoundError(f"{where} does not exist")
     if code in _KEY_CODES:
         return UserError(
             f"the S3 server refused the access key for {where} ({code}): check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or the profile"
+            f"AWS_SECRET_ACCESS_KEY, or the profile{bucket.hint if os.environ.get('AWS_SESSION_TOKEN') else ''}"
+        )
+    if code in _TOKEN_CODES:
+        return UserError(
+            f"the S3 server refused the session token for {where} ({code}): temporary keys have expired, or "
+            "AWS_SESSION_TOKEN belongs to other keys; get new ones, or unset it for a lasting key"
         )
     if code in _DENIED_CODES:
-        return UserError(f"access to {where} is denied ({code}): check the access key, the bucket's name and policy")
-    return UserError(f"the S3 server refused {where} ({code}): check the URI and AWS_ENDPOINT_URL")
+        return UserError(
+            f"access to {where} is denied ({code}): check the access key, the bucket's name and policy{bucket.hint}"
+        )
+    return UserError(f"the S3 server refused {where} ({code}): check the URI and AWS_ENDPOINT_URL{bucket.hint}")
 
 
 def _no_answer(where: str, error: Exception) -> UserError:
@@ -124,11 +157,9 @@ def _no_answer(where: str, error: Exception) -> UserError:
             f"the S3 endpoint does not answer for {where} ({name}): check that it runs, and that "
             "AWS_ENDPOINT_URL names it"
         )
-    if name in _NO_KEY_ERRORS:
-        return UserError(
-            f"no complete S3 credentials for {where} ({name}): set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        )
+    for kind in type(error).__mro__:
+        if kind.__name__ in _NO_KEYS:
+            return UserError(f"cannot open {where}, since {_NO_KEYS[kind.__name__]}")
     if name == "ParamValidationError":
         return UserError(f"{where} is no valid S3 URI: a bucket has 3 to 63 small letters, digits, dots and hyphens")
     if isinstance(error, ValueError):

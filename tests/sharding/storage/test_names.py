@@ -6,7 +6,7 @@ import pytest
 
 from sharding.errors import UserError
 from sharding.storage import open_storage
-from sharding.storage.names import expanded, path_below, refuse_secret, refuse_secrets
+from sharding.storage.names import absolute_uri, expanded, path_below, refuse_secret, refuse_secrets
 
 FOLDER = Path("/folder")
 
@@ -111,3 +111,32 @@ def test_one_slash_is_a_mistake_and_tilde_the_home(tmp_path: Path, monkeypatch: 
     assert open_storage("~/x").uri == str(tmp_path / "x")
     with pytest.raises(UserError, match="home folder that is not known"):
         expanded("~nobody-of-that-name/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:///data/set", "/data/set"),
+        ("FILE://localhost/data/set", "/data/set"),
+        ("file:///data/a%20b%23", "/data/a b#"),
+        ("~/x", "/home/me/x"),
+        ("data", "/here/data"),
+    ],
+)
+def test_a_file_uri_is_a_local_path(uri: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert absolute_uri(uri, Path("/here")) == path
+    if uri != "data":
+        assert open_storage(uri).uri == path
+
+
+@pytest.mark.parametrize(
+    "uri", ["file:data", "file:/data", "file://host/data", "file:///data?x", "file:///data#x", "file://"]
+)
+def test_a_file_uri_without_a_path_of_this_machine_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="write file:///FOLDER"):
+        open_storage(uri)
+
+
+def test_other_uris_stay_as_they_are() -> None:
+    assert absolute_uri("s3://bucket/x", Path("/here")) == "s3://bucket/x"
