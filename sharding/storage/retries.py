@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -52,6 +53,30 @@ class RetryCounter:
             return dict(self._counts)
 
 
+class Outages:
+    """Outages of endpoints, shared by all threads of this process, so that each outage is waited for once.
+
+    An outage begins with the first failure after a success, whichever call met it.
+    """
+
+    def __init__(self) -> None:
+        # Times of the first and the last failure. Single operations on a dict need no lock, which a fork would copy.
+        self._times: dict[str, tuple[float, float]] = {}
+
+    def failed(self, endpoint: str) -> float:
+        """Note a failure, and return the time (`time.monotonic`) at which its outage began."""
+        now = time.monotonic()
+        first, last = self._times.get(endpoint, (now, now))
+        if now - last > KNOWN_S:  # nobody asked for so long: the store may have worked in between
+            first = now
+        self._times[endpoint] = first, now
+        return first
+
+    def ended(self, endpoint: str) -> None:
+        """Note a success."""
+        self._times.pop(endpoint, None)
+
+
 class Attempts:
     """Attempts of one call: it backs off with growing pauses and full jitter, until the time limit.
 
@@ -79,7 +104,9 @@ class Attempts:
         self.in_a_row = 0
         self._since = time.monotonic()
 
-    def pause(self, error: Exception, reason: str, patience_s: float, asked_s: float = 0.0) -> None:
+    def pause(
+        self, error: Exception, reason: str, patience_s: float, asked_s: float = 0.0, since: float = math.inf
+    ) -> None:
         """Wait before the next attempt.
 
         Args:
@@ -87,12 +114,13 @@ class Attempts:
             reason: The failure in a word for the log, without endpoint or key.
             patience_s: Seconds from the first attempt, or from the last progress, in which another may begin.
             asked_s: Seconds of pause that the server asks for; at most ``LONGEST_ASKED_S`` are waited.
+            since: Time (`time.monotonic`) from which the seconds count, if it is earlier: when the outage began.
 
         Raises:
             Exception: ``error``, at the time limit.
         """
         self.in_a_row += 1
-        waited = time.monotonic() - self._since
+        waited = time.monotonic() - min(self._since, since)
         enough = waited >= patience_s and self.in_a_row >= LEAST_ATTEMPTS
         if enough or self._stop.is_set():
             raise error

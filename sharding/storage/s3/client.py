@@ -16,7 +16,7 @@ from sharding.errors import UserError
 from sharding.storage import retries
 from sharding.storage.names import refuse_secret
 from sharding.storage.options import StorageOptions
-from sharding.storage.retries import Attempts, RetryCounter
+from sharding.storage.retries import Attempts, Outages, RetryCounter
 from sharding.storage.s3.errors import passing_reason
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _YES, _NO = {"YES", "TRUE", "ON", "1"}, {"", "NO", "FALSE", "OFF", "0"}
 
 _answered: set[str] = set()
 """Endpoints that answered this process, even with an error, and have not timed out since."""
+_outages = Outages()
 _warned: set[str] = set()
 """Endpoints with a path that were logged."""
 logger = logging.getLogger(__name__)
@@ -65,11 +66,19 @@ class Bucket:
         client = self._connect()
         try:
             answer: dict[str, Any] = getattr(client, operation)(Bucket=self.name, **request)
-        except ClientError:
+        except ClientError as error:
             _answered.add(client.meta.endpoint_url)
+            if passing_reason(error) is None:
+                self.works()
             raise
         _answered.add(client.meta.endpoint_url)
+        if operation != "get_object":  # its body must arrive too
+            self.works()
         return answer
+
+    def works(self) -> None:
+        """Note that the store serves requests."""
+        _outages.ended(self._connect().meta.endpoint_url)
 
     def call(self, attempts: Attempts, operation: str, **request: Any) -> dict[str, Any]:
         """Send a request, with retries; raise botocore's error when they end."""
@@ -85,8 +94,10 @@ class Bucket:
         if reason is None:
             raise error
         endpoint = self._connect().meta.endpoint_url
+        patience_s = retries.KNOWN_S if endpoint in _answered else retries.FIRST_CONTACT_S
         try:
-            attempts.pause(error, reason, retries.KNOWN_S if endpoint in _answered else retries.FIRST_CONTACT_S)
+            # Threads that fail at different times, and calls that follow, wait for the same outage.
+            attempts.pause(error, reason, patience_s, since=_outages.failed(endpoint))
         except Exception:
             # Later requests and other threads must not each wait as long again.
             _answered.discard(endpoint)

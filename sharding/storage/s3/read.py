@@ -138,6 +138,7 @@ class Body:
                 body = self._open()
                 while body is not None and (data := self._take(body, room, longest)):
                     self._position += len(data)
+                    self._bucket.works()
                     yield data
                     attempts.progressed()  # its consumer may have been slow
                 return

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import argparse
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -98,6 +100,38 @@ def test_a_store_that_was_waited_for_in_vain_is_not_waited_for_as_long_again(
             with pytest.raises(StorageUnavailableError, match="does not answer"):
                 storage.read("x")
         assert proxy.done("reset") == retries.LEAST_ATTEMPTS
+
+
+@pytest.mark.parametrize("fault", [{"reset": 1.0}, {"busy": 1.0}, {"cut": 1.0, "at": 0}])
+def test_all_threads_and_later_calls_wait_for_one_outage_once(
+    fault: dict[str, float], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "KNOWN_S", 2.0)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 1.0)
+    monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage = open_storage(s3.prefix())
+        storage.write("x", b"1" * 100)
+
+        def fails(number: int) -> float:
+            time.sleep(0.3 * number)
+            with pytest.raises(StorageUnavailableError):
+                storage.read("x")
+            return time.monotonic()
+
+        for _ in range(2):  # the second outage is waited for as long as the first
+            proxy.faults = Faults(**fault)  # type: ignore[arg-type]
+            began = time.monotonic()
+            with ThreadPoolExecutor(4) as pool:
+                waited = [ended - began for ended in pool.map(fails, range(4))]
+            assert min(waited) >= 1.8
+            assert max(waited) < 2.9  # four that wait for 2 s each end at 2.9 s and more
+            again = time.monotonic()
+            fails(0)
+            assert time.monotonic() - again < 0.9
+            proxy.faults = Faults()
+            assert storage.read("x") == b"1" * 100
 
 
 def test_retries_are_counted_by_reason() -> None:
