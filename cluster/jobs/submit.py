@@ -12,7 +12,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -26,6 +25,7 @@ from cluster.jobs.train_job import Job, Placement
 from cluster.logs import PACKAGES
 from cluster.token import MODE_VARIABLE, PATH_VARIABLE, authorization, token_file
 from sharding.errors import UserError
+from sharding.scratch import scratch_folder
 from sharding.storage.names import refuse_secret
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ def _travelling(environment: Mapping[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def staged(request: JobRequest) -> Iterator[Path]:
     """Make a folder with exactly the files of a job: the four packages and the job's file."""
-    with tempfile.TemporaryDirectory(prefix="satfusion-job-") as name:
-        folder = Path(name)
+    with scratch_folder("job") as folder:
         for package in PACKAGES:
             source = importlib.import_module(package).__path__[0]
             shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))

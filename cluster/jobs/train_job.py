@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from cluster.logs import configure_logging
 from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME
+from sharding.scratch import scratch_folder
 from sharding.storage import StorageUnavailableError, open_storage
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
 
     placement = job.placement
     # Ray requires a folder for its own state. Our state is in the run folder, so this one may be lost.
-    with tempfile.TemporaryDirectory(prefix="satfusion-ray-train-") as folder:
+    with scratch_folder("ray-train") as folder:
         TorchTrainer(
             _Announced(rank_function),
             train_loop_config=dict(job.config),
@@ -236,7 +236,7 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
             ),
             run_config=RunConfig(
                 name="train",
-                storage_path=folder,
+                storage_path=str(folder),
                 # Restarts are counted by `run_job`, which can distinguish a user error from a lost node.
                 failure_config=FailureConfig(max_failures=0),
                 # Ray would repeat every rank's traceback three times; ranks and driver log it once.

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.local.processes import dies_with_parent, free_ports
+from cluster.local.processes import free_ports
+from pipeline.signals import dies_with_parent
 from sharding.errors import UserError
 
 if TYPE_CHECKING:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -18,7 +16,6 @@ import psutil
 # Below the kernel's range for outgoing connections (32768 and up), so that no connection takes a port between our check
 # and the server's bind. Above 10000 no well-known service listens.
 _PORTS = range(10240, 32700)
-_PR_SET_PDEATHSIG = 1
 # Unit of field 22 of `/proc/<pid>/stat`.
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _ENDED = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
@@ -53,22 +50,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def dies_with_parent() -> Callable[[], None] | None:
-    """Return a ``preexec_fn`` after which the kernel kills the child when its parent thread ends.
-
-    It covers a parent that is killed and so never reaches its own clean-up. Return None if the system has no such call.
-    Start the child from a thread that outlives it: the signal follows the thread, not the process.
-    """
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)  # Loaded here, not between fork and exec, where another thread may hold a lock.
-
-    def ask_kernel() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return ask_kernel
 
 
 def identify(pid: int) -> ProcessId | None:

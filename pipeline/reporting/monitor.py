@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.signals import sigterm_as_interrupt
+from pipeline.signals import dies_with_parent, sigterm_as_interrupt
 from sharding.errors import UserError
+from sharding.scratch import scratch_folder
 from sharding.storage import LocalStorage, Storage, open_storage
 from sharding.storage.names import path_below
 
@@ -85,8 +86,7 @@ def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
     Raises:
         UserError: A URI holds no events, or a key that cannot be a file below the folder.
     """
-    with tempfile.TemporaryDirectory(prefix="satfusion-monitor-") as scratch:
-        root = Path(scratch)
+    with scratch_folder("monitor") as root:
         mirrors: list[EventMirror] = []
         runs = [open_storage(uri) for uri in uris]
         for name, run in zip(_names(runs), runs, strict=True):
@@ -119,7 +119,13 @@ def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -
         # New events appear within seconds, also in files that a resumed run has left behind.
         command += ["--reload_interval", "5", "--reload_multifile", "true"]
         # A session of its own, so that Ctrl-C reaches it only through this process.
-        server = subprocess.Popen(command, start_new_session=True)
+        # It ends with this process, however that ends; what it writes for itself goes where we remove it.
+        server = subprocess.Popen(
+            command,
+            start_new_session=True,
+            preexec_fn=dies_with_parent(),
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
         try:
             return server.wait()
         except KeyboardInterrupt:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sharding.errors import UserError
+from sharding.scratch import ScratchFolder
 from sharding.storage import LocalStorage, open_storage
 from sharding.storage.names import path_below
 
@@ -34,12 +34,12 @@ class RunFolder:
         """
         self.storage = open_storage(uri)
         self._sync_seconds = sync_seconds
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: ScratchFolder | None = None
         if isinstance(self.storage, LocalStorage):
             self.local = Path(self.storage.uri)
         else:
-            self._scratch = tempfile.TemporaryDirectory(prefix="satfusion-run-")
-            self.local = Path(self._scratch.name)
+            self._scratch = ScratchFolder("run")
+            self.local = self._scratch.path
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending = threading.Lock()
         self._stop = threading.Event()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX
+from sharding.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class StepProfiler:
     def _write(self, recorded: profile) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(TEMPORARY_SUFFIX)
-        with tempfile.TemporaryDirectory(prefix="satfusion-profile-") as folder:
+        with scratch_folder("profile") as folder:
             trace = Path(folder, self._path.name)  # the profiler compresses if the name ends in .gz
             recorded.export_chrome_trace(str(trace))
             shutil.copyfile(trace, beside)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,6 +20,7 @@ from sharding.format.writer import NewSample, ShardWriter
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.prepare.scene import quantise
+from sharding.scratch import scratch_folder
 from sharding.sources.worldstrat.layout import AoiFiles
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
@@ -113,7 +113,7 @@ def build_shard(task: ShardTask) -> ShardResult:
             for item in earlier.skipped:
                 _refuse_if_strict(item, task.strict)
             return earlier
-    with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
+    with scratch_folder("shard") as folder:
         path = Path(folder, task.name)
         result = _pack(task, path)
         # A missing shard is not damage: a run may have been killed between sidecar and shard.

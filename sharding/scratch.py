@@ -1,0 +1,95 @@
+"""Scratch folders of this user's processes, below the temporary folder; those of killed processes are removed.
+
+A process that is killed cannot remove its folders. So each folder holds a file that its process keeps locked; the
+kernel releases the lock however the process ends, and the next start removes every folder whose lock is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sharding.errors import UserError
+
+_PREFIX = "satfusion-"
+_LOCK, _FILES = "satfusion.lock", "files"
+
+
+class ScratchFolder:
+    """An empty folder for this process, removed by ``cleanup``, at the end of a ``with`` block, or at a later start."""
+
+    def __init__(self, purpose: str) -> None:
+        """Remove the folders that killed processes left, and make a new one.
+
+        Args:
+            purpose: Word in the folder's name.
+
+        Raises:
+            UserError: The temporary folder cannot be written to.
+        """
+        try:
+            _remove_abandoned(Path(tempfile.gettempdir()))
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-"))
+            self._lock = _lock_new(self._folder)
+            self.path = self._folder / _FILES
+            """The folder."""
+            self.path.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"no temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder with free space "
+                "that you may write to"
+            ) from None
+
+    def cleanup(self) -> None:
+        """Remove the folder; it may be removed already."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cleanup()
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Yield the path of a new `ScratchFolder`, which is removed after the block."""
+    with ScratchFolder(purpose) as folder:
+        yield folder.path
+
+
+def _lock_new(folder: Path) -> int:
+    # Locked before it has its name, so that no other start finds it unlocked.
+    unnamed = folder / f"{_LOCK}.new"
+    descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):  # A file system without locks: then nobody else can lock it, or remove it.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unnamed.rename(folder / _LOCK)
+    return descriptor
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove every scratch folder of this user whose process has ended."""
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):  # removed meanwhile, or another user's
+            if lock.parent.is_symlink() or lock.parent.stat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if its process runs
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
