@@ -36,6 +36,7 @@ from pipeline.engines.engine import (
 from pipeline.engines.unused_parameters import IdleParameters
 from pipeline.order import BatchPlan
 from pipeline.world import World
+from sharding.errors import UserError
 
 
 def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
@@ -243,12 +244,22 @@ def _load_cpu_op() -> None:
     """Load the op that DeepSpeed would load, but never wait for a process that was killed while loading it.
 
     Torch's lock is a file, which remains when its process dies; ours is a kernel lock and ends with the process.
+
+    Raises:
+        UserError: The folder of compiled ops, by default in the home folder, cannot be written to.
     """
     from deepspeed.accelerator import get_accelerator  # slow to import, and not needed by the plain PyTorch engine
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / "satfusion.lock").open("w") as ours:
+    try:
+        folder = Path(_get_build_directory(builder.name, verbose=False))
+        lock = (folder / "satfusion.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"DeepSpeed's op cannot be compiled: {error.filename} cannot be written ({error.strerror}); set "
+            "TORCH_EXTENSIONS_DIR to a folder of yours, or train.engine=torch"
+        ) from None
+    with lock as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         with _own_tools_first():
