@@ -263,8 +263,8 @@ def _connect(address: str) -> JobSubmissionClient:
     path = token_file(address)
     headers = authorization(path) if path else {}
     try:
-        asked = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
-        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as response:
+        asked = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)  # noqa: S310 - http(s) only
+        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as response:  # noqa: S310 - http(s) only
             json.load(response)["ray_version"]
     except urllib.error.HTTPError as error:
         # The client below sends the token of Ray's own variables, and so gets another answer.

@@ -181,7 +181,7 @@ def alive_nodes(cluster: LocalCluster) -> list[str]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         token = authorization(Path(cluster.token_file)) if cluster.token_file else {}
-        request = urllib.request.Request(f"{cluster.address}/nodes?view=summary", headers=token)
+        request = urllib.request.Request(f"{cluster.address}/nodes?view=summary", headers=token)  # noqa: S310 - http(s) only
         with opener.open(request, timeout=10) as response:
             summary = json.load(response)["data"]["summary"]
     except (OSError, ValueError, KeyError):
@@ -274,7 +274,7 @@ def _ray_start(
         "--disable-usage-stats",
     ]
     with log_file.open("wb") as output:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and words, no shell
             command,
             env=confined(_node_environment(cluster, number), library, address),
             stdin=subprocess.DEVNULL,

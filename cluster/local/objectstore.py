@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
 _READY_SECONDS = 60.0
-_SOCKETS = Path("/tmp")
+_SOCKETS = Path("/tmp")  # noqa: S108 - SeaweedFS has no option for the folder of its sockets, which hold no data
 _BUCKET_EXISTS = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
 _PORTS_FILE = "ports"
 # Keys with which SeaweedFS signs the requests among its servers, and without which it answers anyone.
@@ -97,7 +97,7 @@ class ObjectStore:
         remove_sockets(self._folder)
         command = [_find_weed(), *self._arguments()]
         with self.log_file.open("ab") as output:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 - our own words, no shell
                 command,
                 env={**os.environ, **{name: secrets.token_hex(32) for name in _SIGNING_KEYS}},
                 stdin=subprocess.DEVNULL,

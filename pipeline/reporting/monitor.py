@@ -120,7 +120,7 @@ def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -
         command += ["--reload_interval", "5", "--reload_multifile", "true"]
         # A session of its own, so that Ctrl-C reaches it only through this process.
         # It ends with this process, however that ends; what it writes for itself goes where we remove it.
-        server = subprocess.Popen(
+        server = subprocess.Popen(  # noqa: S603 - our own words, no shell
             command,
             start_new_session=True,
             preexec_fn=dies_with_parent(),

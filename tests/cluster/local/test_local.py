@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +30,7 @@ from cluster.local import nodes as local
 from cluster.local.nodes import LocalCluster, NodeOptions
 from cluster.local.objectstore import ObjectStore
 from cluster.local.processes import ProcessId, identify, is_running, running_with
+from cluster.token import authorization, token_file
 from pipeline.config import RunConfig, load_config
 from sharding.errors import UserError
 from sharding.run.dataset import ShardOptions, shard_folder
@@ -35,6 +39,7 @@ from sharding.storage import open_storage
 from tests.command import column, last_checkpoint, run_command
 from tests.conftest import SMALL, TINY
 from tests.listening import is_loopback, listening
+from tests.strangers import NOBODY, as_stranger
 
 pytestmark = pytest.mark.distributed
 MARK = "SATFUSION_CLUSTER"
@@ -178,6 +183,84 @@ def test_the_port_of_rays_own_service_is_no_job_server(
     assert capsys.readouterr().err.startswith(f"satfusion: error: no Ray job server answers at http://{cluster.gcs}")
 
 
+STRANGER = """
+import json, sys, urllib.error, urllib.request
+
+def status(path, method="GET", body=None, **headers):
+    headers["Content-Type"] = "application/json"
+    request = urllib.request.Request(sys.argv[1] + path, method=method, data=body, headers=headers)
+    try:
+        return urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+job = json.dumps({"entrypoint": "id"}).encode()
+made_up = {"Authorization": "Bearer " + "0" * 64}
+paths = ("/api/jobs/", "/api/version", "/nodes?view=summary", "/api/v0/logs", "/api/cluster_status", "/metrics")
+print(json.dumps({
+    "read": [status(path) for path in paths],
+    "submit": status("/api/jobs/", "POST", job),
+    "submit with another token": status("/api/jobs/", "POST", job, **made_up),
+    "stop": status("/api/jobs/" + sys.argv[3] + "/stop", "POST"),
+    "delete": status("/api/jobs/" + sys.argv[3], "DELETE"),
+    "upload code": status("/api/packages/gcs/_ray_pkg_0.zip", "PUT", b"x"),
+}))
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[2]).internal_kv_put(b"key", b"value", True, namespace=b"n")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_another_user_is_refused_by_job_server_dashboard_and_gcs(cluster: LocalCluster, state: Path) -> None:
+    job = custom_job(cluster, "python -c 'print(1)'")
+    ended = as_stranger(["-c", STRANGER, cluster.address, cluster.gcs, job])
+    statuses, gcs = ended.stdout.splitlines()[:2] if ended.stdout.count("\n") >= 2 else (ended.stderr, "")
+    assert json.loads(statuses) == {
+        "read": [401] * 6,
+        "submit": 401,
+        "submit with another token": 403,
+        "stop": 401,
+        "delete": 401,
+        "upload code": 401,
+    }
+    assert gcs == "AuthenticationError"
+    assert follow(cluster.address, job, io.StringIO()) == 0
+
+
+def test_another_users_commands_are_refused_in_a_sentence(cluster: LocalCluster, state: Path) -> None:
+    submit = ["submit", "srcnn_pnn", "--address", cluster.address, "--workers", "2"]
+    for arguments, words in (
+        (submit, f"the Ray job server at {cluster.address} refuses requests without its token"),
+        (["cluster", "status", "--state", str(state)], f"the state folder {state} belongs to another user"),
+        (["cluster", "down", "--state", str(state)], f"the state folder {state} belongs to another user"),
+    ):
+        ended = as_stranger(["-m", "cluster.cli", *arguments])
+        assert ended.returncode == 2
+        assert ended.stderr.startswith(f"satfusion: error: {words}")
+        assert ended.stderr.count("\n") == 1
+
+
+def test_the_token_is_in_one_private_file_and_in_no_record(cluster: LocalCluster, state: Path) -> None:
+    path = Path(cluster.token_file)
+    assert path.parent == state.resolve()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert {stat.S_IMODE((state / name).stat().st_mode) for name in ("ray", "logs")} == {0o700}
+    token = path.read_bytes()
+    assert len(token) == 64
+    holders = {file for file in state.rglob("*") if file.is_file() and token in file.read_bytes()}
+    assert holders == {state / "token"}
+    assert authorization(path) == {"Authorization": f"Bearer {token.decode()}"}
+    assert token_file(f"{cluster.address}/") == path
+    assert token_file("http://127.0.0.1:9") is None
+    request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers=authorization(path))
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        records = answer.read()
+    assert b"entrypoint" in records
+    assert token not in records
+
+
 def kill_ranks(cluster: LocalCluster, run: Path, step: int, only: int | None = None) -> None:
     """SIGKILL the job's ranks (or the first ``only`` of them) once the run has taken ``step`` steps."""
     deadline = time.monotonic() + 180
@@ -302,10 +385,11 @@ def test_ctrl_c_while_following_leaves_the_job_running(
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"job {job_id} runs on" in errors
-    assert f"ray job stop --address {cluster.address} {job_id}" in errors
-    assert f"ray job logs --address {cluster.address} --follow {job_id}" in errors
+    token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token_file}"
+    assert f"{token} ray job stop --address {cluster.address} {job_id}" in errors
+    assert f"{token} ray job logs --address {cluster.address} --follow {job_id}" in errors
     assert "Traceback" not in errors
-    client = JobSubmissionClient(cluster.address)
+    client = JobSubmissionClient(cluster.address, headers=authorization(Path(cluster.token_file)))
     assert client.get_job_status(job_id) == JobStatus.RUNNING
     client.stop_job(job_id)
     assert follow(cluster.address, job_id, io.StringIO()) == 1
@@ -388,6 +472,20 @@ def test_a_state_folder_that_cannot_serve_is_refused(folder: Path) -> None:
     (folder / "state.json").write_text("[]")
     with pytest.raises(UserError, match="remove it"):
         local.down(folder)
+
+
+def test_a_state_folder_that_another_user_could_write_to_is_refused(folder: Path) -> None:
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o777)
+    with pytest.raises(UserError, match="other users may write to the state folder .* run `chmod go-w"):
+        local.up(NodeOptions(), folder / "open")
+    assert list((folder / "open").iterdir()) == []
+    if os.getuid() == 0:
+        (folder / "theirs").mkdir()
+        os.chown(folder / "theirs", NOBODY, NOBODY)
+        for use in (lambda: local.up(NodeOptions(), folder / "theirs"), lambda: local.down(folder / "theirs")):
+            with pytest.raises(UserError, match="belongs to another user"):
+                use()
 
 
 def test_a_reused_process_number_is_not_ours() -> None:
