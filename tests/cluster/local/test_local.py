@@ -477,7 +477,7 @@ def test_a_state_folder_that_cannot_serve_is_refused(folder: Path) -> None:
 def test_a_state_folder_that_another_user_could_write_to_is_refused(folder: Path) -> None:
     (folder / "open").mkdir()
     (folder / "open").chmod(0o777)
-    with pytest.raises(UserError, match="other users may write to the state folder .* run `chmod go-w"):
+    with pytest.raises(UserError, match=r"other users may write to the state folder .* run `chmod go-w"):
         local.up(NodeOptions(), folder / "open")
     assert list((folder / "open").iterdir()) == []
     if os.getuid() == 0:

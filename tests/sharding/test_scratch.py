@@ -1,0 +1,76 @@
+"""Scratch folders: removed at the end, and by the next start if their process was killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from sharding.errors import UserError
+from sharding.scratch import ScratchFolder, scratch_folder
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def killed(temporary: Path) -> Path:
+    """Return the folder of a process that was killed."""
+    program = (
+        "import tempfile; from sharding.scratch import ScratchFolder\n"
+        f"tempfile.tempdir = {str(temporary)!r}; folder = ScratchFolder('test'); (folder.path / 'file').touch()\n"
+        "print(folder.path, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert (folder / "file").exists()
+        with ScratchFolder("other"):  # another start, while the process runs
+            assert (folder / "file").exists()
+        process.send_signal(signal.SIGKILL)
+    assert (folder / "file").exists()
+    return folder
+
+
+def test_a_folder_is_empty_and_ends_with_its_block(temporary: Path) -> None:
+    with scratch_folder("test") as folder:
+        assert folder.is_relative_to(temporary)
+        assert list(folder.iterdir()) == []
+        (folder / "a").mkdir()
+        with scratch_folder("test") as another:
+            assert another != folder
+        assert (folder / "a").exists()
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_next_start_removes_what_a_killed_process_left(temporary: Path) -> None:
+    folder = killed(temporary)
+    with scratch_folder("test"):
+        assert not folder.parent.exists()
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_is_not_ours_stays(temporary: Path) -> None:
+    (temporary / "satfusion-notes").mkdir()
+    (temporary / "satfusion-notes" / "file").write_text("mine")
+    (temporary / "elsewhere").mkdir()
+    (temporary / "elsewhere" / "satfusion.lock").write_text("")
+    (temporary / "satfusion-link").symlink_to(temporary / "elsewhere")
+    with scratch_folder("test"):
+        pass
+    assert (temporary / "satfusion-notes" / "file").read_text() == "mine"
+    assert (temporary / "elsewhere" / "satfusion.lock").exists()
+
+
+def test_a_temporary_folder_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(UserError, match="set TMPDIR to a folder"):
+        ScratchFolder("test")
