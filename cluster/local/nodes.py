@@ -32,7 +32,7 @@ from sharding.errors import UserError
 logger = logging.getLogger(__name__)
 
 _MARK = "SATFUSION_CLUSTER"
-_STATE, _RAY, _LOGS, _TOKEN = "state.json", "ray", "logs", "token"
+_STATE, _RAY, _LOGS, _TOKEN, _TEMPORARY = "state.json", "ray", "logs", "token", "tmp"
 _START_SECONDS = 120.0
 _DASHBOARD_SECONDS = 60.0
 # A Unix socket's path has at most 107 bytes, and Ray appends this many to its folder.
@@ -143,7 +143,7 @@ def down(state: Path) -> LocalCluster | None:
     # A process that was being started while the others ended appears in the next iteration.
     while alive := _alive(cluster):
         stop(alive)
-    for name in (_RAY, _LOGS):
+    for name in (_RAY, _LOGS, _TEMPORARY):
         shutil.rmtree(state / name, ignore_errors=True)
     for name in ("loopback.so", _TOKEN, _STATE):
         (state / name).unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def _write_state(state: Path, cluster: LocalCluster) -> None:
 
 def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> None:
     library = build_library(state)
-    for name in (_LOGS, _RAY):  # Ray lets every user read what it writes.
+    for name in (_LOGS, _RAY, _TEMPORARY):  # Ray lets every user read what it writes.
         (state / name).mkdir(mode=0o700)
     head = f"--head --port={cluster.gcs.rpartition(':')[2]} --include-dashboard=true --dashboard-host=127.0.0.1"
     first = [
@@ -300,6 +300,8 @@ def _node_environment(cluster: LocalCluster, number: int) -> dict[str, str]:
         # All processes of the node inherit them, also drivers and workers of jobs; no job record holds the token.
         MODE_VARIABLE: "token",
         PATH_VARIABLE: cluster.token_file,
+        # Ray's agents, and workers that are killed, leave their temporary files.
+        "TMPDIR": str(Path(cluster.token_file).with_name(_TEMPORARY)),
         # Parts of Ray without a given address look for any cluster on this machine.
         "RAY_ADDRESS": cluster.gcs,
         # The jobs' drivers are started as plain `python`.
