@@ -15,6 +15,7 @@ import sharding.cli
 from cluster import __version__
 from cluster.jobs.train_job import Placement
 from cluster.logs import configure_logging
+from pipeline.signals import sigterm_as_interrupt
 from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.storage import open_storage
@@ -28,13 +29,14 @@ _BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a user error, 130 for Ctrl-C."""
+    """Run the command line and return its exit status: 0, 2 for a user error, 130 for Ctrl-C and SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         refuse_secrets(arguments)  # before argparse, which repeats arguments that it does not recognise
         args = _parse(arguments)
         configure_logging(rank=int(os.environ.get("RANK", "0")))
-        status: int = args.run(args)
+        with sigterm_as_interrupt():
+            status: int = args.run(args)
     except UserError as error:
         print(f"satfusion: error: {error}", file=sys.stderr)
         return 2

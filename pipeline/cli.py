@@ -86,15 +86,13 @@ def _train(args: argparse.Namespace) -> int:
 
     # Absolute, because the run folder records these paths and may be read from other folders.
     config = load_config(args.config, args.overrides).with_absolute_uris(Path.cwd())
-    from pipeline.signals import sigterm_as_interrupt
     from pipeline.training.loop import run_training  # slow: imports torch
     from pipeline.world import leave_world
 
-    with sigterm_as_interrupt():
-        try:
-            run_training(config)
-        finally:
-            leave_world()
+    try:
+        run_training(config)
+    finally:
+        leave_world()
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.signals import dies_with_parent, sigterm_as_interrupt
+from pipeline.signals import dies_with_parent
 from sharding.errors import UserError
 from sharding.scratch import scratch_folder
 from sharding.storage import LocalStorage, Storage, open_storage
@@ -114,7 +114,7 @@ def event_folder(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
 def monitor(uris: Sequence[str], host: str, port: int, refresh_seconds: float) -> int:
     """Serve TensorBoard on ``uris`` until interrupted; return its exit status."""
     program = shutil.which("tensorboard", path=str(Path(sys.executable).parent)) or "tensorboard"
-    with sigterm_as_interrupt(), event_folder(uris, refresh_seconds) as folder:
+    with event_folder(uris, refresh_seconds) as folder:
         command = [program, "--logdir", str(folder), "--host", host, "--port", str(port)]
         # New events appear within seconds, also in files that a resumed run has left behind.
         command += ["--reload_interval", "5", "--reload_multifile", "true"]
