@@ -6,35 +6,27 @@ and by a quota that all threads share, and do not cover a body that ends early.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-import urllib.parse
 from typing import TYPE_CHECKING, Any
 
-from sharding.errors import UserError
 from sharding.storage import retries
-from sharding.storage.names import refuse_secret
 from sharding.storage.options import StorageOptions
 from sharding.storage.retries import Attempts, Outages, RetryCounter
+from sharding.storage.s3 import access
 from sharding.storage.s3.errors import passing_reason
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
-    from botocore.model import OperationModel
 
 CONNECT_TIMEOUT_S = 5.0
 # Longest silence on a connection, before a response or within a body.
 READ_TIMEOUT_S = 20.0
 POOL_SIZE = 32
-_YES, _NO = {"YES", "TRUE", "ON", "1"}, {"", "NO", "FALSE", "OFF", "0"}
 
 _answered: set[str] = set()
 """Endpoints that answered this process, even with an error, and have not timed out since."""
 _outages = Outages()
-_warned: set[str] = set()
-"""Endpoints with a path that were logged."""
-logger = logging.getLogger(__name__)
 
 
 class Bucket:
@@ -104,17 +96,6 @@ class Bucket:
             raise
         self.retries.add(reason)
 
-    @property
-    def hint(self) -> str:
-        """End of a message about a refusal: what is unusual in how this process asks; empty if nothing is."""
-        if _switch("AWS_NO_SIGN_REQUEST"):
-            return "; AWS_NO_SIGN_REQUEST is set, so requests carry no key, and only public buckets answer them"
-        if os.environ.get("AWS_SESSION_TOKEN"):
-            return (
-                "; AWS_SESSION_TOKEN must be the key's own and not expired: get new keys, or unset it for a lasting key"
-            )
-        return "" if _pays() else "; a requester-pays bucket needs AWS_REQUEST_PAYER=requester"
-
     def _connect(self) -> BaseClient:
         """Return this process's client; make it in a forked child, which must not share sockets."""
         with self._lock:
@@ -129,61 +110,17 @@ def _new_client(bucket: str, concurrency: int) -> BaseClient:
     from botocore import UNSIGNED
     from botocore.config import Config
 
+    charged = access.is_requester_charged()  # refuses other values before anything is sent
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=max(POOL_SIZE, concurrency),
-        signature_version=UNSIGNED if _switch("AWS_NO_SIGN_REQUEST") else None,
+        signature_version=UNSIGNED if access.is_unsigned() else None,
     )
-    pays = _pays()
     # A session of its own: boto3's default session is not safe to build clients from in several threads.
     client: BaseClient = boto3.session.Session().client("s3", config=config)
-    _check_endpoint(client.meta.endpoint_url, bucket)
-    if pays:
-        client.meta.events.register("provide-client-params.s3", _pay)
+    access.check_endpoint(client.meta.endpoint_url, bucket)
+    if charged:
+        client.meta.events.register("provide-client-params.s3", access.charge_requester)
     return client
-
-
-def _check_endpoint(url: str, bucket: str) -> None:
-    """Refuse an endpoint with a secret or with the bucket in its path; log one with another path. It is not repeated.
-
-    Raises:
-        UserError: For such an endpoint.
-    """
-    where = "the S3 endpoint (AWS_ENDPOINT_URL, or endpoint_url of the profile)"
-    refuse_secret(where, url)
-    parts = urllib.parse.urlsplit(url).path.strip("/").split("/")
-    if bucket in parts:
-        raise UserError(
-            f"{where} has a path that holds the bucket {bucket!r}, which the server would take for a key's beginning: "
-            "give http(s)://HOST:PORT alone, and the bucket in the URI"
-        )
-    if parts != [""] and url not in _warned:
-        _warned.add(url)
-        logger.warning("%s has a path, which few servers expect; without it, it is http(s)://HOST:PORT", where)
-
-
-def _pay(params: dict[str, Any], model: OperationModel, **context: object) -> dict[str, Any]:
-    """Add to a request that the requester pays, where S3's model of the operation has that."""
-    takes = "RequestPayer" in model.input_shape.members
-    return {**params, "RequestPayer": "requester"} if takes else params
-
-
-def _switch(name: str) -> bool:
-    """Return whether a variable is YES, as GDAL and rasterio read it.
-
-    Raises:
-        UserError: For a value that is neither yes nor no.
-    """
-    value = os.environ.get(name, "").strip().upper()
-    if value not in {*_YES, *_NO}:
-        raise UserError(f"{name} is {value!r}, which is neither yes nor no: set it to YES or NO")
-    return value in _YES
-
-
-def _pays() -> bool:
-    value = os.environ.get("AWS_REQUEST_PAYER", "").strip()
-    if value.lower() not in {"", "requester"}:
-        raise UserError(f"AWS_REQUEST_PAYER is {value!r}: set it to requester, or unset it")
-    return bool(value)

@@ -6,17 +6,15 @@ No message of this module contains the endpoint or a credential: both may be sec
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
 from sharding.storage.base import BucketNotFoundError, NotFoundError, StorageUnavailableError
+from sharding.storage.s3.access import hint, token_hint
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
-
-    from sharding.storage.s3.client import Bucket
 
 _BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
 # Transient codes with other statuses. The digest errors mean that a request's body was damaged on its way.
@@ -95,7 +93,7 @@ def passing_reason(error: Exception) -> str | None:
 
 
 @contextlib.contextmanager
-def explained(where: str, bucket: Bucket) -> Iterator[None]:
+def explained(where: str, bucket: str) -> Iterator[None]:
     """Convert errors of botocore to errors for the user. ``from None``: their text holds the endpoint.
 
     Args:
@@ -116,22 +114,20 @@ def explained(where: str, bucket: Bucket) -> Iterator[None]:
         raise StorageUnavailableError(f"{where} {error}: try again") from None
 
 
-def _refusal(where: str, bucket: Bucket, error: ClientError) -> UserError:
+def _refusal(where: str, bucket: str, error: ClientError) -> UserError:
     code = code_of(error)
     if passing_reason(error):
         return StorageUnavailableError(
             f"the S3 server cannot serve {where} now ({code}): try again later, or ask its operator"
         )
     if code == "NoSuchBucket":
-        return BucketNotFoundError(
-            f"bucket {bucket.name!r} does not exist: create it, or correct the URI {where}{bucket.hint}"
-        )
+        return BucketNotFoundError(f"bucket {bucket!r} does not exist: create it, or correct the URI {where}{hint()}")
     if code in {"NoSuchKey", "404"}:
         return NotFoundError(f"{where} does not exist")
     if code in _KEY_CODES:
         return UserError(
             f"the S3 server refused the access key for {where} ({code}): check AWS_ACCESS_KEY_ID and "
-            f"AWS_SECRET_ACCESS_KEY, or the profile{bucket.hint if os.environ.get('AWS_SESSION_TOKEN') else ''}"
+            f"AWS_SECRET_ACCESS_KEY, or the profile{token_hint()}"
         )
     if code in _TOKEN_CODES:
         return UserError(
@@ -140,9 +136,9 @@ def _refusal(where: str, bucket: Bucket, error: ClientError) -> UserError:
         )
     if code in _DENIED_CODES:
         return UserError(
-            f"access to {where} is denied ({code}): check the access key, the bucket's name and policy{bucket.hint}"
+            f"access to {where} is denied ({code}): check the access key, the bucket's name and policy{hint()}"
         )
-    return UserError(f"the S3 server refused {where} ({code}): check the URI and AWS_ENDPOINT_URL{bucket.hint}")
+    return UserError(f"the S3 server refused {where} ({code}): check the URI and AWS_ENDPOINT_URL{hint()}")
 
 
 def _no_answer(where: str, error: Exception) -> UserError:

@@ -139,7 +139,7 @@ class S3Storage:
             return self._bucket.call(Attempts(self._where(key)), operation, **request)
 
     def _explained(self, key: str) -> AbstractContextManager[None]:
-        return explained(self._where(key), self._bucket)
+        return explained(self._where(key), self._bucket.name)
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri
