@@ -191,7 +191,10 @@ class OutputConfig:
     sync_seconds: float = 10.0
     """Seconds between uploads of events and metrics when the run folder is on S3, > 0."""
     panels: int = 4
-    """Number of validation chips drawn as image panels at each validation, the first ones of the split, >= 0."""
+    """Number of validation chips drawn as image panels, the first ones of the split, >= 0."""
+    panels_every: int = 0
+    """Epochs between validations whose panels are drawn, >= 0; 0 draws after epochs 1, 2, 4, 8, ... and always after
+    the last step."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
@@ -199,6 +202,7 @@ class OutputConfig:
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
         require(self.sync_seconds > 0, "output.sync_seconds", self.sync_seconds, "a number above 0")
         require(self.panels >= 0, "output.panels", self.panels, "0 or more")
+        require(self.panels_every >= 0, "output.panels_every", self.panels_every, "0 or more")
 
 
 @dataclass(frozen=True)
