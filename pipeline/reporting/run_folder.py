@@ -67,7 +67,7 @@ class RunFolder:
         if self._thread is not None:
             self._thread.join()
         try:
-            self._sync(everything=True, final=True)
+            self.sync(final=True)
         except UserError as unsent:
             if error is None:
                 raise
@@ -93,15 +93,16 @@ class RunFolder:
         """Call a function before each round of uploads; its argument says if all that was written is due."""
         self._before.append(call)
 
-    def sync(self) -> None:
-        """Upload all that changed since its last upload.
+    def sync(self, *, everything: bool = True, final: bool = False) -> None:
+        """Upload what changed since its last upload.
+
+        Args:
+            everything: True if all of it is due, before a checkpoint; else what `before_upload` and `GrowingFile` say.
+            final: True if no more is written.
 
         Raises:
             UserError: The store refuses the upload.
         """
-        self._sync(everything=True)
-
-    def _sync(self, everything: bool, final: bool = False) -> None:
         if self._scratch is None:
             return
         with self._sending:
@@ -130,7 +131,7 @@ class RunFolder:
     def _sync_forever(self) -> None:
         while not self._stop.wait(self._sync_seconds):
             try:
-                self._sync(everything=False)
+                self.sync(everything=False)
             except (UserError, OSError) as error:
                 # Training must survive a store that is unavailable for a while; the next round uploads the rest.
                 logger.warning("run folder not synchronised, will retry: %s", error)
