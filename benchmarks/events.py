@@ -1,8 +1,8 @@
 """Uploads of a long training's events, metrics and panels: bytes, objects, delay and memory.
 
-``python -m benchmarks.events [--steps 100000] [--step-seconds 0.15]``: the real writers of rank 0, with made-up values and
-a clock that jumps, upload to a real S3 server. The row "before" has the same bytes, each changed file sent whole at each
-upload, as computed from the files' sizes.
+``python -m benchmarks.events [--steps 100000] [--step-seconds 0.15]``: the real writers of rank 0, with made-up values
+and a clock that jumps, upload to a real S3 server. The row "before" has the same bytes, each changed file sent whole
+at each upload, as computed from the files' sizes.
 """
 
 from __future__ import annotations
@@ -152,17 +152,23 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     output = OutputConfig(sync_seconds=args.sync_seconds)
-    with tempfile.TemporaryDirectory(prefix="satfusion-events-") as folder, ObjectStore(Path(folder), bucket="runs") as store:
-        with mock.patch.dict("os.environ", store.environment):
-            began = time.monotonic()
-            done = imitate("s3://runs/run", args.steps, args.step_seconds, output)
-            objects = Counter(item.key.rsplit("/", 1)[0] for item in RunFolder("s3://runs/run", 1).storage.list())
+    with (
+        tempfile.TemporaryDirectory(prefix="satfusion-events-") as folder,
+        ObjectStore(Path(folder), bucket="runs") as store,
+        mock.patch.dict("os.environ", store.environment),
+    ):
+        began = time.monotonic()
+        done = imitate("s3://runs/run", args.steps, args.step_seconds, output)
+        objects = Counter(item.key.rsplit("/", 1)[0] for item in RunFolder("s3://runs/run", 1).storage.list())
     sent = sum(done.uploads.sent.values())
     print(f"{args.steps} steps of {args.step_seconds} s, imitated in {time.monotonic() - began:.0f} s")
     print(f"written        {done.written / 1e6:10.1f} MB")
     print(f"before         {done.before / 1e6:10.1f} MB uploaded, {done.before / done.written:.2f} x")
     parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sorted(done.uploads.sent.items()))
-    print(f"now            {sent / 1e6:10.1f} MB uploaded, {sent / done.written:.2f} x ({parts}), {done.uploads.requests} writes")
+    print(
+        f"now            {sent / 1e6:10.1f} MB uploaded, {sent / done.written:.2f} x ({parts}), "
+        f"{done.uploads.requests} writes"
+    )
     print(f"objects        {sum(objects.values())}: {dict(objects)}")
     print(f"longest delay  {done.delay:10.1f} s")
     print(f"resident, MB   {', '.join(f'{size / 1e6:.0f}' for size in done.resident)}")

@@ -285,7 +285,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         recipe: Path of a TOML file, or the name of a recipe (`recipe_names`).
-        overrides: ``section.key=value`` with the value in TOML; a bare word is taken as a string.
+        overrides: ``section.key=value`` with the value in TOML; a bare word is taken as a string, and so is any
+            bare value of a key that is a string.
 
     Raises:
         UserError: No such file or recipe, broken TOML, an unknown key (the nearest is named), a bad value, or a secret
@@ -313,7 +314,7 @@ def _read_recipe(recipe: str) -> str:
     path = Path(recipe)
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"configuration {recipe} cannot be read as UTF-8 text: {error}") from None
     if recipe in recipe_names():
@@ -330,10 +331,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if _is_text(section, key) and not isinstance(value, str):  # a bare date or number
+        value = text.strip()
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
         raise UserError(f"override {override!r} sets a key of {section!r}, which is not a section")
     inner[key] = value
+
+
+def _is_text(section: str, key: str) -> bool:
+    """Return True if a key of a section is a string, or one of a few words."""
+    kind = typing.get_type_hints(RunConfig).get(section)
+    hint = typing.get_type_hints(kind).get(key) if kind else None
+    return hint is str or typing.get_origin(hint) is typing.Literal
 
 
 def _refuse_secrets(values: Mapping[str, Any], prefix: str, source: str) -> None:

@@ -26,7 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX
 
 LONGEST_WAIT_S = 45.0
-"""Seconds that an event waits at most for the upload that closes its segment; the pause between uploads comes on top."""
+"""Longest time that an event waits to be due, seconds; then it is part of the next upload."""
 WAIT_SHARE = 0.05
 """Share of a run's time so far that an event may wait: the first events of a run are visible at once."""
 FREE_SEGMENTS, STEPS_PER_SEGMENT = 200, 334

@@ -85,6 +85,9 @@ class ShardResult:
     skipped: tuple[Skipped, ...]
     """AOIs that could not be read."""
 
+    passed: tuple[str, ...] = ()
+    """Lines on the revisits that were passed over because others remained."""
+
     outcome: Outcome = "made"
     """Outcome: ``made``, ``kept`` (it existed, or another run made it meanwhile) or ``repaired`` (it was damaged)."""
 
@@ -142,7 +145,7 @@ def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
 def _pack(task: ShardTask, path: Path) -> ShardResult:
     """Write the tar to a local file; skip AOIs that cannot be read."""
     histograms: dict[str, Histogram] = {}
-    skipped, bytes_in = [], 0
+    skipped, passed, bytes_in = [], list[str](), 0
     try:
         with path.open("wb") as file:
             writer = ShardWriter(file)
@@ -155,6 +158,7 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
                 if task.split == "train":
                     _count(sample, histograms)
                 writer.add(sample)
+                passed += [f"AOI {aoi.name!r}: passed over, {why}" for why in sample.passed]
                 bytes_in += sample.bytes_in
             entry = writer.finish(task.name)
     except OSError as error:
@@ -164,7 +168,9 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
         ) from error
     if not entry.samples:
         return ShardResult(task.name, None, {}, tuple(skipped), bytes_in=bytes_in)
-    return ShardResult(task.name, entry, histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+    return ShardResult(
+        task.name, entry, histograms, tuple(skipped), tuple(passed), bytes_in=bytes_in, bytes_out=entry.bytes
+    )
 
 
 def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
@@ -212,12 +218,14 @@ def _foreign(task: ShardTask) -> UserError:
 
 
 def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
-    described = {
+    described: dict[str, object] = {
         "fingerprint": task.fingerprint,
         "shard": shard_to_json(result.entry) if result.entry else None,
         "skipped": [vars(item) for item in result.skipped],
         "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
     }
+    if result.passed:
+        described["passed"] = list(result.passed)
     return json.dumps(described, sort_keys=True).encode()
 
 
@@ -235,6 +243,7 @@ def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
             entry=entry,
             histograms={image: Histogram.from_text(text) for image, text in described["histograms"].items()},
             skipped=tuple(Skipped(**item) for item in described["skipped"]),
+            passed=tuple(map(str, described.get("passed", ()))),
             outcome="kept",
         )
         return (str(described["fingerprint"]), result) if entry is None or entry.name == name else None
