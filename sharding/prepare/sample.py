@@ -101,7 +101,8 @@ def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int
 def _check_picture(name: str, image: NDArray[Any], where: Seen, numbers: Sequence[int]) -> None:
     if not where.any():
         raise UnusableError("no-data", f"{name} holds no data")
-    value = image[:, *np.unravel_index(where.argmax(), where.shape)]
+    row, column = np.unravel_index(where.argmax(), where.shape)
+    value = image[:, row, column]
     varied = ((image != value[:, None, None]) & where).reshape(len(image), -1).any(axis=1)
     if not (varied.any() or value.any()):
         raise UnusableError("no-data", f"{name} is all zero")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,24 @@ class ShardTask:
         described = [FORMAT_VERSION, self.split, self.name, asdict(self.options), files]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
+    def substitutes(self, skipped: Sequence[Skipped], passed: Sequence[str]) -> str:
+        """Return the digest of the files that may stand in for unusable revisits; "" if there are none.
+
+        The fingerprint does not cover them: most samples do not read them.
+
+        Args:
+            skipped: AOIs that could not be read.
+            passed: Lines on revisits that were passed over.
+        """
+        names = {item.aoi for item in skipped}
+        files = []
+        for aoi in self.aois:
+            if aoi.name in names or any(line.startswith(_passed_over(aoi.name)) for line in passed):
+                used = {file.name for file in aoi.used(self.options)}
+                every = (file for revisit in aoi.revisits.values() for file in revisit.values())
+                files += [[file.name, file.size] for file in every if file.name not in used]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ""
+
 
 @dataclass(frozen=True)
 class ShardResult:
@@ -87,6 +105,9 @@ class ShardResult:
 
     passed: tuple[str, ...] = ()
     """Lines on the revisits that were passed over because others remained."""
+
+    substitutes: str = ""
+    """Digest by `ShardTask.substitutes`."""
 
     outcome: Outcome = "made"
     """Outcome: ``made``, ``kept`` (it existed, or another run made it meanwhile) or ``repaired`` (it was damaged)."""
@@ -110,7 +131,8 @@ def build_shard(task: ShardTask) -> ShardResult:
     """
     fingerprint, earlier = read_sidecar(task.output, task.name) or ("", None)
     damage = None
-    if earlier is not None and fingerprint == task.fingerprint:
+    same = earlier is not None and fingerprint == task.fingerprint
+    if earlier is not None and same and earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed):
         damage = damage_of(task.output, earlier.entry) if earlier.entry else None
         if damage is None:
             for item in earlier.skipped:
@@ -132,6 +154,10 @@ def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
     skipped = Skipped(aoi, error.reason, error.detail)
     _refuse_if_strict(skipped, strict)
     return skipped
+
+
+def _passed_over(aoi: str) -> str:
+    return f"AOI {aoi!r} without a revisit:"
 
 
 def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
@@ -158,7 +184,7 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
                 if task.split == "train":
                     _count(sample, histograms)
                 writer.add(sample)
-                passed += [f"AOI {aoi.name!r}: passed over, {why}" for why in sample.passed]
+                passed += [f"{_passed_over(aoi.name)} {why}" for why in sample.passed]
                 bytes_in += sample.bytes_in
             entry = writer.finish(task.name)
     except OSError as error:
@@ -226,6 +252,8 @@ def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
     }
     if result.passed:
         described["passed"] = list(result.passed)
+    if substitutes := task.substitutes(result.skipped, result.passed):
+        described["substitutes"] = substitutes
     return json.dumps(described, sort_keys=True).encode()
 
 
@@ -244,6 +272,7 @@ def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
             histograms={image: Histogram.from_text(text) for image, text in described["histograms"].items()},
             skipped=tuple(Skipped(**item) for item in described["skipped"]),
             passed=tuple(map(str, described.get("passed", ()))),
+            substitutes=str(described.get("substitutes", "")),
             outcome="kept",
         )
         return (str(described["fingerprint"]), result) if entry is None or entry.name == name else None
