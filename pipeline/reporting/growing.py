@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sharding.storage import NotFoundError, Storage
 
-SMALL_FILE = 256 << 10
-"""Size up to which the whole file is stored whenever it has grown by a quarter, bytes."""
-GROWTH = 1.25
+SMALL_FILE = 32 << 10
+"""Size up to which the whole file is stored whenever it has doubled, bytes."""
+GROWTH = 2
 """Growth since the last upload that is worth another one."""
 
 
@@ -43,7 +43,7 @@ class GrowingFile:
 
         Args:
             path: The file.
-            everything: True if all bytes are due; else only a small file that has grown by a quarter.
+            everything: True if all bytes are due; else only a small file that has doubled.
             final: True if the whole file is due.
         """
         stat = path.stat()
