@@ -6,12 +6,14 @@ resumes at the checkpoint finds every row; the whole file follows when the run e
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sharding.storage import NotFoundError, Storage
 
 SMALL_FILE = 32 << 10
 """Size up to which the whole file is stored whenever it has doubled, bytes."""
+_PART = re.compile(r"[0-9]{15}")
 GROWTH = 2
 """Growth since the last upload that is worth another one."""
 
@@ -57,7 +59,8 @@ class GrowingFile:
             data = path.read_bytes()
             self._storage.write(self._key, data)
             for part in self._parts.list():
-                self._parts.delete(part.key)
+                if _PART.fullmatch(part.key):
+                    self._parts.delete(part.key)
             self._whole = self._sent = len(data)
         elif everything:
             with path.open("rb") as file:

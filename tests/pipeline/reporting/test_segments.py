@@ -41,6 +41,7 @@ def test_a_runs_events_are_uploaded_once_and_read_as_one_curve(s3: S3, tmp_path:
     assert len(run.list("events/rank-0/")) == len(run.list("events/aggregate/")) < 80
     EventMirror(run, tmp_path).update()
     for folder in ("rank-0", "aggregate"):
+        assert len(list((tmp_path / folder).iterdir())) == 1
         assert curve(tmp_path / folder, "train/loss") == list(range(1, steps + 1))
 
 
