@@ -20,6 +20,7 @@ from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.storage import open_storage
 from sharding.storage.names import refuse_secrets
+from sharding.terminal import escaped
 
 if TYPE_CHECKING:
     from cluster.local import nodes as local
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             status: int = args.run(args)
     except UserError as error:
-        print(f"satfusion: error: {error}", file=sys.stderr)
+        print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("satfusion: interrupted", file=sys.stderr)

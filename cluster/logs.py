@@ -5,13 +5,27 @@ from __future__ import annotations
 import logging
 import sys
 
+from sharding.terminal import escaped
+
 PACKAGES = ("sharding", "models", "pipeline", "cluster")
+
+
+class _Formatter(logging.Formatter):
+    """Formatter of one line a message; only a traceback has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Format the message, escaped."""
+        return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: object) -> str:
+        """Format a traceback line by line, each escaped."""
+        return "\n".join(map(escaped, super().formatException(ei).split("\n")))  # type: ignore[arg-type]
 
 
 def configure_logging(rank: int = 0) -> None:
     """Log to stderr in a short form; with several ranks only the first at INFO."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from sharding.terminal import say
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import Evaluation
@@ -101,7 +102,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UserError(f"--panels = {args.panels} is out of range: it must be 0 or more")
     result = _evaluate_published(args) if args.published_checkpoint else _evaluate_run(args)
     print(result.table())
-    print(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
+    say(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
     return 0
 
 

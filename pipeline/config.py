@@ -191,7 +191,10 @@ class OutputConfig:
     sync_seconds: float = 10.0
     """Seconds between uploads of events and metrics when the run folder is on S3, > 0."""
     panels: int = 4
-    """Number of validation chips drawn as image panels at each validation, the first ones of the split, >= 0."""
+    """Number of validation chips drawn as image panels, the first ones of the split, >= 0."""
+    panels_every: int = 0
+    """Epochs between validations whose panels are drawn, >= 0; 0 draws after epochs 1, 2, 4, 8, ... and always after
+    the last step."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
@@ -199,6 +202,7 @@ class OutputConfig:
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
         require(self.sync_seconds > 0, "output.sync_seconds", self.sync_seconds, "a number above 0")
         require(self.panels >= 0, "output.panels", self.panels, "0 or more")
+        require(self.panels_every >= 0, "output.panels_every", self.panels_every, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         recipe: Path of a TOML file, or the name of a recipe (`recipe_names`).
-        overrides: ``section.key=value`` with the value in TOML; a bare word is taken as a string.
+        overrides: ``section.key=value`` with the value in TOML; a bare word is taken as a string, and so is any
+            bare value of a key that is a string.
 
     Raises:
         UserError: No such file or recipe, broken TOML, an unknown key (the nearest is named), a bad value, or a secret
@@ -309,7 +314,7 @@ def _read_recipe(recipe: str) -> str:
     path = Path(recipe)
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"configuration {recipe} cannot be read as UTF-8 text: {error}") from None
     if recipe in recipe_names():
@@ -326,10 +331,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if _is_text(section, key) and not isinstance(value, str):  # a bare date or number
+        value = text.strip()
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
         raise UserError(f"override {override!r} sets a key of {section!r}, which is not a section")
     inner[key] = value
+
+
+def _is_text(section: str, key: str) -> bool:
+    """Return True if a key of a section is a string, or one of a few words."""
+    kind = typing.get_type_hints(RunConfig).get(section)
+    hint = typing.get_type_hints(kind).get(key) if kind else None
+    return hint is str or typing.get_origin(hint) is typing.Literal
 
 
 def _refuse_secrets(values: Mapping[str, Any], prefix: str, source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,10 @@ from sharding.run.job import ShardJob, ShardOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import processes
 from sharding.storage import StorageOptions, open_storage
+from sharding.terminal import say
 
 if TYPE_CHECKING:
-    from sharding.run.dataset import Report, Runner
+    from sharding.run.dataset import Runner
 
 MAX_DEFAULT_WORKERS = 8
 
@@ -102,7 +104,7 @@ def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run_download(args: argparse.Namespace) -> int:
     """Run `download`."""
     download(args.to, parse_only(args.only), mirror=args.mirror)
-    print(f"now: satfusion shard --input {args.to} --output URI")
+    say(f"now: satfusion shard --input {args.to} --output URI")
     return 0
 
 
@@ -125,14 +127,19 @@ def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
     # First: the worker processes load torch while the imports below load it here.
     runner = runner or processes(job.workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1))
     # Here, not above: every other verb must run without rasterio.
-    from sharding.run.dataset import shard_folder
+    from sharding.run.dataset import TooFewAoisError, shard_folder
 
     storage = open_storage(job.output, job.storage)
-    report = shard_folder(job.input, storage, job.options, say=print, runner=runner, overwrite=job.overwrite)
+    try:
+        report = shard_folder(job.input, storage, job.options, say=say, runner=runner, overwrite=job.overwrite)
+    except TooFewAoisError as error:
+        if job.report:
+            _write_report(job.report, error.to_json(), "there is no dataset")
+        raise
     for line in (*describe(report.index, storage), *report.lines()):
-        print(line)
+        say(line)
     if job.report:
-        _write_report(job.report, report)
+        _write_report(job.report, report.to_json(), "the dataset is complete")
     return 0
 
 
@@ -146,8 +153,8 @@ def run_verify(args: argparse.Namespace) -> int:
         raise UserError(f"--num-aois {args.num_aois} is too small: the least is 1")
     found = verify(open_storage(args.uri), args.deep, args.input, args.num_aois, args.seed)
     for problem in found.problems:
-        print(f"{problem.shard}: {problem.detail}")
-    print(found.summary())
+        say(f"{problem.shard}: {problem.detail}")
+    say(found.summary())
     return 1 if found.problems else 0
 
 
@@ -161,17 +168,15 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         lines = describe(index, storage)
     for line in lines:
-        print(line)
+        say(line)
     if args.png is not None:
         draw(index, storage, args.png, args.aoi)
-        print(f"contact sheet: {args.png} (* marks the clearest revisit)")
+        say(f"contact sheet: {args.png} (* marks the clearest revisit)")
     return 0
 
 
-def _write_report(path: Path, report: Report) -> None:
+def _write_report(path: Path, report: Mapping[str, object], state: str) -> None:
     try:
-        path.write_text(json.dumps(report.to_json(), indent=1, sort_keys=True), encoding="utf-8")
+        path.write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"cannot write --report {path} ({error.strerror}): the dataset is complete; give a writable file"
-        ) from error
+        raise UserError(f"cannot write --report {path} ({error.strerror}): {state}; give a writable file") from error

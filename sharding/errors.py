@@ -49,6 +49,19 @@ class UnusableError(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+class RevisitError(UnusableError):
+    """Error of one revisit; the AOI is usable if enough others remain.
+
+    Attributes:
+        number: The revisit's number in the source.
+    """
+
+    def __init__(self, reason: Reason, detail: str, number: int) -> None:
+        super().__init__(reason, detail)
+        self.args = (reason, detail, number)
+        self.number = number
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, else the list of all of them."""
     names = sorted(known)

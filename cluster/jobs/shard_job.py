@@ -12,6 +12,7 @@ from sharding.errors import UserError
 from sharding.run.build import ShardResult, ShardTask, build_shard
 from sharding.run.job import ShardJob
 from sharding.storage import StorageUnavailableError
+from sharding.terminal import escaped
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ray.init(address="auto", logging_level=logging.WARNING)
         return run_shard(job, tasks_on_ray(job.workers))
     except UserError as error:
-        print(f"satfusion: error: {error}", file=sys.stderr)
+        print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX, RunFolder
+from pipeline.reporting.segments import EventFile
 
 AGGREGATE = "events/aggregate"
 
@@ -28,17 +30,15 @@ class RankEvents:
 
     def __init__(self, run: RunFolder, rank: int, first_step: int) -> None:
         """Open a new event file; readers drop earlier events of ``first_step`` and later, left by a killed process."""
-        self._writer = _writer(run.local / rank_folder(rank), first_step)
+        self._file = _event_file(run, rank_folder(rank), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars of a step."""
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+        self._file.add(step, _scalars(values))
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self._writer.close()
+        """Close the file."""
+        self._file.close()
 
 
 class AggregateEvents:
@@ -46,7 +46,7 @@ class AggregateEvents:
 
     def __init__(self, run: RunFolder, first_step: int) -> None:
         """Open a new event file (see `RankEvents`)."""
-        self._writer = _writer(run.local / AGGREGATE, first_step)
+        self._file = _event_file(run, AGGREGATE, first_step)
 
     def scalars(self, step: int, by_rank: Mapping[str, Tensor], merged: Mapping[str, float]) -> None:
         """Write one value of all ranks for each tag, and the minimum and maximum over ranks.
@@ -56,23 +56,25 @@ class AggregateEvents:
             by_rank: Values [ranks] by tag.
             merged: The one value of all ranks by tag: the mean, or another aggregate.
         """
-        for tag, values in by_rank.items():
-            self._writer.add_scalar(tag, merged[tag], step)
-            self._writer.add_scalar(f"{tag}_min", values.amin().item(), step)
-            self._writer.add_scalar(f"{tag}_max", values.amax().item(), step)
-        self._writer.flush()
+        values: dict[str, float] = {}
+        for tag, ranks in by_rank.items():
+            values |= {tag: merged[tag], f"{tag}_min": ranks.amin().item(), f"{tag}_max": ranks.amax().item()}
+        self._file.add(step, _scalars(values))
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8], folder: Path) -> None:
         """Write an image [H, W, 3], also as ``<tag>-step-<n>.png`` below ``folder``."""
-        self._writer.add_image(tag, image, step, dataformats="HWC")
-        self._writer.flush()
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        height, width, channels = image.shape
+        shown = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        self._file.add(step, Summary(value=[Summary.Value(tag=tag, image=shown)]))
         path = folder / f"{tag}-step-{step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        path.write_bytes(png.getvalue())
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self._writer.close()
+        """Close the file."""
+        self._file.close()
 
 
 class CsvLog:
@@ -124,6 +126,11 @@ def _read_rows(path: Path, last_step: int, renamed: Mapping[str, str]) -> tuple[
     return header, [dict(zip(header, row, strict=True)) for row in whole if int(row[0]) <= last_step]
 
 
-def _writer(folder: Path, first_step: int) -> SummaryWriter:
-    folder.mkdir(parents=True, exist_ok=True)
-    return SummaryWriter(str(folder), purge_step=first_step)
+def _event_file(run: RunFolder, folder: str, first_step: int) -> EventFile:
+    file = EventFile(run.local / folder, first_step, segmented=run.uploads)
+    run.before_upload(file.settle)
+    return file
+
+
+def _scalars(values: Mapping[str, float]) -> Summary:
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.reporting.segments import without_segment
 from pipeline.signals import dies_with_parent
 from sharding.errors import UserError
 from sharding.scratch import scratch_folder
@@ -22,6 +23,8 @@ from sharding.storage.names import path_below
 logger = logging.getLogger(__name__)
 
 EVENTS = "events"
+_PIECE = 8 << 20
+"""Bytes of an event file that are read at once."""
 # Errors of a file system for a name that is too long, or that is both a folder and a file in the store.
 _NO_FILE_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
@@ -51,9 +54,11 @@ class EventMirror:
             if path is None:
                 self._skipped.add(stored.key)
                 continue
-            # Event files only grow, and TensorBoard continues reading at its position in the open file.
+            # Event files only grow, and TensorBoard continues reading at its position in the open file. Each segment is
+            # complete before the next one begins.
             with path.open("ab") as file:
-                file.write(self._events.read_range(stored.key, here, stored.size - here))
+                for start in range(here, stored.size, _PIECE):
+                    file.write(self._events.read_range(stored.key, start, min(_PIECE, stored.size - start)))
             self._sizes[stored.key] = stored.size
             fetched += 1
         return fetched
@@ -61,7 +66,8 @@ class EventMirror:
     def _place(self, key: str) -> Path | None:
         """Return the path of a key's copy and create its folder; None, with a warning, if it cannot be a file."""
         try:
-            path = path_below(self._folder, key, self._events.uri)
+            # All segments of a process in one file: TensorBoard keeps every file open.
+            path = path_below(self._folder, without_segment(key), self._events.uri)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         except UserError as error:

@@ -6,11 +6,23 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pipeline.config import OutputConfig
 from pipeline.data.batches import Batch
 from sharding.picture import robust_high, sheet, to_rgb8
 
 ERROR_FULL_SCALE = 0.1
 """Absolute error, in reflectance, that is drawn white."""
+
+
+def num_panels(config: OutputConfig, step: int, steps_per_epoch: int, total_steps: int) -> int:
+    """Return the number of chips to draw at the validation after a step.
+
+    With ``panels_every`` 0 these are the validations that show how a training changes: after epochs 1, 2, 4, 8 and so
+    on, and after the last step.
+    """
+    epoch = -(-step // steps_per_epoch)
+    draws = epoch % config.panels_every == 0 if config.panels_every else epoch & (epoch - 1) == 0
+    return config.panels if draws or step == total_steps else 0
 
 
 def panel(batch: Batch, fused: Tensor, title: str) -> npt.NDArray[np.uint8]:

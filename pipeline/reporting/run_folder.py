@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pipeline.reporting.growing import GrowingFile
 from sharding.errors import UserError
 from sharding.scratch import ScratchFolder
 from sharding.storage import LocalStorage, open_storage
@@ -23,7 +25,8 @@ class RunFolder:
     """A run's files: ``storage`` for files published whole, ``local`` for files that grow.
 
     For a local run both are the same folder. For an s3:// run ``local`` is a scratch folder of this process, whose
-    changed files are uploaded every ``sync_seconds`` by a thread, and once more on leaving the context.
+    changed files are uploaded every ``sync_seconds`` by a thread, and once more on leaving the context. Files that were
+    fetched are taken to grow and are stored in parts (`pipeline.reporting.growing`).
     """
 
     def __init__(self, uri: str, sync_seconds: float) -> None:
@@ -41,6 +44,8 @@ class RunFolder:
             self._scratch = ScratchFolder("run")
             self.local = self._scratch.path
         self._sent: dict[str, tuple[int, int]] = {}
+        self._growing: dict[str, GrowingFile] = {}
+        self._before: list[Callable[[bool], None]] = []
         self._sending = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,7 +67,7 @@ class RunFolder:
         if self._thread is not None:
             self._thread.join()
         try:
-            self.sync()
+            self.sync(final=True)
         except UserError as unsent:
             if error is None:
                 raise
@@ -70,16 +75,30 @@ class RunFolder:
         finally:
             self._scratch.cleanup()
 
+    @property
+    def uploads(self) -> bool:
+        """Return True if files are uploaded from ``local``, False if they are in their place already."""
+        return self._scratch is not None
+
     def fetch(self, key: str) -> Path:
-        """Return the local path of ``key``; download it first if only the store has it."""
+        """Return the local path of a file that grows; download it first if only the store has it."""
         path = path_below(self.local, key, self.storage.uri)
-        if self._scratch is not None and not path.exists() and self.storage.exists(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.storage.read(key))
+        if self._scratch is not None and not path.exists():
+            growing = GrowingFile(self.storage, key)
+            growing.fetch(path)
+            self._growing[key] = growing
         return path
 
-    def sync(self) -> None:
-        """Upload every local file that changed since its last upload.
+    def before_upload(self, call: Callable[[bool], None]) -> None:
+        """Call a function before each round of uploads; its argument says if all that was written is due."""
+        self._before.append(call)
+
+    def sync(self, *, everything: bool = True, final: bool = False) -> None:
+        """Upload what changed since its last upload.
+
+        Args:
+            everything: True if all of it is due, before a checkpoint; else what `before_upload` and `GrowingFile` say.
+            final: True if no more is written.
 
         Raises:
             UserError: The store refuses the upload.
@@ -87,14 +106,19 @@ class RunFolder:
         if self._scratch is None:
             return
         with self._sending:
+            for call in self._before:
+                call(everything)
             for path in sorted(self.local.rglob("*")):
-                self._send(path)
+                self._send(path, everything, final)
 
-    def _send(self, path: Path) -> None:
+    def _send(self, path: Path, everything: bool, final: bool) -> None:
         try:
             stat = path.stat()
             data_of = (stat.st_size, stat.st_mtime_ns)
             key = path.relative_to(self.local).as_posix()
+            if key in self._growing:
+                self._growing[key].send(path, everything, final)
+                return
             if path.suffix == TEMPORARY_SUFFIX or path.is_dir() or self._sent.get(key) == data_of:
                 return
             # A copy, because an event file may grow during the upload.
@@ -107,7 +131,7 @@ class RunFolder:
     def _sync_forever(self) -> None:
         while not self._stop.wait(self._sync_seconds):
             try:
-                self.sync()
+                self.sync(everything=False)
             except (UserError, OSError) as error:
                 # Training must survive a store that is unavailable for a while; the next round uploads the rest.
                 logger.warning("run folder not synchronised, will retry: %s", error)

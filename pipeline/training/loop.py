@@ -22,6 +22,7 @@ from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan, random_words
 from pipeline.quality.losses import LossParts, fusion_loss
 from pipeline.reporting.events import rank_folder
+from pipeline.reporting.panels import num_panels
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.run_logs import RunLogs
 from pipeline.reporting.tags import AVERAGED, LOSS_TAGS
@@ -280,7 +281,8 @@ class Trainer:
 
     def validate(self, logs: RunLogs) -> dict[str, float]:
         """Evaluate the validation split over all ranks; keep the weights if they are the best so far."""
-        found = validate(self.engine, self.val_set, self.world, self.config)
+        panels = num_panels(self.config.output, self.step, self.loader.steps_per_epoch, self.total_steps)
+        found = validate(self.engine, self.val_set, self.world, self.config, panels)
         for chip, image in found.panels.items():
             logs.panel(self.step, f"val/{chip}", image)
         if not math.isfinite(found.metrics["val/loss"]):

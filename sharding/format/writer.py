@@ -40,6 +40,9 @@ class NewSample:
     bytes_in: int = 0
     """Size of the source files that were read for it."""
 
+    passed: tuple[str, ...] = ()
+    """Reasons why revisits of the AOI were passed over."""
+
 
 class ShardWriter:
     """Writer of a tar, byte for byte as WebDataset's writer; it computes the SHA-256 while it writes.

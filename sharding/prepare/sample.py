@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.errors import UnusableError
+from sharding.errors import RevisitError, UnusableError
 from sharding.format.writer import NewSample
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.scene import Prepared, choose_revisits, prepare, quantise
-from sharding.sources.worldstrat.layout import AoiFiles
+from sharding.sources.worldstrat.layout import AoiFiles, check_files
 from sharding.sources.worldstrat.rasters import NO_CLM, SPOT_RGB, Scene, read_scene
 
 GEOREFERENCE = "bounds of the Sentinel-2 rasters divided by each grid's size; the SPOT rasters carry none"
@@ -22,6 +24,8 @@ Seen = NDArray[np.bool_]
 def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     """Make an AOI's sample. The same files and options give the same sample.
 
+    A revisit that shows nothing, or whose size is not that of most, is passed over if enough others remain.
+
     Args:
         aoi: Its files, which pass ``check_files``.
         options: Options of the sample.
@@ -29,6 +33,20 @@ def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     Raises:
         UnusableError: If it cannot be read, an image shows nothing, or it is cloudier than the options allow.
     """
+    passed: list[RevisitError] = []
+    while True:
+        try:
+            return replace(_make(aoi, options), passed=tuple(str(error) for error in passed))
+        except RevisitError as error:
+            passed.append(error)
+            aoi = aoi.without(error.number)
+            try:
+                check_files(aoi, options)  # a revisit that takes its place may lack a file
+            except UnusableError:
+                raise passed[0] from None
+
+
+def _make(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     scene = read_scene(aoi, options)
     chosen = choose_revisits(scene, options)
     seen = {"hr": _seen(scene.hr), "pan": _seen(scene.pan)}
@@ -68,24 +86,29 @@ def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int
     """Refuse a scene with an image that shows nothing: no data, or a band that is constant wherever it has data.
 
     Raises:
-        UnusableError: ``no-data`` or ``degenerate``.
+        UnusableError: ``no-data`` or ``degenerate``; a RevisitError if it is a revisit.
     """
-    pictures = [
-        (f"revisit {scene.revisits[index].number}", scene.lr[index], scene.valid[index][0], options.band_numbers)
-        for index in chosen
-    ]
-    pictures.append((f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB))
-    pictures.append(("the SPOT pan raster", scene.pan, seen["pan"], (1,)))
-    for name, image, where, numbers in pictures:
-        if not where.any():
-            raise UnusableError("no-data", f"{name} holds no data")
-        value = image[:, *np.unravel_index(where.argmax(), where.shape)]
-        varied = ((image != value[:, None, None]) & where).reshape(len(image), -1).any(axis=1)
-        if not (varied.any() or value.any()):
-            raise UnusableError("no-data", f"{name} is all zero")
-        if not varied.all():
-            band = int(varied.argmin())
-            raise UnusableError("degenerate", f"band {numbers[band]} of {name} is {value[band]:g} wherever it has data")
+    _check_picture(f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB)
+    _check_picture("the SPOT pan raster", scene.pan, seen["pan"], (1,))
+    for index in chosen:
+        number = scene.revisits[index].number
+        try:
+            _check_picture(f"revisit {number}", scene.lr[index], scene.valid[index][0], options.band_numbers)
+        except UnusableError as error:
+            raise RevisitError(error.reason, error.detail, number) from None
+
+
+def _check_picture(name: str, image: NDArray[Any], where: Seen, numbers: Sequence[int]) -> None:
+    if not where.any():
+        raise UnusableError("no-data", f"{name} holds no data")
+    row, column = np.unravel_index(where.argmax(), where.shape)
+    value = image[:, row, column]
+    varied = ((image != value[:, None, None]) & where).reshape(len(image), -1).any(axis=1)
+    if not (varied.any() or value.any()):
+        raise UnusableError("no-data", f"{name} is all zero")
+    if not varied.all():
+        band = int(varied.argmin())
+        raise UnusableError("degenerate", f"band {numbers[band]} of {name} is {value[band]:g} wherever it has data")
 
 
 def _seen(image: NDArray[np.uint16]) -> Seen:

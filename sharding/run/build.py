@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,24 @@ class ShardTask:
         described = [FORMAT_VERSION, self.split, self.name, asdict(self.options), files]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
+    def substitutes(self, skipped: Sequence[Skipped], passed: Sequence[str]) -> str:
+        """Return the digest of the files that may stand in for unusable revisits; "" if there are none.
+
+        The fingerprint does not cover them: most samples do not read them.
+
+        Args:
+            skipped: AOIs that could not be read.
+            passed: Lines on revisits that were passed over.
+        """
+        names = {item.aoi for item in skipped}
+        files = []
+        for aoi in self.aois:
+            if aoi.name in names or any(line.startswith(_passed_over(aoi.name)) for line in passed):
+                used = {file.name for file in aoi.used(self.options)}
+                every = (file for revisit in aoi.revisits.values() for file in revisit.values())
+                files += [[file.name, file.size] for file in every if file.name not in used]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ""
+
 
 @dataclass(frozen=True)
 class ShardResult:
@@ -84,6 +102,12 @@ class ShardResult:
 
     skipped: tuple[Skipped, ...]
     """AOIs that could not be read."""
+
+    passed: tuple[str, ...] = ()
+    """Lines on the revisits that were passed over because others remained."""
+
+    substitutes: str = ""
+    """Digest by `ShardTask.substitutes`."""
 
     outcome: Outcome = "made"
     """Outcome: ``made``, ``kept`` (it existed, or another run made it meanwhile) or ``repaired`` (it was damaged)."""
@@ -107,7 +131,8 @@ def build_shard(task: ShardTask) -> ShardResult:
     """
     fingerprint, earlier = read_sidecar(task.output, task.name) or ("", None)
     damage = None
-    if earlier is not None and fingerprint == task.fingerprint:
+    same = earlier is not None and fingerprint == task.fingerprint
+    if earlier is not None and same and earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed):
         damage = damage_of(task.output, earlier.entry) if earlier.entry else None
         if damage is None:
             for item in earlier.skipped:
@@ -131,6 +156,10 @@ def skip(aoi: str, error: UnusableError, strict: bool) -> Skipped:
     return skipped
 
 
+def _passed_over(aoi: str) -> str:
+    return f"AOI {aoi!r} without a revisit:"
+
+
 def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
     if strict:
         raise UserError(
@@ -142,7 +171,7 @@ def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
 def _pack(task: ShardTask, path: Path) -> ShardResult:
     """Write the tar to a local file; skip AOIs that cannot be read."""
     histograms: dict[str, Histogram] = {}
-    skipped, bytes_in = [], 0
+    skipped, passed, bytes_in = [], list[str](), 0
     try:
         with path.open("wb") as file:
             writer = ShardWriter(file)
@@ -155,6 +184,7 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
                 if task.split == "train":
                     _count(sample, histograms)
                 writer.add(sample)
+                passed += [f"{_passed_over(aoi.name)} {why}" for why in sample.passed]
                 bytes_in += sample.bytes_in
             entry = writer.finish(task.name)
     except OSError as error:
@@ -164,7 +194,9 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
         ) from error
     if not entry.samples:
         return ShardResult(task.name, None, {}, tuple(skipped), bytes_in=bytes_in)
-    return ShardResult(task.name, entry, histograms, tuple(skipped), bytes_in=bytes_in, bytes_out=entry.bytes)
+    return ShardResult(
+        task.name, entry, histograms, tuple(skipped), tuple(passed), bytes_in=bytes_in, bytes_out=entry.bytes
+    )
 
 
 def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
@@ -212,12 +244,16 @@ def _foreign(task: ShardTask) -> UserError:
 
 
 def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
-    described = {
+    described: dict[str, object] = {
         "fingerprint": task.fingerprint,
         "shard": shard_to_json(result.entry) if result.entry else None,
         "skipped": [vars(item) for item in result.skipped],
         "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
     }
+    if result.passed:
+        described["passed"] = list(result.passed)
+    if substitutes := task.substitutes(result.skipped, result.passed):
+        described["substitutes"] = substitutes
     return json.dumps(described, sort_keys=True).encode()
 
 
@@ -235,6 +271,8 @@ def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
             entry=entry,
             histograms={image: Histogram.from_text(text) for image, text in described["histograms"].items()},
             skipped=tuple(Skipped(**item) for item in described["skipped"]),
+            passed=tuple(map(str, described.get("passed", ()))),
+            substitutes=str(described.get("substitutes", "")),
             outcome="kept",
         )
         return (str(described["fingerprint"]), result) if entry is None or entry.name == name else None

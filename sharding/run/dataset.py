@@ -27,7 +27,7 @@ from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
 from sharding.run.job import ShardOptions
 from sharding.run.output import look
 from sharding.run.plan import Plan, make_plan
-from sharding.run.splits import describe_split, natural_key
+from sharding.run.splits import TooFewError, describe_split, natural_key
 from sharding.run.workers import processes
 from sharding.sources.worldstrat.files import open_source
 from sharding.sources.worldstrat.layout import AoiFiles, check_files, find_aois, read_split_file
@@ -36,10 +36,28 @@ from sharding.storage import Storage
 _NOT_LISTED = "not-in-split-file"
 """Reason of an AOI that is complete but in no split."""
 
+EXAMPLES = 5
+"""Number of passed-over revisits that a summary names."""
+
 Runner = Callable[[Sequence[ShardTask]], Iterator[ShardResult]]
 """Function that runs all tasks, anywhere and in any order, and yields each result when it is ready."""
 
 logger = logging.getLogger(__name__)
+
+
+class TooFewAoisError(UserError):
+    """Error of a source with too few usable AOIs; the message counts the reasons, each with an example."""
+
+    def __init__(self, message: str, skipped: Sequence[Skipped]) -> None:
+        self.skipped = tuple(skipped)
+        examples = {item.reason: f"{item.aoi!r}, {item.detail}" for item in reversed(skipped)}
+        counts = Counter(item.reason for item in skipped).most_common()
+        reasons = "; ".join(f"{count} {reason} (such as {examples[reason]})" for reason, count in counts)
+        super().__init__(f"{message}; skipped: {reasons}" if reasons else message)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the reasons as the table for a JSON file that a finished run's report is too."""
+        return {"error": str(self), **_skipped_table(self.skipped)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,9 @@ class Report:
     notes: tuple[str, ...]
     """Lines on splits and shards that the user should read."""
 
+    passed: tuple[str, ...]
+    """Lines on revisits that were passed over."""
+
     seconds: float
     """Seconds from the first listing of the source to the index."""
 
@@ -68,6 +89,9 @@ class Report:
         """Yield the lines of a summary for the user."""
         aois = sum(len(self.index.samples(split)) for split in SPLITS)
         seconds = max(self.seconds, 1e-9)
+        if self.passed:
+            yield f"passed over {len(self.passed)} revisits, since others remained, such as:"
+            yield from (f"  {line}" for line in self.passed[:EXAMPLES])
         yield f"shards  {', '.join(f'{count} {outcome}' for outcome, count in self.shards.items())}"
         yield (
             f"took    {self.seconds:.1f} s for {aois} AOIs ({aois / seconds:.3g}/s), read {self.bytes_in / 1e6:.1f} MB "
@@ -80,8 +104,8 @@ class Report:
             "index_sha256": self.index.digest,
             "aois": {split: len(self.index.samples(split)) for split in SPLITS},
             "shards": self.shards,
-            "skipped": dict(Counter(item.reason for item in self.index.skipped)),
-            "skipped_aois": [vars(item) for item in self.index.skipped],
+            **_skipped_table(self.index.skipped),
+            "passed_over": list(self.passed),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
             "bytes_in": self.bytes_in,
@@ -156,6 +180,7 @@ class _Sharding:
             index=index,
             shards=dict(Counter(result.outcome for result in results)),
             notes=tuple(self.notes),
+            passed=tuple(line for result in now for line in result.passed),
             seconds=time.monotonic() - self.start,
             bytes_in=sum(result.bytes_in for result in results),
             bytes_out=sum(result.bytes_out for result in results),
@@ -183,7 +208,10 @@ class _Sharding:
     def _plan(self, usable: Mapping[str, AoiFiles]) -> tuple[Plan, list[ShardTask]]:
         names = [aoi.name for aoi in self.found]
         sample = self.options.sample
-        plan = make_plan(list(usable), names, self.rows, sample.sample_bytes, self.options.plan)
+        try:
+            plan = make_plan(list(usable), names, self.rows, sample.sample_bytes, self.options.plan)
+        except TooFewError as error:
+            raise TooFewAoisError(str(error), self.skipped) from None
         tasks = [
             ShardTask(
                 shard.split,
@@ -305,6 +333,13 @@ class _Sharding:
         if line not in self.notes:
             self.notes.append(line)
             self._say(line)
+
+
+def _skipped_table(skipped: Sequence[Skipped]) -> dict[str, object]:
+    return {
+        "skipped": dict(Counter(item.reason for item in skipped)),
+        "skipped_aois": [vars(item) for item in skipped],
+    }
 
 
 def _digest(tasks: Sequence[ShardTask]) -> str:

@@ -15,12 +15,12 @@ from sharding.storage.names import absolute_uri
 
 
 def _read_names(path: str) -> tuple[str, ...]:
-    """Read the AOIs that a file names, one per line."""
+    """Read the AOIs that a file names, one per line; quotes and separators of a spreadsheet are dropped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--aois {path} cannot be read ({error}): give a text file with an AOI a line") from error
-    names = tuple(line.strip() for line in lines if line.strip())
+    names = tuple(name for line in lines if (name := line.strip().rstrip(",;").strip().strip("\"'").strip()))
     if not names:
         raise UserError(f"--aois {path} names no AOI: give a text file with an AOI a line")
     return names

@@ -18,6 +18,10 @@ FRACTIONS = (0.8, 0.1, 0.1)
 Splits = dict[str, list[str]]
 
 
+class TooFewError(UserError):
+    """Error of fewer usable AOIs than there are splits."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Split of a list of AOIs."""
@@ -120,7 +124,7 @@ def _fill(splits: Splits) -> tuple[tuple[str, str, str], ...]:
     """Move an AOI to each empty split: the last of train, or of the largest split if train has fewer than two."""
     total = sum(map(len, splits.values()))
     if total < len(SPLITS):
-        raise UserError(
+        raise TooFewError(
             f"{total} usable AOIs cannot fill train, val and test: give at least {len(SPLITS)}, complete and listed "
             "in the split file if there is one (`--splits seeded` ignores it)"
         )

@@ -60,6 +60,17 @@ def test_a_bad_override_is_refused_by_name(override: str, words: tuple[str, ...]
         assert word in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["2026-11-27", "12", "true", "1e3", "'2026-11-27'", '"2026-11-27"', "a b"])
+def test_a_bare_value_of_a_string_is_a_string(text: str) -> None:
+    assert load_config("srcnn_pnn", [f"output.uri={text}"]).output.uri == text.strip("'\"")
+
+
+def test_a_byte_order_mark_is_no_part_of_toml(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\r\nepochs = 3\r\n")
+    assert load_config(str(path)).train.epochs == 3
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'srcnn_pnn'"):
         load_config("srcnn_pn")

@@ -28,7 +28,9 @@ MAX_BYTES = 256 << 20
 """Largest size of one file, packed or not: the largest published raster has 9 MB, and a worker holds one in memory."""
 
 # Files that samples use. Published folders hold as many others (angles, cloud probabilities).
-_WANTED = re.compile(r".+(_(ps|rgbn|pan)|-[0-9]+-(L2A_data|L1C_data|CLM|SCL|dataMask))\.tiff|.+-[0-9]+\.metadata")
+_WANTED = re.compile(r".+(_(ps|rgbn|pan)|-[0-9]+-(L2A_data|L1C_data|CLM|SCL|dataMask))\.tiff?|.+-[0-9]+\.metadata")
+# Folders that desktops, notebooks and network drives leave among the AOIs; hidden ones are none either.
+_NO_AOI = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
@@ -217,7 +219,7 @@ def _list_part(folder: Path, name: str, archive: str, below: str) -> _Listing | 
 def _list_folder(folder: Path, below: str) -> _Listing:
     listing = _Listing()
     for aoi in folder.iterdir():
-        if not aoi.is_dir():
+        if not _is_aoi(aoi.name) or not aoi.is_dir():
             continue
         name = aoi.name.encode("utf-8", "backslashreplace").decode()
         files = listing.files[name]
@@ -249,7 +251,7 @@ def _list_zip(path: Path, top: str, below: str) -> _Listing:
                 listing.flaws[aoi] = ("unsafe-path", f"{path.name} holds {name!r}, which leaves its folder")
                 listing.files[aoi]  # the AOI is listed nevertheless
             continue
-        if len(parts) < 3 or parts[0] != top:
+        if len(parts) < 3 or parts[0] != top or not _is_aoi(parts[1]):
             continue
         files = listing.files[parts[1]]
         if parts[2:-1] == [below] * bool(below) and _WANTED.fullmatch(parts[-1]):
@@ -259,6 +261,11 @@ def _list_zip(path: Path, top: str, below: str) -> _Listing:
             member = Member(info.header_offset, info.compress_size, info.compress_type, info.CRC, info.flag_bits)
             files.append(SourceFile(parts[-1], info.file_size, str(path), member))
     return listing
+
+
+def _is_aoi(folder: str) -> bool:
+    """Return False for the name of a folder that is known to be no AOI."""
+    return not folder.startswith(".") and folder not in _NO_AOI
 
 
 def _directory(path: Path) -> list[zipfile.ZipInfo]:

@@ -11,7 +11,7 @@ import csv
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sharding.errors import Reason, UnusableError, UserError
 from sharding.prepare.options import SampleOptions
@@ -20,8 +20,8 @@ from sharding.sources.worldstrat.files import Source, SourceFile
 
 SPLIT_FILE = "stratified_train_val_test_split.csv"
 
-_REVISIT_FILE = re.compile(r"([0-9]+)(?:-(L2A_data|L1C_data|CLM|SCL|dataMask)\.tiff|\.(metadata))")
-_SPOT_FILE = re.compile(r"_(ps|rgbn|pan)\.tiff")
+_REVISIT_FILE = re.compile(r"([0-9]+)(?:-(L2A_data|L1C_data|CLM|SCL|dataMask)\.tiff?|\.(metadata))")
+_SPOT_FILE = re.compile(r"_(ps|rgbn|pan)\.tiff?")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class AoiFiles:
             numbers = numbers[: options.revisits]
         return {number: self.revisits[number] for number in numbers}
 
+    def without(self, number: int) -> AoiFiles:
+        """Return the AOI without one of its revisits."""
+        return replace(self, revisits={key: files for key, files in self.revisits.items() if key != number})
+
     def used(self, options: SampleOptions) -> tuple[SourceFile, ...]:
         """Return the files that a sample with these options reads, sorted by name: the same for folders and zips."""
         layers = (options.data_layer, "CLM", "SCL", "dataMask", "metadata")
@@ -65,18 +69,28 @@ def find_aois(source: Source) -> list[AoiFiles]:
 def read_split_file(source: Source) -> list[tuple[str, str]] | None:
     """Read the rows (AOI, split) of the published split file; None without such a file.
 
+    A spreadsheet may have saved it: a byte-order mark, ``;`` or tabs between fields, quotes and spaces are accepted.
+
     Raises:
         UserError: If it is not a CSV in UTF-8 with the columns ``tile`` and ``split``.
     """
     path = source.folder / SPLIT_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise UserError(f"{path} is no file: use the published file, or move it away for --splits seeded")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            if not {"tile", "split"} <= set(reader.fieldnames or ()):
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            separator = max(",;\t", key=first.count)
+            header, *rows = [*csv.reader(file, delimiter=separator, skipinitialspace=True)] or [[]]
+            columns = [name.strip() for name in header]
+            if not {"tile", "split"} <= set(columns):
                 raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
-            return [(row["tile"], row["split"]) for row in reader]
+            tile, split = columns.index("tile"), columns.index("split")
+            filled = (row + [""] * (len(columns) - len(row)) for row in rows if any(map(str.strip, row)))
+            return [(row[tile].strip(), row[split].strip()) for row in filled]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --splits seeded"
@@ -96,8 +110,9 @@ def check_files(aoi: AoiFiles, options: SampleOptions) -> None:
             raise UnusableError("missing-file", f"{aoi.name}_{suffix}.tiff is missing")
     if len(aoi.revisits) < options.revisits:
         raise UnusableError("too-few-revisits", f"{len(aoi.revisits)} revisits where {options.revisits} are needed")
-    # The L1C product has no cloud masks.
-    needed = (options.data_layer, "CLM") if options.level == "l2a" else (options.data_layer,)
+    # The L1C product has no cloud masks; other sources may have none at all, or scene classes only.
+    masked = options.level == "l2a" and any("CLM" in revisit for revisit in aoi.revisits.values())
+    needed = (options.data_layer, "CLM") if masked else (options.data_layer,)
     for number, revisit in aoi.candidates(options).items():
         for layer in needed:
             if layer not in revisit:
@@ -106,14 +121,20 @@ def check_files(aoi: AoiFiles, options: SampleOptions) -> None:
         file.check()
 
 
+def _file_name(file: SourceFile) -> str:
+    return file.name
+
+
 def _sort_files(source: Source, name: str) -> AoiFiles:
     """Sort an AOI's files by kind. The AOI's name is removed first: its hyphens and numbers do not name a revisit."""
     hr: dict[str, SourceFile] = {}
-    for file in source.hr.get(name, ()):
+    for file in sorted(
+        source.hr.get(name, ()), key=_file_name
+    ):  # where both exist, .tiff comes after .tif and is taken
         if match := _SPOT_FILE.fullmatch(file.name.removeprefix(name)):
             hr[sys.intern(match[1])] = file
     revisits: dict[int, dict[str, SourceFile]] = {}
-    for file in source.lr.get(name, ()):
+    for file in sorted(source.lr.get(name, ()), key=_file_name):
         if match := _REVISIT_FILE.fullmatch(file.name.removeprefix(f"{name}-")):
             # All files of a layer share one string: a source has 200,000 files.
             revisits.setdefault(int(match[1]), {})[sys.intern(match[2] or match[3])] = file

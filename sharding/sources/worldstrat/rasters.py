@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 
-from sharding.errors import UnusableError
+from sharding.errors import RevisitError, UnusableError
 from sharding.prepare.options import SampleOptions
 from sharding.sources.worldstrat.files import MAX_BYTES, SourceFile
 from sharding.sources.worldstrat.layout import AoiFiles
@@ -30,6 +32,8 @@ from sharding.sources.worldstrat.layout import AoiFiles
 SPOT_RGB = (1, 2, 3)
 NO_CLM = 255
 """Value of a cloud mask where nothing is known."""
+
+_IN_MEMORY = re.compile(r"/vsimem/[\w./-]+")
 
 Georeference = tuple[str, tuple[float, float, float, float]]
 """Coordinate system, and west, south, east, north in it."""
@@ -110,7 +114,8 @@ def read_scene(aoi: AoiFiles, options: SampleOptions) -> Scene:
     candidates = aoi.candidates(options)
     files = list(candidates.values())
     with _gdal():
-        lr, (crs, bounds) = _read_lr(reader, [item[options.data_layer] for item in files], options.band_numbers)
+        images = {number: item[options.data_layer] for number, item in candidates.items()}
+        lr, (crs, bounds) = _read_lr(reader, images, options.band_numbers)
         size = lr.shape[-2:]
 
         def masks(layer: str) -> list[NDArray[np.uint8] | None]:
@@ -169,7 +174,9 @@ class _Reader:
                     )
                 yield raster
         except (RasterioError, ValueError) as error:  # a damaged text field is a UnicodeDecodeError
-            raise UnusableError("unreadable", f"{file.name} is damaged or truncated ({error})") from error
+            # GDAL names the file by its random place in memory, and two runs would give two reasons.
+            reason = _IN_MEMORY.sub(file.name, str(error))
+            raise UnusableError("unreadable", f"{file.name} is damaged or truncated ({reason})") from error
 
     def mask(self, file: SourceFile, size: tuple[int, ...]) -> NDArray[np.uint8]:
         """Read a mask [1, h, w]; ``size`` is the required (h, w)."""
@@ -213,12 +220,16 @@ def _gdal() -> Iterator[None]:
 
 
 def _read_lr(
-    reader: _Reader, files: Sequence[SourceFile], bands: Sequence[int]
+    reader: _Reader, files: Mapping[int, SourceFile], bands: Sequence[int]
 ) -> tuple[NDArray[np.float32], Georeference]:
-    """Read the revisits' images [R, C, h, w] and their georeference."""
+    """Read the revisits' images [R, C, h, w] and their georeference.
+
+    Raises:
+        RevisitError: For the first image of another size than most.
+    """
     georeference = None
     images: list[NDArray[np.float32]] = []
-    for file in files:
+    for file in files.values():
         with reader.open(file, bands, georeference=georeference is None) as raster:
             if np.dtype(raster.dtypes[0]).kind != "f":
                 raise UnusableError("wrong-type", f"{file.name} holds {raster.dtypes[0]}, reflectance is float32")
@@ -226,13 +237,16 @@ def _read_lr(
             if georeference is None:
                 west, south, east, north = raster.bounds
                 georeference = str(raster.crs), (west, south, east, north)
-        if images and image.shape != images[0].shape:
-            raise UnusableError(
-                "size-mismatch", f"{file.name} is {_by(image.shape)}, {files[0].name} is {_by(images[0].shape)}"
-            )
         _range(file, image)
         images.append(image)
     assert georeference is not None
+    (usual, _), *others = Counter(image.shape for image in images).most_common()
+    if others:
+        like = next(file for file, image in zip(files.values(), images, strict=True) if image.shape == usual)
+        for (number, file), image in zip(files.items(), images, strict=True):
+            if image.shape != usual:
+                detail = f"{file.name} is {_by(image.shape)}, {like.name} is {_by(usual)}"
+                raise RevisitError("size-mismatch", detail, number)
     return np.stack(images), georeference
 
 
