@@ -8,12 +8,14 @@ has no cloud masks.
 from __future__ import annotations
 
 import csv
+import io
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sharding.errors import Reason, UnusableError, UserError
+from sharding.files import read_text
 from sharding.prepare.options import SampleOptions
 from sharding.run.splits import natural_key
 from sharding.sources.worldstrat.files import Source, SourceFile
@@ -69,15 +71,15 @@ def read_split_file(source: Source) -> list[tuple[str, str]] | None:
         UserError: If it is not a CSV in UTF-8 with the columns ``tile`` and ``split``.
     """
     path = source.folder / SPLIT_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
+    text = read_text("the split file", path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            if not {"tile", "split"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
-            return [(row["tile"], row["split"]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+        if not {"tile", "split"} <= set(reader.fieldnames or ()):
+            raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
+        return [(row["tile"], row["split"]) for row in reader]
+    except csv.Error as error:
         raise UserError(
             f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --splits seeded"
         ) from error
