@@ -174,7 +174,7 @@ def test_inspect_shows_one_place(tiny: World, tmp_path: Path, capsys: pytest.Cap
     [
         ("shard", ("--native", "--lr-size", "160"), "--native keeps both grids"),
         ("shard", ("--fractions", "a,b"), "--fractions a,b is invalid"),
-        ("shard", ("--aois", "no/such/file"), "--aois no/such/file cannot be read"),
+        ("shard", ("--aois", "no/such/file"), "--aois 'no/such/file' cannot be read"),
         ("shard", ("--sse", "AES256"), "--sse AES256 is for s3:// only"),
         ("verify", ("--input", "x"), "--input needs --deep"),
         ("verify", ("--num-aois", "0"), "--num-aois 0 is out of range"),

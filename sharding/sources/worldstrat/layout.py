@@ -73,7 +73,7 @@ def read_split_file(source: Source) -> list[tuple[str, str]] | None:
     path = source.folder / SPLIT_FILE
     if not path.exists():
         return None
-    text = read_text("the split file", path)
+    text = read_text("the split file (which --splits seeded does not read)", path)
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
         if not {"tile", "split"} <= set(reader.fieldnames or ()):

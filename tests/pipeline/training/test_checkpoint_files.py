@@ -160,7 +160,7 @@ def test_a_whole_checkpoint_is_read(run: Path) -> None:
     [
         ("{", "(input data was truncated)"),
         ('{"model": {}}', "object missing required field"),
-        ('{"environment": {"index_digest": 5}}', "object missing required field `model`"),
+        ('{"environment": {"index_digest": 5}}', "environment.index_digest: expected `str`, got `int`"),
     ],
 )
 def test_a_changed_record_of_a_run_is_refused(
