@@ -31,7 +31,8 @@ from benchmarks import peers
 from benchmarks.loader_forms import Epoch, Images, Place, peer
 from benchmarks.trees import plant
 from cluster.local.objectstore import ObjectStore
-from sharding.format.index import IMAGES, Index
+from sharding.format.index import Index
+from sharding.format.layout import IMAGES
 from sharding.format.sample import Sample, fetch_sample
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.storage import open_storage

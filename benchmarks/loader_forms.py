@@ -27,7 +27,8 @@ from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.chips import chip_window
 from pipeline.data.scene_cache import SceneCache
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan
-from sharding.format.index import ByteRange, Index, SampleEntry
+from sharding.format.entries import ByteRange, SampleEntry
+from sharding.format.index import Index
 from sharding.storage import open_storage
 
 BATCH = 32

@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DROPOUTS = ("off", "published")
+_RANGES = {
+    "bands": (1, 1000),
+    "revisits": (1, 1000),
+    "hidden": (1, 65_536),
+    "zoom": (1, 64),
+    "kernel_freeze_step": (0, 10**12),
+}
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,16 @@ class ModelConfig:
         """Refuse values that no model can have."""
         if self.dropout not in DROPOUTS:
             raise ValueError(f"dropout = {self.dropout!r} is unknown; known: {', '.join(DROPOUTS)}")
-        for field in ("bands", "revisits", "hidden", "zoom"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} is out of range: it must be at least 1")
-        if self.kernel_freeze_step < 0:
-            raise ValueError(f"kernel_freeze_step = {self.kernel_freeze_step} is out of range: it must be 0 or more")
+        for field, (low, high) in _RANGES.items():
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise ValueError(f"{field} = {_shown(value)} is out of range: it must be from {low:,} to {high:,}")
         if self.hidden % self.zoom**2:
             raise ValueError(
                 f"hidden = {self.hidden} cannot be shuffled into zoom = {self.zoom}: "
                 f"it must be a multiple of {self.zoom**2}"
             )
+
+
+def _shown(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else "a number of more than 30 digits"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,20 @@ from models.config import ModelConfig
 from models.contracts import NamePairs, under
 from models.registry import all_pairs, build_model
 from models.satfusion import SatFusion
+from models.tensor_file import read_tensors
 
-PREFIX = "backbone."
-"""Prefix of the model's names in a published training checkpoint."""
+PREFIXES = ("backbone.", "module.", "_orig_mod.", "model.")
+"""Prefixes that training checkpoints put before the model's names, also several at once: of the published module, of
+DistributedDataParallel, of torch.compile, and of wrappers."""
 
 BARE, PREFIXED = "backbone_state_dict", "state_dict"
 """Keys of the state dict in such a checkpoint, without the prefix and with it."""
 
 REGISTRATION = "shifter."
 """Constants of the published loss in the same checkpoint, which are not part of the model."""
+
+_LEVEL = re.compile(r"MISR\.blockMISR\.fusion\.([0-9]+)\.")
+"""Names of HighRes-net's fusion, which is registered once for each level."""
 
 SETTING = "reserved_NXY"
 """Last part of the name of each pair of integers that the published ARConv keeps as a parameter."""
@@ -46,11 +51,12 @@ def to_published(model: SatFusion) -> dict[str, Tensor]:
 def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
     """Fill ``model`` from a published state dict.
 
-    Names may be bare or begin with ``backbone.``. If copies of one tensor differ, the last name in the published order
+    Names may be bare or begin with ``PREFIXES``. If copies of one tensor differ, the last name in the published order
     wins. Entries that the published model never uses are skipped if ``model`` was built without them.
 
     Raises:
-        ValueError: If a name is missing or unexpected, or a shape differs from the model's; nothing is then loaded.
+        ValueError: If a name is missing or unexpected, a shape differs from the model's, or a value is not finite;
+            nothing is then loaded.
     """
     given = _bare(state)
     names = _names(model)
@@ -65,6 +71,7 @@ def load_published(model: SatFusion, state: Mapping[str, Tensor]) -> None:
                 f"the published state dict has {theirs} of shape {list(given[theirs].shape)} where this "
                 f"model needs {list(own[ours].shape)}"
             )
+    _refuse("has values that are not finite in", [name for name in known if not given[name].isfinite().all()])
     before = {name: value.clone() for name, value in own.items()}
     try:
         model.load_state_dict({ours: given[theirs] for theirs, ours in names})
@@ -90,20 +97,20 @@ def _refuse(verb: str, names: Sequence[str]) -> None:
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict of a published checkpoint; nothing in the file is executed.
+    """Read the state dict of a published checkpoint; nothing in the file is executed or imported.
 
-    The file holds the state dict itself, or it under ``backbone_state_dict`` or ``state_dict`` as Lightning writes it.
+    The file holds the state dict itself, or it under ``backbone_state_dict`` or ``state_dict`` as Lightning writes it,
+    whatever else is pickled beside it.
 
     Raises:
-        ValueError: If the file does not exist, is not PyTorch's, holds more than tensors and plain values, or holds no
-            state dict.
+        ValueError: If the file does not exist, is not PyTorch's, or holds no state dict.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(Path(path))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception:  # damaged bytes can end the unpickler with any error
-        raise ValueError(_why_unreadable(path)) from None
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
     if isinstance(content, dict):
         content = content.get(BARE, content.get(PREFIXED, content))
     tensors = isinstance(content, dict) and all(
@@ -114,37 +121,51 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], content)
 
 
-def _why_unreadable(path: str | Path) -> str:
-    if not zipfile.is_zipfile(path):
-        return f"{path} is cut short, or not a checkpoint of tensors that torch.save wrote"
+def identify(state: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig | None:
+    """Return the configuration whose published form has just the names of ``state``.
+
+    Encoder and head are recovered, and for HighRes-net the number of revisits, as far as the names tell: the largest
+    one with the same number of levels, unless that of ``config`` has it too.
+
+    Args:
+        state: A published state dict.
+        config: All other options.
+    """
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # as above
-        foreign = []
-    if not foreign:
-        return f"{path} is damaged: its bytes are not those of a checkpoint of tensors; download it again"
-    return (
-        f"{path} holds pickled code ({', '.join(foreign[:3])}), which is not run: if you trust it, save its "
-        f"{PREFIXED} alone with torch.save and give that file"
-    )
-
-
-def identify(state: Mapping[str, Tensor], config: ModelConfig) -> str | None:
-    """Return the ``ENCODER+HEAD`` whose published form, configured as ``config``, has just the names of ``state``."""
-    given = set(_bare(state))
+        given = set(_bare(state))
+    except ValueError:
+        return None
+    levels = len({match[1] for match in map(_LEVEL.match, given) if match})
     for encoder, head in all_pairs():
-        try:
-            with torch.device("meta"):
-                model = build_model(replace(config, encoder=encoder, head=head, published=True))
-        except ValueError:
-            continue
-        if {theirs for theirs, _ in _names(model)} == given:
-            return f"{encoder}+{head}"
+        for revisits in dict.fromkeys((config.revisits, 2**levels)):
+            try:
+                found = replace(config, encoder=encoder, head=head, revisits=revisits, published=True)
+                with torch.device("meta"):
+                    model = build_model(found)
+            except ValueError:
+                continue
+            if {theirs for theirs, _ in _names(model)} == given:
+                return found
     return None
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): value for name, value in state.items() if not name.startswith(REGISTRATION)}
+    """Return the entries of the model by their names without prefixes.
+
+    Raises:
+        ValueError: If two entries have the same name without prefixes.
+    """
+    bare: dict[str, Tensor] = {}
+    for name, value in state.items():
+        short = name
+        while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), ""):
+            short = short.removeprefix(prefix)
+        if short.startswith(REGISTRATION):
+            continue
+        if short in bare:
+            raise ValueError(f"the published state dict has {short} twice, with different prefixes")
+        bare[short] = value
+    return bare
 
 
 def _twin(model: SatFusion) -> SatFusion:

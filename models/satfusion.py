@@ -13,6 +13,7 @@ from models.config import ModelConfig
 from models.contracts import Encoder, Head, Size
 
 REFINEMENT_WIDTH = 64
+IDLE_REFINEMENT_BANDS = 3
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The layout with the channels last, by the number of axes."""
@@ -81,7 +82,10 @@ class SatFusion(nn.Module):
         self.encoder = encoder
         self.upsampler = Upsampler(config.hidden, config.bands, config.zoom) if encoder or config.published else None
         self.head = head
-        self.refinement = SpectralRefinement(config.bands) if (encoder and head) or config.published else None
+        # The published one has 3 bands in any case where no stage uses it.
+        used = bool(encoder and head)
+        bands = config.bands if used else IDLE_REFINEMENT_BANDS
+        self.refinement = SpectralRefinement(bands) if used or config.published else None
         self._frozen: list[nn.Module] = []
 
     def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor | None = None) -> Fusion:

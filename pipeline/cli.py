@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from sharding.schema import check_range
 from sharding.terminal import say
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    if args.panels < 0:
-        raise UserError(f"--panels = {args.panels} is out of range: it must be 0 or more")
+    check_range("--panels", args.panels, 0, 10**6)
     result = _evaluate_published(args) if args.published_checkpoint else _evaluate_run(args)
     print(result.table())
     say(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
@@ -146,8 +146,8 @@ def _evaluate_published(args: argparse.Namespace) -> Evaluation:
 
 
 def _monitor(args: argparse.Namespace) -> int:
-    if args.refresh <= 0:
-        raise UserError(f"--refresh = {args.refresh} is out of range: it must be above 0 seconds")
+    check_range("--refresh", args.refresh, 0.01, 10**6, " seconds")
+    check_range("--port", args.port, 0, 65535)
     from pipeline.reporting.monitor import monitor  # slow: imports torch
 
     return monitor(args.uris, args.host, args.port, args.refresh)
@@ -157,11 +157,8 @@ def _models(args: argparse.Namespace) -> int:
     from models.config import ModelConfig  # slow: imports torch
     from pipeline.evaluation import catalogue
 
-    for option in ("lr_size", "hr_size"):
-        if getattr(args, option) < 1:
-            raise UserError(
-                f"--{option.replace('_', '-')} = {getattr(args, option)} is out of range: the minimum is 1 px"
-            )
+    check_range("--lr-size", args.lr_size, 1, 10_000, " px")
+    check_range("--hr-size", args.hr_size, 1, 10_000, " px")
     try:
         like = ModelConfig(bands=args.bands, revisits=args.revisits, hidden=args.hidden, zoom=args.zoom)
         entries = catalogue.catalogue(like, args.lr_size, args.hr_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import reprlib
 import tomllib
 import types
 import typing
@@ -11,13 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from models.config import ModelConfig
 from models.registry import ABSENT, check_config
 from pipeline.quality.losses import LossConfig
 from sharding.errors import UserError, nearest
+from sharding.files import read_text
+from sharding.schema import Seed, check_ranges
 from sharding.storage.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
+
+Section = dict[str, str | int | float | bool]
+"""Values of a section, as JSON holds them."""
+Sections = dict[str, Section]
 
 SIMULATIONS = ("off", "sensor", "shifts")
 """Modes of simulating revisits from the target (`pipeline.data.simulate`)."""
@@ -36,36 +46,33 @@ class DataConfig:
     simulate: str = "off"
     """Revisits simulated from the target (`pipeline.data.simulate`): ``sensor`` or ``shifts``, in training, validation
     and test, as the published training does; ``off`` reads the revisits of the dataset."""
-    shuffle_window: int = 4
+    shuffle_window: Annotated[int, Meta(ge=1, le=10**6)] = 4
     """Shards whose chips are shuffled together, >= 1."""
-    lanes: int = 8
+    lanes: Annotated[int, Meta(ge=1, le=10**6)] = 8
     """Upper bound of the contiguous stretches of an epoch that each global batch is taken from, >= 1; the largest
     divisor of the global batch up to it is used."""
-    cache_mib: int = 4096
+    cache_mib: Annotated[int, Meta(ge=0, le=2**30)] = 4096
     """Memory limit of each rank's scene cache, MiB. Scenes that threads are working on always fit; buffers of reads in
     progress, up to one sample per thread, come on top."""
     cache_dir: str = ""
     """Absolute path of a folder on each node where its ranks cache the samples that they read; "" disables the disk
     cache."""
-    cache_dir_gib: float = 100.0
+    cache_dir_gib: Annotated[float, Meta(gt=0, le=2**30)] = 100.0
     """Size limit of that folder, GiB; the least recently used samples are evicted."""
     damaged: str = "stop"
     """Reaction to a sample that is damaged in the store (it is read at least twice): ``stop`` the run, or
     ``quarantine``, which continues with the sample's chips at weight 0 and counts them."""
-    prefetch_batches: int = 4
+    prefetch_batches: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Batches prepared ahead of the step, >= 1."""
-    loader_threads: int = 4
+    loader_threads: Annotated[int, Meta(ge=1, le=256)] = 4
     """Threads that read scenes and prepare batches, >= 1."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
         check_uri("data.uri", self.uri)
-        for name in ("shuffle_window", "lanes", "prefetch_batches", "loader_threads"):
-            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number from 1 up")
+        check_ranges(self, lambda item: f"data.{item.name} =")
         require_one_of("data.simulate", self.simulate, SIMULATIONS)
         require_one_of("data.damaged", self.damaged, ("stop", "quarantine"))
-        require(self.cache_mib >= 0, "data.cache_mib", self.cache_mib, "a whole number from 0 up")
-        require(self.cache_dir_gib > 0, "data.cache_dir_gib", self.cache_dir_gib, "a number above 0")
         absolute = not self.cache_dir or Path(self.cache_dir).is_absolute()
         require(absolute, "data.cache_dir", self.cache_dir, "an absolute path, of a folder on each node")
 
@@ -74,19 +81,19 @@ class DataConfig:
 class TrainConfig:
     """Optimisation: batch, schedule, precision, ZeRO, checkpoints."""
 
-    epochs: int = 20
+    epochs: Annotated[int, Meta(ge=1, le=10**9)] = 20
     """Passes over the training split, >= 1."""
-    max_steps: int = 0
+    max_steps: Annotated[int, Meta(ge=0, le=10**12)] = 0
     """Stop after this many optimizer steps, even in mid-epoch; 0 means no limit."""
-    global_batch: int = 8
+    global_batch: Annotated[int, Meta(ge=1, le=10**6)] = 8
     """Chips per optimizer step over all ranks, >= 1."""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Chips per forward pass of one rank; 0 means global_batch / ranks (no accumulation)."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Meta(gt=0, le=1000)] = 1e-4
     """Peak learning rate, > 0."""
-    encoder_rate: float = 1.0
+    encoder_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor of the learning rate for the encoder and the upsampler, > 0."""
-    head_rate: float = 1.0
+    head_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor of the learning rate for the head, > 0."""
     init: str = ""
     """Weights that a new run starts from: a run folder of ours, or a checkpoint file of the published code. Parameters
@@ -98,17 +105,17 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, kept beside them, in [0, 1); 0 keeps none. Not with ZeRO
     3."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Meta(ge=0, le=1000)] = 1e-4
     """L2 term added to the gradient (Adam's, not AdamW's), >= 0."""
     schedule: str = "warm_restarts"
     """``warm_restarts`` (cosine, SGDR, stepped once per epoch) or ``warmup_cosine`` (stepped each step)."""
-    restart_epochs: int = 300
+    restart_epochs: Annotated[int, Meta(ge=1, le=10**9)] = 300
     """T0 of the warm restarts, epochs, >= 1."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Meta(ge=0, le=10**12)] = 0
     """Linear warm-up of ``warmup_cosine``, steps, >= 0."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: Annotated[float, Meta(ge=0, le=1000)] = 0.0
     """Floor of both schedules, >= 0."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     """Limit that the global gradient norm is clipped to; 0 means no clipping."""
     engine: str = "deepspeed"
     """Training engine: ``deepspeed``, or ``torch``: plain PyTorch, DistributedDataParallel over several ranks, no
@@ -122,49 +129,27 @@ class TrainConfig:
     compile: bool = False
     """Compile network and loss with torch.compile: takes minutes at the start, then steps are faster. Not with ZeRO 3;
     ARConv is compiled from its freeze step on."""
-    profile: int = 0
+    profile: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Number of steps that each rank profiles after its first four, into ``events/rank-<r>/``; 0 disables profiling."""
-    zero_stage: int = 0
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
-    seed: int = 122938034
+    seed: Seed = 122938034
     """Seed of the initial weights, the order and the augmentation."""
-    checkpoint_every: int = 500
+    checkpoint_every: Annotated[int, Meta(ge=1, le=10**12)] = 500
     """Optimizer steps between checkpoints, >= 1."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, Meta(ge=1, le=10**6)] = 3
     """Number of newest full checkpoints kept (the best weights are kept in addition), >= 1."""
-    log_every: int = 1
+    log_every: Annotated[int, Meta(ge=1, le=10**12)] = 1
     """Optimizer steps between rows of metrics and events, >= 1."""
     log_batches: bool = False
     """Write every global batch's chip ids to batches.csv."""
-    threads_per_rank: int = 0
+    threads_per_rank: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Torch threads of each rank; 0 keeps the setting of the environment. The number changes the last bits of
     results."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
-        at_least_one = (
-            "epochs",
-            "global_batch",
-            "restart_epochs",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-        )
-        for name in at_least_one:
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a whole number from 1 up")
-        not_negative = (
-            "max_steps",
-            "micro_batch",
-            "warmup_steps",
-            "weight_decay",
-            "clip_norm",
-            "threads_per_rank",
-            "profile",
-        )
-        for name in (*not_negative, "min_learning_rate"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        for name in ("learning_rate", "encoder_rate", "head_rate"):
-            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a number above 0")
+        check_ranges(self, lambda item: f"train.{item.name} =")
         check_uri("train.init", self.init)
         require_one_of("train.freeze", self.freeze, ("", "encoder", "head"))
         require(0 <= self.ema < 1, "train.ema", self.ema, "a number from 0 up and below 1")
@@ -173,7 +158,6 @@ class TrainConfig:
         require_one_of("train.schedule", self.schedule, ("warm_restarts", "warmup_cosine"))
         require_one_of("train.precision", self.precision, ("fp32", "bf16"))
         require_one_of("train.engine", self.engine, ("deepspeed", "torch"))
-        require(self.zero_stage in range(4), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         plain = self.engine == "deepspeed" or self.zero_stage == 0
         require(plain, "train.zero_stage", self.zero_stage, "0 with train.engine = 'torch', which has no ZeRO")
         flat = not self.channels_last or self.zero_stage == 0
@@ -188,11 +172,11 @@ class OutputConfig:
 
     uri: str = "runs/satfusion"
     """Run folder, a local path or s3:// prefix."""
-    sync_seconds: float = 10.0
+    sync_seconds: Annotated[float, Meta(gt=0, le=10**6)] = 10.0
     """Seconds between uploads of events and metrics when the run folder is on S3, > 0."""
-    panels: int = 4
+    panels: Annotated[int, Meta(ge=0, le=10**6)] = 4
     """Number of validation chips drawn as image panels, the first ones of the split, >= 0."""
-    panels_every: int = 0
+    panels_every: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Epochs between validations whose panels are drawn, >= 0; 0 draws after epochs 1, 2, 4, 8, ... and always after
     the last step."""
 
@@ -200,9 +184,7 @@ class OutputConfig:
         """Refuse values that are out of range."""
         check_uri("output.uri", self.uri)
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
-        require(self.sync_seconds > 0, "output.sync_seconds", self.sync_seconds, "a number above 0")
-        require(self.panels >= 0, "output.panels", self.panels, "0 or more")
-        require(self.panels_every >= 0, "output.panels_every", self.panels_every, "0 or more")
+        check_ranges(self, lambda item: f"output.{item.name} =")
 
 
 @dataclass(frozen=True)
@@ -297,7 +279,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     text = _read_recipe(recipe)
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise UserError(f"{recipe} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(values, override)
@@ -311,12 +293,8 @@ def recipe_names() -> list[str]:
 
 
 def _read_recipe(recipe: str) -> str:
-    path = Path(recipe)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"configuration {recipe} cannot be read as UTF-8 text: {error}") from None
+    if os.path.lexists(recipe) and not (recipe in recipe_names() and Path(recipe).is_dir()):
+        return read_text("configuration", recipe)
     if recipe in recipe_names():
         return (resources.files("pipeline") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8")
     raise UserError(f"configuration {recipe!r} is neither a file nor a recipe{nearest(recipe, recipe_names())}")
@@ -329,7 +307,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     if _is_text(section, key) and not isinstance(value, str):  # a bare date or number
         value = text.strip()
@@ -384,4 +362,4 @@ def _coerce(hint: Any, value: object, option: str, source: str) -> object:
             return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     wanted = " or ".join(words[kind] for kind in kinds)
-    raise UserError(f"{source}: {option} = {value!r} must be {wanted}")
+    raise UserError(f"{source}: {option} = {reprlib.repr(value)} must be {wanted}")

@@ -1,7 +1,7 @@
 """Order of chips: the chips of each global batch and the part of each rank, as pure functions on integers.
 
-A chip is ``9 * sample + window`` with samples numbered in the index's order. The sequence depends on the index digest,
-the seed, the epoch, the global batch and the shuffle settings alone, never on ranks, workers or restarts.
+A chip is ``chips of a scene * sample + window`` with samples numbered in the index's order. The sequence depends on the
+index digest, the seed, the epoch, the global batch and the shuffle settings alone, never on ranks, workers or restarts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from sharding.errors import UserError
 
 CHIPS_PER_SCENE = 9
+"""Chips of a scene of WorldStrat."""
 
 Chips = npt.NDArray[np.int64]
 
@@ -103,7 +104,14 @@ class OrderState:
         return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
-def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, window: int) -> Chips:
+def epoch_chips(
+    samples_per_shard: Sequence[int],
+    digest: str,
+    seed: int,
+    epoch: int,
+    window: int,
+    chips_per_scene: int = CHIPS_PER_SCENE,
+) -> Chips:
     """Return the order of all chips of one epoch.
 
     Shards are permuted, then the chips of each run of ``window`` shards are shuffled together, so that a scene is read
@@ -115,22 +123,29 @@ def epoch_chips(samples_per_shard: Sequence[int], digest: str, seed: int, epoch:
         seed: Seed of the run.
         epoch: Epoch, from 0.
         window: Shards shuffled together.
+        chips_per_scene: Chips of each scene, a fact of the dataset.
 
     Returns:
-        [9 * scenes] chip numbers, each once.
+        [chips_per_scene * scenes] chip numbers, each once.
     """
     starts = np.concatenate([[0], np.cumsum(samples_per_shard)]).astype(np.int64)
     shards = permutation(len(samples_per_shard), digest, seed, epoch, "shards")
     parts: list[Chips] = []
     for first in range(0, len(shards), window):
         samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]])
-        chips = (samples[:, None] * CHIPS_PER_SCENE + np.arange(CHIPS_PER_SCENE)).ravel()
+        chips = (samples[:, None] * chips_per_scene + np.arange(chips_per_scene)).ravel()
         parts.append(chips[permutation(len(chips), digest, seed, epoch, "chips", first)])
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def epoch_batches(
-    samples_per_shard: Sequence[int], digest: str, seed: int, epoch: int, global_batch: int, shuffle: Shuffle
+    samples_per_shard: Sequence[int],
+    digest: str,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    shuffle: Shuffle,
+    chips_per_scene: int = CHIPS_PER_SCENE,
 ) -> Chips:
     """Return the global batches of one epoch; they do not depend on ranks, workers and restarts.
 
@@ -142,7 +157,7 @@ def epoch_batches(
     Returns:
         [steps, global_batch] chip numbers, none twice; the tail that does not fill a batch is dropped.
     """
-    chips = epoch_chips(samples_per_shard, digest, seed, epoch, shuffle.window)
+    chips = epoch_chips(samples_per_shard, digest, seed, epoch, shuffle.window, chips_per_scene)
     steps = steps_per_epoch(len(chips), global_batch)
     lanes = max(count for count in range(1, min(shuffle.lanes, global_batch) + 1) if global_batch % count == 0)
     stretches = chips[: steps * global_batch].reshape(lanes, steps, global_batch // lanes)

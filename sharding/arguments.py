@@ -15,14 +15,15 @@ import argparse
 import ast
 import functools
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sharding.errors import UserError, nearest
+from sharding.errors import UserError
+from sharding.schema import check_ranges
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,29 +66,17 @@ def read_options(kind: type[T], values: Mapping[str, object]) -> T:
     return kind(**found)
 
 
-def from_table(kind: type[T], table: Mapping[str, Any]) -> T:
-    """Build a dataclass and its nested dataclasses from the output of `dataclasses.asdict`, also after JSON.
+def check_values(options: DataclassInstance) -> None:
+    """Compare each field whose type is a `Literal` with its choices, and each number with the range in its type.
 
     Raises:
-        UserError: For a key that is not a field (it names the key), or from the dataclass.
-    """
-    hints = {item.name: hint for item, hint in _typed_fields(kind)}
-    for name in table:
-        if name not in hints:
-            raise UserError(f"unknown key {name!r}{nearest(name, hints)}")
-    return kind(**{name: _typed(hints[name], value) for name, value in table.items()})
-
-
-def check_choices(options: DataclassInstance) -> None:
-    """Compare each field whose type is a `Literal` with its choices.
-
-    Raises:
-        UserError: For another value; it names the option, the value and the choices.
+        UserError: For another value; it names the option, the value, and the choices or the range.
     """
     for item, hint in _typed_fields(type(options)):
         value, choices = getattr(options, item.name), _choices(hint)
         if choices and value not in choices:
             raise UserError(f"{_option_of(item)} {value!r} is unknown: it may be {', '.join(choices)}")
+    check_ranges(options, _option_of)
 
 
 @functools.cache
@@ -115,24 +104,13 @@ def _option_of(item: Field[Any]) -> str:
     return option
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """Convert a JSON value to its field's type."""
-    if _is_nested(hint):
-        return from_table(hint, value)
-    if value is not None and (hint is Path or typing.get_origin(hint) is tuple):
-        return (typing.get_origin(hint) or hint)(value)
-    return value
-
-
 def _scaled(parse: Callable[[str], Any], unit: int) -> Callable[[str], Any]:
     if unit == 1:
         return parse
 
-    def scaled(text: str) -> int:
-        try:
-            return int(parse(text) * unit)
-        except OverflowError as error:  # infinity
-            raise ValueError(str(error)) from error
+    def scaled(text: str) -> float:
+        value = parse(text) * unit
+        return int(value) if math.isfinite(value) else value  # the dataclass refuses the others, with the valid range
 
     scaled.__name__ = parse.__name__  # argparse says "invalid float value"
     return scaled

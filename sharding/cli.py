@@ -19,6 +19,7 @@ from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw,
 from sharding.run.job import ShardJob, ShardOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import processes
+from sharding.schema import check_range
 from sharding.storage import StorageOptions, open_storage
 from sharding.terminal import say
 
@@ -149,8 +150,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
     if args.input and not args.deep:
         raise UserError("--input needs --deep: add --deep, or drop --input")
-    if args.num_aois < 1:
-        raise UserError(f"--num-aois {args.num_aois} is too small: the least is 1")
+    check_range("--num-aois", args.num_aois, 1, 10**6)
+    check_range("--seed", args.seed, 0, 2**63 - 1)
     found = verify(open_storage(args.uri), args.deep, args.input, args.num_aois, args.seed)
     for problem in found.problems:
         say(f"{problem.shard}: {problem.detail}")

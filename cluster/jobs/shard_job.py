@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from cluster.logs import configure_logging
 from sharding.errors import UserError
+from sharding.files import read_text
 from sharding.run.build import ShardResult, ShardTask, build_shard
 from sharding.run.job import ShardJob
 from sharding.storage import StorageUnavailableError
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sharding.cli import run_shard  # after logging is set up
 
     try:
-        job = ShardJob.from_json(Path(path).read_text())
+        job = ShardJob.from_json(read_text("the job's file", path))
         ray.init(address="auto", logging_level=logging.WARNING)
         return run_shard(job, tasks_on_ray(job.workers))
     except UserError as error:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from cluster.logs import configure_logging
+from sharding.arguments import check_values
 from sharding.errors import UserError
+from sharding.files import read_text
 from sharding.format.index import INDEX_NAME
+from sharding.schema import decode_strictly
 from sharding.scratch import scratch_folder
 from sharding.storage import StorageUnavailableError, open_storage
 
 logger = logging.getLogger(__name__)
 
-ConfigValues = Mapping[str, object]
+ConfigValues = Mapping[str, Any]
 # Time for a store to recover, and for Ray to notice that a node is lost.
 _RESTART_PAUSE_SECONDS = 5.0
 _ROOM_POLL_SECONDS = 1.0
@@ -30,31 +33,24 @@ _ROOM_POLL_SECONDS = 1.0
 class Placement:
     """Number of ranks of a job, and the resources of each."""
 
-    workers: int
+    workers: Annotated[int, Meta(ge=1, le=100_000)]
     """Ranks, at least 1; spread over the nodes."""
-    cpus_per_worker: float = field(default=1.0, metadata={"metavar": "C"})
+    cpus_per_worker: Annotated[float, Meta(gt=0, le=10_000)] = field(default=1.0, metadata={"metavar": "C"})
     """CPUs that Ray reserves for each rank, above 0. `train.threads_per_rank` sets the threads."""
-    gpus_per_worker: float = field(default=0.0, metadata={"metavar": "G"})
+    gpus_per_worker: Annotated[float, Meta(ge=0, le=1000)] = field(default=0.0, metadata={"metavar": "G"})
     """GPUs of each rank, a whole number: 0 trains on CPU with gloo, more on CUDA with NCCL."""
-    max_failures: int = 2
+    max_failures: Annotated[int, Meta(ge=0, le=10**6)] = 2
     """Restarts after a lost or failed rank or an unavailable store, 0 or more; each resumes from the newest
     checkpoint."""
-    wait_for_resources: float = field(default=0.0, metadata={"metavar": "SECONDS"})
+    wait_for_resources: Annotated[float, Meta(ge=0, le=10**7)] = field(default=0.0, metadata={"metavar": "SECONDS"})
     """Seconds that a cluster which is too small gets to grow, before the first attempt and each restart; 0 refuses at
     once."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"--workers is {self.workers}: give at least 1")
-        if not 0 < self.cpus_per_worker < math.inf:
-            raise UserError(f"--cpus-per-worker is {self.cpus_per_worker:g}: give a number above 0")
-        if self.gpus_per_worker < 0 or not float(self.gpus_per_worker).is_integer():
+        check_values(self)
+        if not float(self.gpus_per_worker).is_integer():
             # NCCL refuses two ranks on one GPU.
-            raise UserError(f"--gpus-per-worker is {self.gpus_per_worker:g}: give a whole number, 0 or more")
-        if self.max_failures < 0:
-            raise UserError(f"--max-failures is {self.max_failures}: give 0 or more")
-        if not 0 <= self.wait_for_resources < math.inf:
-            raise UserError(f"--wait-for-resources is {self.wait_for_resources:g}: give 0 seconds or more")
+            raise UserError(f"--gpus-per-worker {self.gpus_per_worker:g} is no whole number: give 0 or more GPUs")
 
     @property
     def resources(self) -> dict[str, float]:
@@ -83,9 +79,12 @@ class Job:
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Read the JSON of `to_json`."""
-        values = json.loads(text)
-        return cls(config=values["config"], placement=Placement(**values["placement"]))
+        """Read the JSON of `to_json`.
+
+        Raises:
+            UserError: For an unknown key, a wrong type or a value out of range.
+        """
+        return decode_strictly(text, cls, "the job's file")
 
 
 def train_rank(config: ConfigValues) -> None:
@@ -266,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (path,) = sys.argv[1:] if arguments is None else arguments
     configure_logging()
     try:
-        run_job(Job.from_json(Path(path).read_text()))
+        run_job(Job.from_json(read_text("the job's file", path)))
     except UserError as error:
         print(f"satfusion: error: {error}", file=sys.stderr)
         return 2

@@ -23,10 +23,14 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from cluster.local.processes import ProcessId, free_ports, is_running, running_with, stop
 from cluster.loopback.library import build_library, confined
 from cluster.token import MODE_VARIABLE, PATH_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, authorization, create_token
+from sharding.arguments import check_values
 from sharding.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,24 +70,17 @@ class LocalCluster:
 class NodeOptions:
     """Size of the local cluster."""
 
-    nodes: int = 2
+    nodes: Annotated[int, Meta(ge=1, le=_MAX_NODES)] = 2
     """Number of Ray nodes, 1 to 200."""
-    cpus_per_node: int | None = None
+    cpus_per_node: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     """CPUs of each node; None divides this machine's CPUs by the nodes, at least one each."""
-    gpus_per_node: int = 0
+    gpus_per_node: Annotated[int, Meta(ge=0, le=1000)] = 0
     """GPUs of each node; node i takes this machine's GPUs ``i*n`` to ``i*n + n - 1``."""
-    object_store_mb: int = 200
+    object_store_mb: Annotated[int, Meta(ge=80, le=10**7)] = 200
     """Shared memory of each node for Ray's objects, MiB; at least 80. Training sends none of its data through it."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= _MAX_NODES:
-            raise UserError(f"--nodes is {self.nodes}: give 1 to {_MAX_NODES}")
-        if self.cpus_per_node is not None and self.cpus_per_node < 1:
-            raise UserError(f"--cpus-per-node is {self.cpus_per_node}: give at least 1")
-        if self.gpus_per_node < 0:
-            raise UserError(f"--gpus-per-node is {self.gpus_per_node}: give 0 or more")
-        if self.object_store_mb < 80:
-            raise UserError(f"--object-store-mb is {self.object_store_mb}: Ray needs at least 80")
+        check_values(self)
 
 
 def default_state() -> Path:

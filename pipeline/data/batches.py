@@ -32,7 +32,7 @@ class Batch:
     weight: Tensor
     """[B] float32: 1, or 0 for a quarantined chip, which must not count."""
     chips: tuple[int, ...]
-    """Chip numbers, 9 * sample + window."""
+    """Chip numbers, chips of a scene * sample + window."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -95,7 +95,7 @@ class StoredBatch:
             scene.copy(self.variants[slot].window, self._stored, slot)
             return
         for images in self._stored.images:
-            images[slot] = BLANK / self.layout.unit
+            images[slot] = (BLANK - self.layout.offset) / self.layout.unit
         self.weight[slot] = 0
 
 
@@ -117,6 +117,8 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
     """
     images = stored.layout.tensors(stored.memory.to(device, non_blocking=True))
     lr, hr, pan = (image.to(torch.float32) * stored.layout.unit for image in images)
+    if stored.layout.offset:
+        lr, hr, pan = (image + stored.layout.offset for image in (lr, hr, pan))
     groups: dict[tuple[int, bool], list[int]] = {}
     for slot, variant in enumerate(stored.variants):
         groups.setdefault((variant.quarter_turns, variant.flip), []).append(slot)

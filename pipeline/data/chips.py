@@ -17,10 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.order import CHIPS_PER_SCENE, random_words
-
-LR_CHIP = 50
-COLUMNS = 3
+from pipeline.order import random_words
+from sharding.format.layout import WORLDSTRAT_CHIPS, ChipGrid
 
 Stored = npt.NDArray[Any]
 Memory = npt.NDArray[np.uint8]
@@ -67,7 +65,9 @@ class ChipLayout:
     dtype: torch.dtype
     """Data type of the stored images."""
     unit: float
-    """Reflectance of a stored value of 1."""
+    """Reflectance of a stored step."""
+    offset: float = 0.0
+    """Reflectance of a stored 0."""
 
     @cached_property
     def _parts(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
@@ -109,15 +109,15 @@ class StoredChips:
         pan[slot] = scene[2][:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
 
 
-def chip_window(chip: int, scale: float) -> Window:
-    """Return the window of chip 0..8 of a scene whose HR grid has ``scale`` pixels per LR pixel."""
-    column, row = divmod(chip % CHIPS_PER_SCENE, COLUMNS)
-    return make_window(column * LR_CHIP, row * LR_CHIP, scale)
+def chip_window(chip: int, scale: float, grid: ChipGrid = WORLDSTRAT_CHIPS) -> Window:
+    """Return the window of a chip of a scene whose HR grid has ``scale`` pixels per LR pixel."""
+    column, row = divmod(chip % grid.count, grid.rows)
+    return make_window(column * grid.stride, row * grid.stride, scale, grid.size)
 
 
-def make_window(x: int, y: int, scale: float) -> Window:
-    """Return the LR_CHIP x LR_CHIP window whose first LR pixel is (x, y)."""
-    return Window(x, y, LR_CHIP, round(x * scale), round(y * scale), round(LR_CHIP * scale))
+def make_window(x: int, y: int, scale: float, size: int = WORLDSTRAT_CHIPS.size) -> Window:
+    """Return the window of ``size`` LR pixels a side whose first LR pixel is (x, y)."""
+    return Window(x, y, size, round(x * scale), round(y * scale), round(size * scale))
 
 
 def training_draws(num_chips: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
@@ -126,28 +126,37 @@ def training_draws(num_chips: int, seed: int, epoch: int) -> npt.NDArray[np.uint
 
 
 def training_variant(
-    chip: int, draws: npt.NDArray[np.uint64], *, lr_size: int, scale: float, revisits: int, windows: bool, turns: bool
+    chip: int,
+    draws: npt.NDArray[np.uint64],
+    *,
+    lr_size: int,
+    scale: float,
+    revisits: int,
+    windows: bool,
+    turns: bool,
+    grid: ChipGrid = WORLDSTRAT_CHIPS,
 ) -> Variant:
     """Return the training variant of ``chip``.
 
     Args:
-        chip: Chip number, 9 * sample + window.
+        chip: Chip number, chips of a scene * sample + window.
         draws: [5] random words of the chip in this epoch, see `training_draws`.
         lr_size: Side of the scene's LR grid, pixels.
         scale: HR pixels per LR pixel.
         revisits: Revisits of a scene.
         windows: Replace the chip's window by a random one of the scene.
         turns: Rotate by a random quarter turn, then flip with probability 1/2.
+        grid: Chips of a scene.
     """
     x, y, turn, flip, revisit = draws.tolist()
     if windows:
-        places = lr_size - LR_CHIP + 1
-        window = make_window(x % places, y % places, scale)
+        places = lr_size - grid.size + 1
+        window = make_window(x % places, y % places, scale, grid.size)
         # If start and size are both rounded up, the last window would reach a pixel beyond the scene.
         last = round(lr_size * scale) - window.hr_size
         window = window._replace(hr_x=min(window.hr_x, last), hr_y=min(window.hr_y, last))
     else:
-        window = chip_window(chip, scale)
+        window = chip_window(chip, scale, grid)
     return Variant(window, turn % 4 if turns else 0, turns and flip % 2 == 1, revisit % revisits)
 
 

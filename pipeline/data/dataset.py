@@ -18,14 +18,14 @@ from models.config import ModelConfig
 from models.registry import check_sizes
 from pipeline.config import DataConfig
 from pipeline.data.batches import Batch, StoredBatch, to_batch
-from pipeline.data.chips import COLUMNS, LR_CHIP, ChipLayout, Variant, chip_window, training_draws, training_variant
+from pipeline.data.chips import ChipLayout, Variant, Window, chip_window, training_draws, training_variant
 from pipeline.data.disk_cache import DiskCache
 from pipeline.data.sample_reader import SampleReader
 from pipeline.data.scene_cache import SceneCache
 from pipeline.data.scene_layout import CutScenes, WholeScenes, clearest
-from pipeline.order import CHIPS_PER_SCENE, evaluation_slots
+from pipeline.order import evaluation_slots
 from sharding.errors import UserError
-from sharding.format.index import HR_BANDS, SPLITS, Index
+from sharding.format.index import SPLITS, Index
 from sharding.storage import open_storage
 
 EVALUATION_DRAW = (0, 0)
@@ -57,6 +57,8 @@ class ChipDataset(Dataset[Batch]):
         self.storage = open_storage(uri)
         self.index = Index.load(self.storage)
         self.config = config
+        self._refuse_repeats()
+        self.grid = self.index.facts.chips
         self.lr_size, hr_size = self._sizes()
         self.scale = hr_size / self.lr_size
         self.revisits = self.index.preparation.revisits
@@ -67,7 +69,7 @@ class ChipDataset(Dataset[Batch]):
         config = self.config
         disk = DiskCache(Path(config.cache_dir), int(config.cache_dir_gib * 2**30)) if config.cache_dir else None
         largest = max((entry.size for split in SPLITS for _, entry in self.index.samples(split)), default=0)
-        windows = [chip_window(chip, self.scale) for chip in range(CHIPS_PER_SCENE)]
+        windows = [self.window(chip) for chip in range(self.chips_per_scene)]
         self.scenes = SceneCache(
             SampleReader(self.storage, disk),
             WholeScenes(largest) if config.random_windows else CutScenes(self.layout, windows, largest),
@@ -86,15 +88,21 @@ class ChipDataset(Dataset[Batch]):
 
     def _sizes(self) -> tuple[int, int]:
         """Return the sides of both grids; raise a `UserError` if nine chips do not fit."""
-        lr_size, hr_size = self.index.preparation.lr_size, self.index.preparation.hr_size
-        needed = COLUMNS * LR_CHIP
-        if lr_size is None or hr_size is None or lr_size < needed:
-            given = "--native" if lr_size is None else f"--lr-size {lr_size}"
+        preparation, needed = self.index.preparation, max(self.grid.extent)
+        if self.index.facts.ratio is None or self.index.facts.ratio[1] < needed:
+            given = "--native" if preparation.lr_size is None else f"--lr-size {preparation.lr_size}"
             raise UserError(
-                f"{self.storage.uri} was sharded with {given}, and nine chips of {LR_CHIP} px need scenes of at least "
-                f"{needed} px, all of one size: shard again with --lr-size {needed} or more"
+                f"{self.storage.uri} was sharded with {given}, and {self.chips_per_scene} chips of {self.grid.size} px "
+                f"need scenes of at least {needed} px, all of one size: shard again with --lr-size {needed} or more"
             )
+        hr_size, lr_size = self.index.facts.ratio
         return lr_size, hr_size
+
+    def _refuse_repeats(self) -> None:
+        """Refuse a dataset with an AOI that occurs twice, so that no split is scored on what another one trained."""
+        if repeats := self.index.repeats:
+            more = f" (and {len(repeats) - 1} more)" if len(repeats) > 1 else ""
+            raise UserError(f"{self.storage.uri}: {repeats[0]}{more}: shard the dataset again")
 
     def _choose(self, split: str) -> None:
         if split not in self.index.splits:
@@ -102,6 +110,11 @@ class ChipDataset(Dataset[Batch]):
         self.split = split
         self.shards = self.index.splits[split]
         self._places = self.index.samples(split)
+        if not self._places:
+            raise UserError(
+                f"split {split!r} of {self.storage.uri} is empty: shard the dataset again with AOIs for each split, or "
+                "name another split"
+            )
 
     def sibling(self, split: str) -> ChipDataset:
         """Return another split of the same dataset, sharing index and scenes.
@@ -120,11 +133,12 @@ class ChipDataset(Dataset[Batch]):
         Raises:
             UserError: The model does not fit; the message names both numbers, or the size.
         """
-        uri, bands = self.storage.uri, len(self.index.preparation.band_numbers)
-        if bands != HR_BANDS:
+        uri, names = self.storage.uri, self.index.facts.bands
+        bands = len(names.lr)
+        if bands != len(names.hr):
             raise UserError(
-                f"{uri} holds {bands} bands of its revisits and {HR_BANDS} of its targets, and a model returns the "
-                "bands of its input: shard again with --bands true_color"
+                f"{uri} holds {bands} bands of its revisits and {len(names.hr)} of its targets, and a model returns "
+                "the bands of its input: shard again with --bands true_color"
             )
         if bands != model.bands:
             raise UserError(f"model.bands = {model.bands}, but {uri} holds {bands} bands: set model.bands={bands}")
@@ -133,7 +147,7 @@ class ChipDataset(Dataset[Batch]):
                 f"model.revisits = {model.revisits}, but {uri} holds {self.revisits} revisits a sample:"
                 f" set model.revisits={self.revisits} or shard again with --revisits {model.revisits}"
             )
-        window = chip_window(0, self.scale)
+        window = self.window(0)
         try:
             check_sizes(model, (window.size, window.size), (window.hr_size, window.hr_size))
         except ValueError as error:
@@ -142,13 +156,23 @@ class ChipDataset(Dataset[Batch]):
     @property
     def layout(self) -> ChipLayout:
         """Return the layout of a chip in memory."""
-        preparation, window = self.index.preparation, chip_window(0, self.scale)
+        facts, window = self.index.facts, self.window(0)
         return ChipLayout(
-            lr=(self.revisits, len(preparation.band_numbers), window.size, window.size),
-            hr=(HR_BANDS, window.hr_size, window.hr_size),
-            dtype=getattr(torch, preparation.dtype),
-            unit=preparation.step,
+            lr=(self.revisits, len(facts.bands.lr), window.size, window.size),
+            hr=(len(facts.bands.hr), window.hr_size, window.hr_size),
+            dtype=getattr(torch, self.index.preparation.dtype),
+            unit=facts.radiometry.scale,
+            offset=facts.radiometry.offset,
         )
+
+    @property
+    def chips_per_scene(self) -> int:
+        """Return the number of chips of a scene."""
+        return self.grid.count
+
+    def window(self, chip: int) -> Window:
+        """Return the window of a chip."""
+        return chip_window(chip, self.scale, self.grid)
 
     @property
     def simulation(self) -> str:
@@ -158,7 +182,7 @@ class ChipDataset(Dataset[Batch]):
     @property
     def num_chips(self) -> int:
         """Return the number of chips of the split."""
-        return len(self._places) * CHIPS_PER_SCENE
+        return len(self._places) * self.chips_per_scene
 
     @property
     def refetched(self) -> int:
@@ -168,7 +192,7 @@ class ChipDataset(Dataset[Batch]):
     @property
     def quarantined_chips(self) -> int:
         """Return the number of chips, of all splits, that this process found damaged and skipped."""
-        return len(self.scenes.quarantined) * CHIPS_PER_SCENE
+        return len(self.scenes.quarantined) * self.chips_per_scene
 
     def __len__(self) -> int:
         return self.num_chips
@@ -179,12 +203,12 @@ class ChipDataset(Dataset[Batch]):
         return self.evaluation_batch(chip % self.num_chips)
 
     def chip_id(self, chip: int) -> str:
-        """Return the chip's name, ``AOI/0..8``."""
-        return f"{self.aoi(chip)}/{chip % CHIPS_PER_SCENE}"
+        """Return the chip's name, ``AOI/<number of the chip in its scene>``."""
+        return f"{self.aoi(chip)}/{chip % self.chips_per_scene}"
 
     def aoi(self, chip: int) -> str:
         """Return the name of the chip's AOI."""
-        return self._places[chip // CHIPS_PER_SCENE][1].aoi
+        return self._places[chip // self.chips_per_scene][1].aoi
 
     def variant(self, chip: int, draws: npt.NDArray[np.uint64]) -> Variant:
         """Return the training variant of ``chip``; ``draws`` are the epoch's (`pipeline.data.chips.training_draws`)."""
@@ -196,14 +220,15 @@ class ChipDataset(Dataset[Batch]):
             revisits=self.revisits,
             windows=self.config.random_windows,
             turns=self.config.rotate_flip,
+            grid=self.grid,
         )
 
     def evaluation_batch(self, chip: int, device: torch.device = CPU) -> Batch:
         """Return ``chip`` for evaluation: own window, not turned, the clearest revisit for heads without encoder."""
         stored = StoredBatch(self.layout, 1)
-        with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
+        with self.scenes.use(*self._places[chip // self.chips_per_scene]) as scene:
             revisit = clearest(scene) if scene else 0
-            stored.begin([chip], [Variant(chip_window(chip, self.scale), 0, False, revisit)])
+            stored.begin([chip], [Variant(self.window(chip), 0, False, revisit)])
             stored.put(0, scene)
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
 
@@ -217,7 +242,7 @@ class ChipDataset(Dataset[Batch]):
         """Crop chips out of their scenes; read scenes that are not cached."""
         into.begin(chips, variants)
         for slot, chip in enumerate(chips):
-            with self.scenes.use(*self._places[chip // CHIPS_PER_SCENE]) as scene:
+            with self.scenes.use(*self._places[chip // self.chips_per_scene]) as scene:
                 into.put(slot, scene)
 
     @property

@@ -91,7 +91,15 @@ class TrainLoader:
             digest = self._dataset.index.digest
             self._order = (
                 epoch,
-                epoch_batches(sizes, digest, self._seed, epoch, self._plan.global_batch, self._shuffle),
+                epoch_batches(
+                    sizes,
+                    digest,
+                    self._seed,
+                    epoch,
+                    self._plan.global_batch,
+                    self._shuffle,
+                    self._dataset.chips_per_scene,
+                ),
             )
         return self._order[1]
 

@@ -9,11 +9,16 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.order import CHIPS_PER_SCENE, Chips
+from pipeline.order import Chips
 
 
 class SceneSource(Protocol):
     """Facts of a dataset that prefetching needs."""
+
+    @property
+    def chips_per_scene(self) -> int:
+        """Return the number of chips of a scene."""
+        ...
 
     @property
     def scene_capacity(self) -> int:
@@ -41,7 +46,7 @@ class Prefetcher:
             pool: Thread pool that runs the reads.
             threads: Threads of ``pool``.
         """
-        scenes, first = np.unique(slots // CHIPS_PER_SCENE, return_index=True)
+        scenes, first = np.unique(slots // source.chips_per_scene, return_index=True)
         order = np.argsort(first)
         self._coming = scenes[order].tolist()
         self._needed_at = (first[order] // max(1, slots.shape[1])).tolist()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from pipeline.data.disk_cache import DiskCache
-from sharding.format.index import SampleEntry, ShardEntry
+from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.sample import check_sample
 from sharding.storage import BucketNotFoundError, CorruptedError, Fill, NotFoundError, Storage
 

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.data.chips import Memory
 from pipeline.data.sample_reader import SampleReader
 from pipeline.data.scene_layout import Scene, SceneLayout
-from sharding.format.index import SampleEntry, ShardEntry
+from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.storage import CorruptedError, Fill, StorageUnavailableError
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
-from sharding.format.index import JSON_SUFFIX, SampleEntry
-from sharding.format.sample import images_of
+from sharding.format.entries import JSON_SUFFIX, SampleEntry
+from sharding.format.sample import clearest_of, images_of
 from sharding.storage import Fill
 
 
@@ -127,5 +127,6 @@ def _read_whole(entry: SampleEntry, memory: Memory, fill: Fill) -> WholeScene:
     sample = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
     fill(sample)
     images = images_of(entry, sample)
+    clearest_of(entry, sample)  # so that a JSON that lacks it is damage of this sample
     offset, length = entry.members[JSON_SUFFIX]
     return WholeScene((images["lr"], images["hr"], images["pan"]), bytes(sample[offset : offset + length]))

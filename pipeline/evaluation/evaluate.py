@@ -22,12 +22,12 @@ from models.registry import build_model, parse_pair
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.data.batches import Batch
-from pipeline.order import CHIPS_PER_SCENE
 from pipeline.quality.metrics import ADJUSTED, METRICS, image_metrics
 from pipeline.quality.registration import Mode
 from pipeline.reporting.panels import panel
 from pipeline.training.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
 from sharding.errors import UserError
+from sharding.files import regular_file
 from sharding.progress import progress
 from sharding.storage import Storage, open_storage
 
@@ -105,7 +105,7 @@ def evaluate_run(
         networks[AVERAGED] = load_network(checkpoint, checkpoint.state.ema)
     # The nodes' disk cache is not on this machine, and every sample is read only once.
     data = replace(checkpoint.config.data, cache_dir="")
-    dataset = _open_split(data_uri or data.uri, split, data)
+    dataset = ChipDataset(data_uri or data.uri, split, data)
     dataset.check_fits(checkpoint.config.model)
     name = _folder_name(checkpoint.name, dataset, registration)
     digest = dataset.index.digest
@@ -149,13 +149,14 @@ def evaluate_published(
     Raises:
         UserError: The file is unreadable, of another model, or holds pickled code; no such model or dataset.
     """
+    regular_file("--published-checkpoint", path)
     try:
         encoder, head = parse_pair(pair)
         state = read_published(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    dataset = _open_split(data_uri, split, DataConfig(simulate=simulate))
-    bands = len(dataset.index.preparation.band_numbers)
+    dataset = ChipDataset(data_uri, split, DataConfig(simulate=simulate))
+    bands = len(dataset.index.facts.bands.lr)
     try:
         config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
     except ValueError as error:
@@ -166,7 +167,9 @@ def evaluate_published(
         load_published(network, state)
     except ValueError as error:
         known = identify(state, config)
-        advice = f"; it is one of {known}" if known and known != f"{encoder}+{head}" else ""
+        advice = f"; it is one of {known.encoder}+{known.head}" if known and known != config else ""
+        if known and known.revisits != config.revisits:
+            advice += f" at {known.revisits} revisits"
         raise UserError(
             f"{path} does not fit {encoder}+{head} at {dataset.revisits} revisits: {error}{advice}"
         ) from None
@@ -175,13 +178,6 @@ def evaluate_published(
     name = f"{encoder}+{head}-{path.stem}"
     folder = f"{_folder_name(name, dataset, registration)}-{dataset.index.digest[:8]}"
     return _measure({FUSED: network}, dataset, name, open_storage(output).child(folder), registration, panels)
-
-
-def _open_split(uri: str, split: str, config: DataConfig) -> ChipDataset:
-    dataset = ChipDataset(uri, split, config)
-    if dataset.num_chips == 0:
-        raise UserError(f"split {split!r} of {dataset.storage.uri} is empty: name another with --split")
-    return dataset
 
 
 def _measure(
@@ -217,7 +213,7 @@ def _measure(
             chip = batch.chips[0]
             for method in methods:
                 metrics = image_metrics(images[method], batch.hr, registration)
-                place = {"aoi": dataset.aoi(chip), "chip": chip % CHIPS_PER_SCENE, "method": method}
+                place = {"aoi": dataset.aoi(chip), "chip": chip % dataset.chips_per_scene, "method": method}
                 rows.append(place | {column: metrics[column].item() for column in COLUMNS})
             if number < panels:
                 _write_panel(folder, f"panel-{number:03d}.png", batch, images[FUSED], dataset.chip_id(chip))

@@ -1,8 +1,9 @@
 """Checkpoints in the run folder: complete only with their marker, equal for any world size and ZeRO stage.
 
 ``checkpoints/step-<n>/`` holds everything that training needs to resume; ``checkpoints/best-<n>/`` the weights with the
-least validation loss. Each holds ``state.pt`` (tensors alone, read with ``weights_only``), ``checkpoint.json`` and,
-written last, the marker ``COMPLETE`` with the size and SHA-256 of both.
+least validation loss. Each holds ``state.pt`` (tensors and plain values alone), ``checkpoint.json`` and,
+written last, the marker ``COMPLETE`` with the size and SHA-256 of both. A checkpoint is data: nothing in it is
+executed, and it is compared with its own configuration before it is used.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, TypeVar
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from pipeline.config import RunConfig
-from pipeline.engines.engine import TrainState
+from models.registry import build_model
+from models.tensor_file import read_tensors
+from pipeline.config import RunConfig, Sections
+from pipeline.engines.engine import MOMENTS, TrainState, trained
 from sharding.errors import UserError
+from sharding.schema import Natural, Positive, Sha256, decode
 from sharding.storage import NotFoundError, Storage
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +48,13 @@ class DamagedCheckpointError(UserError):
 class Position:
     """Position of the training at a checkpoint."""
 
-    step: int
+    step: Natural
     """Optimizer steps taken; global batches 1 to ``step`` are consumed."""
-    best_loss: float | None
+    best_loss: Annotated[float, Meta(ge=-1e300, le=1e300)] | None
     """Least validation loss so far."""
-    index_digest: str
+    index_digest: Sha256
     """Digest of the dataset's index."""
-    world_size: int
+    world_size: Positive
     """Number of ranks that trained; their generator states fit this number only."""
 
 
@@ -140,37 +148,104 @@ def best_loss(runs: Storage, checkpoint: Checkpoint) -> float | None:
 
 
 def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
-    """Read ``checkpoints/<name>/`` and check it against its marker.
+    """Read ``checkpoints/<name>/`` and check it against its marker and its configuration.
 
     Raises:
-        DamagedCheckpointError: Its bytes are not the marker's.
+        DamagedCheckpointError: Its bytes are not the marker's, or are no state of its configuration.
         UserError: The checkpoint is absent, incomplete or of another format, or the store does not answer.
     """
     folder = runs.child(f"checkpoints/{name}")
     if not folder.exists(MARKER):
         raise UserError(f"{folder.uri} is not a complete checkpoint: it has no {MARKER} marker")
-    marker = _parse(folder, MARKER, folder.read(MARKER))
+    files = _read_files(folder)
+    version = _decode(folder, META, files[META], _Version).format_version
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder.uri} has checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    meta = _decode(folder, META, files[META], _Meta)
+    if not name.endswith(f"-{meta.position.step}"):
+        raise _damaged(folder, META, f"position.step: {meta.position.step} is another step's")
+    config = RunConfig.from_dict(meta.config, source=f"{folder.uri}/{META}")
+    try:
+        state, generators = _state(files[STATE], config, meta.position, full=not name.startswith("best-"))
+    except ValueError as error:
+        raise _damaged(folder, STATE, f"it {error}") from None
+    return Checkpoint(name, config, meta.position, state, generators)
+
+
+def _read_files(folder: Storage) -> dict[str, bytes]:
+    """Return the content of a checkpoint's files, which is that of its marker."""
+    marker = _decode(folder, MARKER, folder.read(MARKER), dict[str, _Written])
     files: dict[str, bytes] = {}
     for file in (STATE, META):
         try:
             files[file] = folder.read(file)
         except NotFoundError:
             files[file] = b""
-        if marker.get(file, {}).get("sha256") != _sha256(files[file]):
-            raise DamagedCheckpointError(
-                f"{folder.uri}/{file} is damaged: its SHA-256 is not the marker's; use another checkpoint"
-            )
-    meta = _parse(folder, META, files[META])
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder.uri} has checkpoint format {meta.get('format_version')}, this version reads {FORMAT_VERSION}"
-        )
-    config = RunConfig.from_dict(meta["config"], source=f"{folder.uri}/{META}")
-    position = Position(**meta["position"])
-    tensors = torch.load(io.BytesIO(files[STATE]), map_location="cpu", weights_only=True)
+        if file not in marker or marker[file].sha256 != _sha256(files[file]):
+            raise _damaged(folder, file, "its SHA-256 is not the marker's")
+    return files
+
+
+def _state(
+    data: bytes, config: RunConfig, position: Position, *, full: bool
+) -> tuple[TrainState, list[dict[str, Tensor]]]:
+    """Return the state and the generators in a file, compared with those of a network of this configuration.
+
+    Raises:
+        ValueError: If they are others, or hold a value that is not finite; the message completes "it ...".
+    """
+    content = read_tensors(data)
     # Checkpoints of earlier versions hold no average.
-    state = TrainState(tensors["weights"], tensors["moments"], position.step, tensors.get("ema", {}))
-    return Checkpoint(name, config, position, state, tensors["generators"])
+    if not isinstance(content, dict) or content.keys() | {"ema"} != {"weights", "moments", "generators", "ema"}:
+        raise ValueError("holds no weights, moments and generators")
+    with torch.device("meta"):
+        network = build_model(config.model)
+    if config.train.freeze:
+        network.freeze(config.train.freeze)
+    parameters = dict(network.named_parameters())
+    _refuse_others("weights", content["weights"], {**dict(network.named_buffers()), **parameters})
+    moments = content["moments"]
+    if not isinstance(moments, dict) or moments.keys() != (dict(trained(network)).keys() if full else set()):
+        raise ValueError("holds moments of other parameters than its configuration has")
+    for name, values in moments.items():
+        _refuse_others(f"moments of {name}", values, dict.fromkeys(MOMENTS, parameters[name]))
+    average = content.get("ema", {})
+    if average != {}:
+        _refuse_others("averaged weights", average, parameters)
+    generators = content["generators"]
+    _refuse_generators(generators, position.world_size)
+    return TrainState(content["weights"], moments, position.step, average), generators
+
+
+def _refuse_others(what: str, given: object, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or types, and values that are not finite."""
+    if not isinstance(given, dict) or given.keys() != wanted.keys():
+        names = given.keys() if isinstance(given, dict) else set()
+        other = sorted(map(str, names ^ wanted.keys()))
+        raise ValueError(f"holds {what} of other names than its configuration has ({', '.join(other[:3])[:200]!r})")
+    for name, value in wanted.items():
+        there = given[name]
+        if not isinstance(there, Tensor) or (there.shape, there.dtype) != (value.shape, value.dtype):
+            found = f"{there.dtype} {list(there.shape)}" if isinstance(there, Tensor) else "no tensor"
+            raise ValueError(f"holds {what}: {name} is {found} where {value.dtype} {list(value.shape)} is needed")
+        if not there.isfinite().all():
+            raise ValueError(f"holds {what}: {name} has values that are not finite")
+
+
+def _refuse_generators(generators: object, world_size: int) -> None:
+    """Refuse anything but the generator states of each rank, by device type."""
+    if not isinstance(generators, list) or len(generators) != world_size:
+        raise ValueError(f"holds no generator states of {world_size} ranks")
+    for states in generators:
+        if not isinstance(states, dict) or not {"cpu"} <= states.keys() <= {"cpu", "cuda"}:
+            raise ValueError("holds generator states of unknown devices")
+        for state in states.values():
+            if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
+                raise ValueError("holds generator states that are none")
+        try:
+            torch.Generator().set_state(states["cpu"])
+        except RuntimeError:
+            raise ValueError("holds generator states that are none") from None
 
 
 def select_checkpoint(runs: Storage, which: str) -> str:
@@ -212,11 +287,30 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _parse(folder: Storage, name: str, data: bytes) -> Mapping[str, Any]:
+class _Written(msgspec.Struct):
+    """Schema of a file in the marker."""
+
+    sha256: Sha256
+    bytes: Natural
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class _Meta(msgspec.Struct):
+    """Schema of `META`."""
+
+    config: Sections
+    position: Position
+
+
+def _decode(folder: Storage, name: str, data: bytes, kind: type[T]) -> T:
     try:
-        value = json.loads(data)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise DamagedCheckpointError(f"{folder.uri}/{name} is damaged: it is not a JSON object; use another checkpoint")
-    return value
+        return decode(data, kind)
+    except ValueError as error:
+        raise _damaged(folder, name, str(error)) from None
+
+
+def _damaged(folder: Storage, name: str, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{folder.uri}/{name} is damaged ({what}): use another checkpoint")

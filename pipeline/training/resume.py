@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
-from pipeline.config import RunConfig
+import msgspec
+
+from pipeline.config import RunConfig, Section
 from pipeline.data.dataset import ChipDataset
 from pipeline.order import OrderState
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.world import World
 from sharding.errors import UserError
+from sharding.schema import Sha256, decode
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +61,28 @@ def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
         return None
     source = f"{run.storage.uri}/{CONFIG_FILE}"
     try:
-        record = json.loads(run.storage.read(CONFIG_FILE))
-        digest = str(record.pop("environment")["index_digest"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{source} is not a record of a run: name another output.uri") from None
-    return RunConfig.from_dict(record, source), digest
+        record = decode(run.storage.read(CONFIG_FILE), _Record)
+    except ValueError as error:
+        raise UserError(f"{source} is not a record of a run ({error}): name another output.uri") from None
+    sections = {name: getattr(record, name) for name in record.__struct_fields__ if name != "environment"}
+    return RunConfig.from_dict(sections, source), record.environment.index_digest
+
+
+class _Environment(msgspec.Struct):
+    """What resuming uses of the environment."""
+
+    index_digest: Sha256
+
+
+class _Record(msgspec.Struct):
+    """Schema of a run's config.json."""
+
+    model: Section
+    data: Section
+    loss: Section
+    train: Section
+    output: Section
+    environment: _Environment
 
 
 def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:

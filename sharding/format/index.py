@@ -6,92 +6,47 @@ Writers and readers share it; it needs neither rasterio nor torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TypedDict, cast
+from typing import Any, Literal, cast
+
+import msgspec
 
 from sharding.errors import UserError
+from sharding.format.entries import (
+    BandStatistics,
+    Layouts,
+    SampleEntry,
+    ShardEntry,
+    Skipped,
+    StoredShard,
+    shard_from_json,
+    shard_to_json,
+)
+from sharding.format.layout import (
+    ArrayLayout,
+    Facts,
+    SampleLayout,
+    refuse_layout,
+    worldstrat_facts,
+    worldstrat_layout,
+)
 from sharding.prepare.options import SampleOptions
+from sharding.schema import Seed, Sha256, decode
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Version of the index that this program writes; it adds layouts and facts to version 2, and reads both."""
+READABLE = (2, FORMAT_VERSION)
 SPLITS = ("train", "val", "test")
-HR_BANDS = 3
-"""Bands of the targets: red, green, blue."""
 INDEX_NAME = "index.json"
-IMAGES = ("lr", "clm", "hr", "pan")
-JSON_SUFFIX = "json"
-SUFFIXES = (*(f"{name}.npy" for name in IMAGES), JSON_SUFFIX)
 
-ByteRange = tuple[int, int]
-"""(offset, length) in bytes."""
-
-
-class BandStatistics(TypedDict):
-    """Statistics over all pixels (and revisits) of the training split, one number per band, in reflectance."""
-
-    mean: list[float]
-    std: list[float]
-    min: list[float]
-    max: list[float]
-    percentiles: dict[str, list[float]]
-    """Values per percentage, ``"1"`` to ``"99"``."""
-
-
-@dataclass(frozen=True)
-class SampleEntry:
-    """Place of one sample in its shard."""
-
-    key: str
-    """Its key in the tar: the AOI's name, escaped."""
-
-    aoi: str
-    """The AOI's name, not escaped."""
-
-    offset: int
-    """First byte of the sample in the shard: the header of its first member."""
-
-    size: int
-    """Bytes of the sample, headers and padding included."""
-
-    crc32: int
-    """CRC-32 of these bytes."""
-
-    members: Mapping[str, ByteRange]
-    """Payloads per suffix (``lr.npy`` ...) as (offset, length); offsets count from the sample's first byte."""
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard, a tar file."""
-
-    name: str
-    """Its key beside the index."""
-
-    bytes: int
-    """Its size in bytes."""
-
-    sha256: str
-    """SHA-256 of the whole file, in hex."""
-
-    samples: tuple[SampleEntry, ...]
-    """Its samples in file order."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An AOI that is in no split."""
-
-    aoi: str
-    """Its name."""
-
-    reason: str
-    """Short code, such as ``too-few-revisits``."""
-
-    detail: str
-    """The finding, in words."""
+Measured = Literal["lr", "hr", "pan"]
+"""Images with statistics."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +68,11 @@ class Index:
     splits: Mapping[str, tuple[ShardEntry, ...]]
     """Shards of each split, in order."""
 
-    statistics: Mapping[str, BandStatistics]
+    statistics: Mapping[Measured, BandStatistics]
     """Statistics of the training split per image (``lr``, ``hr``, ``pan``)."""
+
+    facts: Facts
+    """Facts of the dataset."""
 
     skipped: tuple[Skipped, ...] = ()
     """Skipped AOIs, sorted by name."""
@@ -123,9 +81,32 @@ class Index:
     """Version of this layout."""
 
     @cached_property
+    def data(self) -> bytes:
+        """Bytes of ``index.json``: those that were read, or the canonical JSON of a new index."""
+        layouts = Layouts()
+        splits = {name: [shard_to_json(shard, layouts) for shard in self.splits[name]] for name in SPLITS}
+        table = {
+            "format_version": self.format_version,
+            "preparation": self.preparation.to_json(),
+            "split_rule": self.split_rule,
+            "split_seed": self.split_seed,
+            "plan": self.plan,
+            "splits": splits,
+            "statistics": self.statistics,
+            "skipped": [vars(item) for item in self.skipped],
+        }
+        if self.format_version == 2:
+            for shard in itertools.chain.from_iterable(splits.values()):
+                for sample in shard["samples"]:
+                    del sample["layout"]
+        else:
+            table |= {"facts": asdict(self.facts), "layouts": layouts.to_json()}
+        return json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the stored ``index.json``, in hex: it identifies the dataset and thereby every byte."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return hashlib.sha256(self.data).hexdigest()
 
     def samples(self, split: str) -> tuple[tuple[ShardEntry, SampleEntry], ...]:
         """Return a split's samples in order, each with its shard.
@@ -137,54 +118,75 @@ class Index:
             raise UserError(f"no split {split!r} in the index; it has {', '.join(self.splits)}")
         return tuple((shard, sample) for shard in self.splits[split] for sample in shard.samples)
 
+    @cached_property
+    def repeats(self) -> tuple[str, ...]:
+        """AOIs that occur more than once, in words: evaluation would then measure what training has seen."""
+        places: dict[str, list[str]] = defaultdict(list)
+        for split in SPLITS:
+            for _, sample in self.samples(split):
+                places[sample.aoi].append(split)
+        return tuple(f"AOI {aoi!r} is in {' and '.join(found)}" for aoi, found in places.items() if len(found) > 1)
+
+    def as_before(self, earlier: Index | None) -> Index:
+        """Return ``earlier`` if it says the same in an older format, so that its bytes and its digest stay."""
+        if earlier is None or earlier.format_version == self.format_version:
+            return self
+        same = replace(self, format_version=earlier.format_version).data == earlier.data
+        return earlier if same else self
+
     def to_json(self) -> str:
-        """Return the canonical JSON: equal indexes give equal text."""
-        return json.dumps(
-            {
-                "format_version": self.format_version,
-                "preparation": self.preparation.to_json(),
-                "split_rule": self.split_rule,
-                "split_seed": self.split_seed,
-                "plan": self.plan,
-                "splits": {name: list(map(shard_to_json, shards)) for name, shards in self.splits.items()},
-                "statistics": self.statistics,
-                "skipped": [vars(item) for item in self.skipped],
-            },
-            sort_keys=True,
-            separators=(",", ":"),
-        )
+        """Return the stored JSON: equal new indexes give equal text, and an index that was read its own."""
+        return self.data.decode(errors="replace")
 
     @classmethod
-    def from_json(cls, text: str) -> Index:
-        """Parse the text of ``to_json``.
+    def from_json(cls, text: str | bytes) -> Index:
+        """Parse the content of ``index.json``.
 
         Raises:
-            UserError: If it is not an index, or has another format version.
+            UserError: If it is not an index, contradicts itself, or has another format version.
         """
+        data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
         try:
-            data = json.loads(text)
-            if data["format_version"] != FORMAT_VERSION:
+            version = decode(data, _Version).format_version
+            if version not in READABLE:
                 raise UserError(
-                    f"{INDEX_NAME} has format version {data['format_version']!r}, this program reads "
-                    f"{FORMAT_VERSION}: shard the dataset again"
+                    f"{INDEX_NAME} has format version {version!r}, this program reads "
+                    f"{' and '.join(map(str, READABLE))}: shard the dataset again"
                 )
-            return cls(
-                format_version=data["format_version"],
-                preparation=SampleOptions.from_json(data["preparation"]),
-                split_rule=data["split_rule"],
-                split_seed=data["split_seed"],
-                plan=data["plan"],
-                splits={name: tuple(map(shard_from_json, data["splits"][name])) for name in SPLITS},
-                statistics={
-                    name: cast(BandStatistics, _table(bands, BandStatistics.__required_keys__))
-                    for name, bands in data["statistics"].items()
-                },
-                skipped=tuple(Skipped(**item) for item in data["skipped"]),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{INDEX_NAME} is damaged ({type(error).__name__}: {error}): shard the dataset again"
-            ) from error
+            index = cls._from(decode(data, _Stored2 if version == 2 else _Stored))
+        except ValueError as error:
+            raise UserError(f"{INDEX_NAME} is damaged ({error}): shard the dataset again") from error
+        vars(index)["data"] = data
+        return index
+
+    @classmethod
+    def _from(cls, stored: _Stored2 | _Stored) -> Index:
+        preparation = SampleOptions.from_json(stored.preparation)
+        facts = stored.facts if isinstance(stored, _Stored) else worldstrat_facts(preparation)
+        layouts: Sequence[SampleLayout] = (
+            stored.layouts if isinstance(stored, _Stored) else (worldstrat_layout(preparation),)
+        )
+        for number, layout in enumerate(layouts):
+            try:
+                refuse_layout(layout, facts, preparation.revisits, preparation.dtype)
+            except ValueError as error:
+                raise ValueError(f"layouts[{number}]: {error}") from None
+        splits = {
+            name: tuple(shard_from_json(shard, layouts) for shard in getattr(stored.splits, name)) for name in SPLITS
+        }
+        _refuse_namesakes([shard for shards in splits.values() for shard in shards])
+        _refuse_statistics(stored.statistics, {"lr": len(facts.bands.lr), "hr": len(facts.bands.hr), "pan": 1})
+        return cls(
+            preparation=preparation,
+            split_rule=stored.split_rule,
+            split_seed=stored.split_seed,
+            plan=stored.plan,
+            splits=splits,
+            statistics=stored.statistics,
+            skipped=stored.skipped,
+            facts=facts,
+            format_version=stored.format_version,
+        )
 
     @classmethod
     def load(cls, storage: Storage) -> Index:
@@ -194,7 +196,7 @@ class Index:
             UserError: If the URI holds no index, or one that cannot be read.
         """
         try:
-            text = storage.read(INDEX_NAME).decode("utf-8", errors="replace")
+            data = storage.read(INDEX_NAME)
         except BucketNotFoundError:
             raise
         except NotFoundError:
@@ -203,7 +205,7 @@ class Index:
                 f"run `satfusion shard --input DIR --output {storage.uri}`"
             ) from None
         try:
-            return cls.from_json(text)
+            return cls.from_json(data)
         except UserError as error:
             raise UserError(f"{storage.uri}: {error}") from error
 
@@ -230,27 +232,47 @@ def damage_of(output: Storage, entry: ShardEntry) -> str | None:
     return None
 
 
-def _table(data: object, keys: Iterable[str]) -> dict[str, object]:
-    """Return a JSON object after a check of its keys; TypeError for another value, KeyError for a missing key."""
-    if not isinstance(data, dict):
-        raise TypeError(f"a table is needed where {type(data).__name__} stands")
-    for key in keys:
-        data[key]
-    return data
+def _refuse_namesakes(shards: Sequence[ShardEntry]) -> None:
+    """Refuse two different shards of one name."""
+    by_name: dict[str, ShardEntry] = {}
+    for shard in shards:
+        if by_name.setdefault(shard.name, shard).sha256 != shard.sha256:
+            raise ValueError(f"the shard {shard.name!r} stands there twice with different content")
 
 
-def shard_to_json(shard: ShardEntry) -> dict[str, object]:
-    """Convert a shard's entry to a table for JSON."""
-    return {**vars(shard), "samples": [vars(sample) for sample in shard.samples]}
+def _refuse_statistics(statistics: Mapping[Measured, BandStatistics], bands: Mapping[Measured, int]) -> None:
+    """Refuse statistics that have not one number a band."""
+    for image, table in statistics.items():
+        for name, values in (*table.items(), *table["percentiles"].items()):
+            if name != "percentiles" and len(cast(list[float], values)) != bands[image]:
+                raise ValueError(f"statistics.{image}: {name!r} has not one number for each of {bands[image]} bands")
 
 
-def shard_from_json(data: dict[str, object]) -> ShardEntry:
-    """Parse a table of ``shard_to_json``; TypeError, KeyError or AttributeError for another table."""
-    samples = cast(list[dict[str, object]], data["samples"])
-    return ShardEntry(**{**data, "samples": tuple(map(_sample_from_json, samples))})  # type: ignore[arg-type]
+class _Splits(msgspec.Struct):
+    train: tuple[StoredShard, ...]
+    val: tuple[StoredShard, ...]
+    test: tuple[StoredShard, ...]
 
 
-def _sample_from_json(data: dict[str, object]) -> SampleEntry:
-    members = cast(dict[str, list[int]], _table(data["members"], SUFFIXES))
-    ranges = {suffix: (offset, size) for suffix, (offset, size) in members.items()}
-    return SampleEntry(**{**data, "members": ranges})  # type: ignore[arg-type]
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class _Stored2(msgspec.Struct):
+    """Schema of format 2."""
+
+    format_version: int
+    preparation: dict[str, Any]
+    split_rule: Literal["published", "seeded"]
+    split_seed: Seed
+    plan: Sha256
+    splits: _Splits
+    statistics: Mapping[Measured, BandStatistics]
+    skipped: tuple[Skipped, ...]
+
+
+class _Stored(_Stored2, kw_only=True):
+    """Schema of format 3."""
+
+    facts: Facts
+    layouts: tuple[dict[str, ArrayLayout], ...]

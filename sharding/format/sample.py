@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
-import struct
+import math
+import re
 from functools import lru_cache
-from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
-from sharding.format.index import IMAGES, JSON_SUFFIX, SampleEntry, ShardEntry
+from sharding.format.checks import NPY_PREAMBLE
+from sharding.format.entries import JSON_SUFFIX, SampleEntry, ShardEntry
+from sharding.format.layout import DTYPES, ArrayLayout, Dtype
+from sharding.schema import Natural, decode
 from sharding.storage import CorruptedError, NotFoundError, Storage
 
 
@@ -42,16 +44,6 @@ class Sample(NamedTuple):
     """JSON of the sample: dates, georeference, source digests, ``clearest`` (0-based index into ``lr``) and more."""
 
 
-def key_of(aoi: str) -> str:
-    """Escape an AOI's name for a tar, where a key ends at its first dot and ``/`` would make a folder."""
-    return quote(aoi, safe=" ").replace(".", "%2E")
-
-
-def aoi_of(key: str) -> str:
-    """Return the AOI's name of a key; the inverse of ``key_of``."""
-    return unquote(key)
-
-
 def check_sample(entry: SampleEntry, data: bytes | memoryview) -> None:
     """Compare a sample's bytes with its entry in the index.
 
@@ -71,30 +63,64 @@ def check_sample(entry: SampleEntry, data: bytes | memoryview) -> None:
 
 
 def images_of(entry: SampleEntry, data: bytes | memoryview) -> dict[str, NDArray[Any]]:
-    """Return the images of a sample as views of its bytes, by the names in ``IMAGES``."""
+    """Return the images of a sample as views of its bytes, by name.
+
+    Each header is compared with the index's layout, and the length of its array with the member's, before anything is
+    allocated.
+
+    Raises:
+        CorruptedError: If a member is not the array that the index says.
+    """
     images = {}
-    for name in IMAGES:
+    for name, layout in entry.layout.items():
         offset, length = entry.members[f"{name}.npy"]
-        start = offset + _NPY_PREAMBLE.size + _NPY_PREAMBLE.unpack_from(data, offset)[-1]
-        dtype, shape = _npy_header(bytes(data[offset:start]))
-        count = (offset + length - start) // dtype.itemsize
-        images[name] = np.frombuffer(data, dtype, count, start).reshape(shape)
+        member = memoryview(data)[offset : offset + length]
+        try:
+            dtype, shape, start = _npy_header(bytes(member[: _header_end(member)]))
+            if not layout.fits(shape, dtype):
+                raise CorruptedError(f"it is {ArrayLayout(shape, dtype)}, and the index says {layout}")
+            count = math.prod(shape)
+            if start + count * DTYPES[dtype] != length:
+                raise CorruptedError(f"it has {length} bytes, and its header says {start + count * DTYPES[dtype]}")
+        except CorruptedError as error:
+            raise CorruptedError(
+                f"sample {entry.key!r} (AOI {entry.aoi!r}): {name}.npy cannot be read, since {error}: "
+                "shard the dataset again"
+            ) from None
+        images[name] = np.frombuffer(member, dtype, count, start).reshape(shape)
     return images
 
 
-_NPY_PREAMBLE = struct.Struct("<6sBBH")
+# As numpy writes it. Nothing else is parsed, so that no header costs more than its bytes.
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>\|u1|<u2|<f4|\|O)', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>(?:[0-9]{1,10}, ?)*[0-9]{0,10})\), \} *\n"
+)
+
+
+def _header_end(member: memoryview) -> int:
+    """Return the end of a .npy file's header."""
+    if len(member) < NPY_PREAMBLE or bytes(member[:8]) != b"\x93NUMPY\x01\x00":
+        raise CorruptedError("it is no .npy file of version 1.0")
+    return NPY_PREAMBLE + int.from_bytes(member[8:NPY_PREAMBLE], "little")
 
 
 @lru_cache(maxsize=64)
-def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Parse the header of a .npy file of version 1.0; cached, since most samples have the same headers."""
-    file = io.BytesIO(header)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise CorruptedError("a .npy member is not of version 1.0: shard the dataset again")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise CorruptedError("a .npy member holds pickled objects, which are never loaded: shard the dataset again")
-    return dtype, shape
+def _npy_header(header: bytes) -> tuple[Dtype, tuple[int, ...], int]:
+    """Parse the header of a .npy file; cached, since most samples have the same headers.
+
+    Returns:
+        Type of the values, shape, and length of the header.
+    """
+    found = _NPY_HEADER.fullmatch(header, NPY_PREAMBLE)
+    if found is None:
+        raise CorruptedError("its header is not one that this program writes")
+    if found["fortran"] == b"True":
+        raise CorruptedError("its values are in Fortran order")
+    if found["dtype"] == b"|O":
+        raise CorruptedError("it holds pickled objects, which are never loaded")
+    shape = tuple(int(size) for size in found["shape"].split(b",") if size.strip())
+    return cast(Dtype, found["dtype"].decode()), shape, len(header)
 
 
 def decode_sample(entry: SampleEntry, data: bytes) -> Sample:
@@ -105,11 +131,49 @@ def decode_sample(entry: SampleEntry, data: bytes) -> Sample:
         data: ``entry.size`` bytes of the shard from ``entry.offset``.
 
     Raises:
-        CorruptedError: If the size or the CRC-32 differs from the index.
+        CorruptedError: If the size, the CRC-32 or an array differs from the index, or the JSON is not a sample's.
     """
     check_sample(entry, data)
+    return Sample(entry.key, entry.aoi, **images_of(entry, data), meta=meta_of(entry, data))
+
+
+def meta_of(entry: SampleEntry, data: bytes | memoryview) -> dict[str, Any]:
+    """Return the JSON of a sample.
+
+    Raises:
+        CorruptedError: If it is not a sample's.
+    """
+    clearest_of(entry, data)
+    return decode(_json_of(entry, data), dict[str, Any])
+
+
+def clearest_of(entry: SampleEntry, data: bytes | memoryview) -> int:
+    """Return the clearest revisit of a sample, 0-based, as its JSON says.
+
+    Raises:
+        CorruptedError: If the JSON is not a sample's.
+    """
+    revisits = entry.layout["lr"].shape[0]
+    try:
+        clearest = decode(_json_of(entry, data), _Meta).clearest
+        if revisits is not None and clearest >= revisits:
+            raise ValueError(f"clearest: expected a number below {revisits}, got {clearest}")
+    except ValueError as error:
+        raise CorruptedError(
+            f"sample {entry.key!r} (AOI {entry.aoi!r}): its JSON is damaged ({error}): shard the dataset again"
+        ) from None
+    return clearest
+
+
+def _json_of(entry: SampleEntry, data: bytes | memoryview) -> bytes:
     offset, length = entry.members[JSON_SUFFIX]
-    return Sample(entry.key, entry.aoi, **images_of(entry, data), meta=json.loads(data[offset : offset + length]))
+    return bytes(data[offset : offset + length])
+
+
+class _Meta(msgspec.Struct):
+    """Schema of what readers use of a sample's JSON."""
+
+    clearest: Natural
 
 
 def fetch_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Sample:

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.format.index import BandStatistics
+from sharding.format.entries import BandStatistics
 from sharding.prepare.options import STEP
 
 VALUES = 1 << 16
 """Number of values of a stored uint16."""
+
+MOST_BANDS = 64
+"""Limit of the bands of an image: a text must not take more memory than they do."""
 
 PERCENTILES = (1, 2, 25, 50, 75, 98, 99)
 
@@ -63,12 +66,15 @@ class Histogram:
         """Parse the text of ``to_text``.
 
         Raises:
-            ValueError: For another text.
+            ValueError: For another text, or more than ``MOST_BANDS`` bands.
         """
+        unpacker = zlib.decompressobj()
         try:
-            data = zlib.decompress(base64.b64decode(text, validate=True))
+            data = unpacker.decompress(base64.b64decode(text, validate=True), MOST_BANDS * VALUES * 8)
         except zlib.error as error:
             raise ValueError(str(error)) from None
+        if not data or not unpacker.eof:
+            raise ValueError(f"it is cut short, or has more than {MOST_BANDS} bands")
         return cls(np.frombuffer(data, "<u8").astype(np.uint64).reshape(-1, VALUES))
 
 

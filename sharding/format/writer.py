@@ -8,14 +8,15 @@ import json
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
-from sharding.format.index import JSON_SUFFIX, ByteRange, SampleEntry, ShardEntry
-from sharding.format.sample import key_of
+from sharding.format.checks import key_of
+from sharding.format.entries import JSON_SUFFIX, ByteRange, SampleEntry, ShardEntry
+from sharding.format.layout import ArrayLayout, Dtype
 
 OWNER = "bigdata"
 MODE = 0o444
@@ -78,7 +79,8 @@ class ShardWriter:
             for part in (header, *payload, bytes(-length % tarfile.BLOCKSIZE)):
                 crc = crc32(part, crc)
                 self._write(part)
-        self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, ranges))
+        layout = {name: ArrayLayout(image.shape, cast(Dtype, image.dtype.str)) for name, image in sample.images.items()}
+        self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, ranges, layout))
 
     def finish(self, name: str) -> ShardEntry:
         """Write the end of the tar and return its index entry with the key ``name``."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
-from sharding.arguments import check_choices
+from sharding.arguments import check_values
 from sharding.errors import UserError
+from sharding.schema import convert
 
 STEP = 3e-5
 """Reflectance per step of the stored uint16; the largest value is 65535 x 3e-5 = 1.966."""
@@ -16,6 +18,14 @@ RGB_BANDS = (4, 3, 2)
 """Red, green, blue as 1-based positions in Sentinel-2 rasters."""
 NUM_BANDS = {"l2a": 12, "l1c": 13}
 """Number of bands in each product's rasters: all of Sentinel-2; L2A has no cirrus band (B10)."""
+_L2A_NAMES = (
+    *("coastal", "blue", "green", "red", "rededge071", "rededge075"),
+    *("rededge078", "nir", "nir08", "nir09", "swir16", "swir22"),
+)
+BAND_NAMES = {"l2a": _L2A_NAMES, "l1c": (*_L2A_NAMES[:10], "cirrus", *_L2A_NAMES[10:])}
+"""Names of the bands in each product's rasters, as the EO extension of STAC gives them."""
+MOST_PX = 10_000
+"""Largest side of a resized image."""
 LR_SIZE, HR_SIZE = 160, 500
 """Sides of the grids of the published training, px."""
 
@@ -34,7 +44,7 @@ class SampleOptions:
     bands: Literal["true_color", "all"] = "true_color"
     """Bands of Sentinel-2: ``true_color`` (4, 3, 2) or ``all``, in the product's order."""
 
-    revisits: int = field(default=8, metadata={"metavar": "R"})
+    revisits: Annotated[int, Meta(ge=1, le=1000)] = field(default=8, metadata={"metavar": "R"})
     """Revisits of a sample; AOIs with fewer are skipped."""
 
     select: Literal["first", "clearest"] = "first"
@@ -43,27 +53,22 @@ class SampleOptions:
     hr: Literal["ps", "rgbn"] = "ps"
     """SPOT raster of the targets: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
 
-    lr_size: int | None = field(default=LR_SIZE, metadata={"metavar": "PX"})
+    lr_size: Annotated[int, Meta(ge=1, le=MOST_PX)] | None = field(default=LR_SIZE, metadata={"metavar": "PX"})
     """Side of the LR grid, px. None keeps each AOI's own."""
 
-    hr_size: int | None = field(default=HR_SIZE, metadata={"metavar": "PX"})
+    hr_size: Annotated[int, Meta(ge=1, le=MOST_PX)] | None = field(default=HR_SIZE, metadata={"metavar": "PX"})
     """Side of the HR and PAN grid, px. None keeps each AOI's own."""
 
     dtype: Literal["uint16", "float32"] = "uint16"
     """Type of stored images: ``uint16`` in steps of 3e-5, or ``float32`` reflectance."""
 
-    max_cloud: float | None = field(default=None, metadata={"metavar": "PERCENT"})
+    max_cloud: Annotated[float, Meta(ge=0, le=100)] | None = field(default=None, metadata={"metavar": "PERCENT"})
     """Skip AOIs whose chosen revisits have a higher mean cloud cover than this, in percent. None skips none."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for option, number in (("--revisits", self.revisits), ("--lr-size", self.lr_size), ("--hr-size", self.hr_size)):
-            if number is not None and number < 1:
-                raise UserError(f"{option} {number} is too small: the least is 1")
+        check_values(self)
         if (self.lr_size is None) != (self.hr_size is None):
             raise UserError("--native keeps both grids: give it without --lr-size and --hr-size")
-        if self.max_cloud is not None and not 0 <= self.max_cloud <= 100:
-            raise UserError(f"--max-cloud {self.max_cloud} is no percentage: it must be from 0 to 100")
 
     @property
     def band_numbers(self) -> tuple[int, ...]:
@@ -100,13 +105,13 @@ class SampleOptions:
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> SampleOptions:
-        """Parse a table of ``to_json``; ValueError, KeyError, TypeError or AttributeError for another table."""
+        """Parse a table of ``to_json``; ValueError for another table."""
         named = {name: value for name, value in table.items() if name not in ("hr_source", "step")}
-        named["bands"] = "true_color" if tuple(table["bands"]) == RGB_BANDS else "all"
+        named["bands"] = "true_color" if table.get("bands") == list(RGB_BANDS) else "all"
         try:
-            options = cls(hr=table["hr_source"], **named)
-        except UserError as error:
-            raise ValueError(str(error)) from error
+            options = convert({**named, "hr": table.get("hr_source")}, cls)
+        except (UserError, ValueError) as error:
+            raise ValueError(f"preparation: {error}") from None
         if options.to_json() != table:
-            raise ValueError("its bands or its step are not those of its options")
+            raise ValueError("preparation: its bands or its step are not those of its options, or it has other keys")
         return options

@@ -10,25 +10,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import UnusableError, UserError
-from sharding.format.index import FORMAT_VERSION, GONE, ShardEntry, Skipped, damage_of, shard_from_json, shard_to_json
+from sharding.format.entries import Layouts, ShardEntry, Skipped, StoredShard, shard_from_json, shard_to_json
+from sharding.format.index import GONE, Measured, damage_of
+from sharding.format.layout import (
+    ArrayLayout,
+    SampleLayout,
+    refuse_layout,
+    worldstrat_facts,
+    worldstrat_layout,
+)
 from sharding.format.statistics import Histogram
 from sharding.format.writer import NewSample, ShardWriter
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.prepare.scene import quantise
+from sharding.schema import Sha256, decode
 from sharding.scratch import scratch_folder
 from sharding.sources.worldstrat.layout import AoiFiles
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
+SHARD_VERSION = 2
+"""Version of a shard's bytes: it is part of each fingerprint, and newer versions of the index keep it."""
+
 SIDECAR_SUFFIX = ".json"
 """Suffix that turns a shard's name into the name of its sidecar."""
 
-MEASURED = ("lr", "hr", "pan")
-"""Images with statistics."""
+MEASURED: tuple[Measured, ...] = ("lr", "hr", "pan")
 
 Outcome = Literal["made", "kept", "repaired"]
 
@@ -65,7 +77,7 @@ class ShardTask:
         It covers their names and sizes. Only `verify --deep` finds a file that changed and kept its size.
         """
         files = [[aoi.name, *([file.name, file.size] for file in aoi.used(self.options))] for aoi in self.aois]
-        described = [FORMAT_VERSION, self.split, self.name, asdict(self.options), files]
+        described = [SHARD_VERSION, self.split, self.name, asdict(self.options), files]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def substitutes(self, skipped: Sequence[Skipped], passed: Sequence[str]) -> str:
@@ -97,7 +109,7 @@ class ShardResult:
     entry: ShardEntry | None
     """The shard's index entry; None if none of its AOIs could be read."""
 
-    histograms: Mapping[str, Histogram]
+    histograms: Mapping[Measured, Histogram]
     """Histograms per image of ``MEASURED``, for a shard of the training split."""
 
     skipped: tuple[Skipped, ...]
@@ -129,7 +141,7 @@ def build_shard(task: ShardTask) -> ShardResult:
         UserError: When an AOI cannot be read and the task is strict, the disk is full, the storage refuses, or
             another file has the shard's name.
     """
-    fingerprint, earlier = read_sidecar(task.output, task.name) or ("", None)
+    fingerprint, earlier = read_sidecar(task.output, task.name, task.options) or ("", None)
     damage = None
     same = earlier is not None and fingerprint == task.fingerprint
     if earlier is not None and same and earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed):
@@ -170,7 +182,7 @@ def _refuse_if_strict(skipped: Skipped, strict: bool) -> None:
 
 def _pack(task: ShardTask, path: Path) -> ShardResult:
     """Write the tar to a local file; skip AOIs that cannot be read."""
-    histograms: dict[str, Histogram] = {}
+    histograms: dict[Measured, Histogram] = {}
     skipped, passed, bytes_in = [], list[str](), 0
     try:
         with path.open("wb") as file:
@@ -199,7 +211,7 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
     )
 
 
-def _count(sample: NewSample, histograms: dict[str, Histogram]) -> None:
+def _count(sample: NewSample, histograms: dict[Measured, Histogram]) -> None:
     """Add a sample's values to the counts of its shard."""
     for name in MEASURED:
         counted = Histogram.of(_in_steps(sample.images[name]))
@@ -244,9 +256,11 @@ def _foreign(task: ShardTask) -> UserError:
 
 
 def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
+    layouts = Layouts()
     described: dict[str, object] = {
         "fingerprint": task.fingerprint,
-        "shard": shard_to_json(result.entry) if result.entry else None,
+        "shard": shard_to_json(result.entry, layouts) if result.entry else None,
+        "layouts": layouts.to_json(),
         "skipped": [vars(item) for item in result.skipped],
         "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
     }
@@ -257,26 +271,66 @@ def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
     return json.dumps(described, sort_keys=True).encode()
 
 
-def read_sidecar(output: Storage, name: str) -> tuple[str, ShardResult] | None:
+_ANY_SIZES = SampleOptions(lr_size=None, hr_size=None)
+
+
+class _Sidecar(msgspec.Struct):
+    """Schema of a sidecar."""
+
+    fingerprint: Sha256
+    shard: StoredShard | None
+    skipped: tuple[Skipped, ...]
+    histograms: dict[Measured, str]
+    layouts: tuple[dict[str, ArrayLayout], ...] = ()
+    """Layouts of its samples; none with an index of format 2, whose samples are WorldStrat's."""
+    passed: tuple[str, ...] = ()
+    """Lines on revisits that were passed over."""
+    substitutes: str = ""
+    """`ShardTask.substitutes` of the task."""
+
+
+def read_sidecar(output: Storage, name: str, options: SampleOptions | None = None) -> tuple[str, ShardResult] | None:
     """Read a shard's sidecar: the fingerprint of the task that built the shard, and its result.
+
+    Args:
+        output: Place of the dataset.
+        name: Name of the shard.
+        options: Options of its samples; the layouts and histograms of others are refused.
 
     Returns:
         None if the sidecar is missing, damaged or foreign.
     """
     try:
-        described = json.loads(output.read(name + SIDECAR_SUFFIX))
-        entry = shard_from_json(described["shard"]) if described["shard"] else None
+        found = decode(output.read(name + SIDECAR_SUFFIX), _Sidecar)
+        layouts = found.layouts or (worldstrat_layout(options or _ANY_SIZES),)
+        histograms = {image: Histogram.from_text(text) for image, text in found.histograms.items()}
+        if options is not None:
+            _refuse_others(options, layouts, histograms)
         result = ShardResult(
             name=name,
-            entry=entry,
-            histograms={image: Histogram.from_text(text) for image, text in described["histograms"].items()},
-            skipped=tuple(Skipped(**item) for item in described["skipped"]),
-            passed=tuple(map(str, described.get("passed", ()))),
-            substitutes=str(described.get("substitutes", "")),
+            entry=shard_from_json(found.shard, layouts) if found.shard else None,
+            histograms=histograms,
+            skipped=found.skipped,
+            passed=found.passed,
+            substitutes=found.substitutes,
             outcome="kept",
         )
-        return (str(described["fingerprint"]), result) if entry is None or entry.name == name else None
+        entry = result.entry
+        return (found.fingerprint, result) if entry is None or entry.name == name else None
     except BucketNotFoundError:
         raise
-    except (NotFoundError, CorruptedError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (NotFoundError, CorruptedError, ValueError):
         return None
+
+
+def _refuse_others(
+    options: SampleOptions, layouts: Sequence[SampleLayout], histograms: Mapping[Measured, Histogram]
+) -> None:
+    """Refuse layouts and histograms that are not of samples with these options."""
+    facts = worldstrat_facts(options)
+    for layout in layouts:
+        refuse_layout(layout, facts, options.revisits, options.dtype)
+    bands: dict[Measured, int] = {"lr": len(facts.bands.lr), "hr": len(facts.bands.hr), "pan": 1}
+    for image, histogram in histograms.items():
+        if len(histogram.counts) != bands[image]:
+            raise ValueError(f"the histogram of {image} has {len(histogram.counts)} bands, not {bands[image]}")

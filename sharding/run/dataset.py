@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.errors import UnusableError, UserError
-from sharding.format.index import INDEX_NAME, SPLITS, Index, ShardEntry, Skipped
+from sharding.format.entries import ShardEntry, Skipped
+from sharding.format.index import INDEX_NAME, SPLITS, Index, Measured
+from sharding.format.layout import worldstrat_facts
 from sharding.format.statistics import Histogram
 from sharding.prepare.sample import make_sample
 from sharding.progress import progress
@@ -152,6 +154,7 @@ class _Sharding:
         self.rows = None if options.plan.splits == "seeded" else read_split_file(self.source)
         self.usable, self.skipped = _sift(self.found, options)
         self.notes: list[str] = []
+        self.published: Index | None = None
         self.ours: set[str] = set()
         self.lone: frozenset[str] = frozenset()
         self._say = say
@@ -189,6 +192,7 @@ class _Sharding:
     def _prepare(self, overwrite: bool) -> tuple[Plan, list[ShardTask]]:
         """Plan, and check that the output may be written; delete nothing but an index that is to be replaced."""
         there = look(self.output)
+        self.published = there.index
         self.ours |= there.ours
         self.lone = there.lone
         plan, tasks = self._plan(self.usable)
@@ -271,11 +275,11 @@ class _Sharding:
             return skip(aoi.name, error, self.options.strict)
         return None
 
-    def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> tuple[list[ShardResult], dict[str, Histogram]]:
+    def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> tuple[list[ShardResult], dict[Measured, Histogram]]:
         """Run all tasks; return their results in task order, and the sum of their histograms."""
         sizes = {task.name: len(task.aois) for task in tasks}
         by_name: dict[str, ShardResult] = {}
-        counted: dict[str, Histogram] = {}
+        counted: dict[Measured, Histogram] = {}
         start, skipped, read, written = time.monotonic(), 0, 0, 0
         with progress(sum(len(task.aois) for task in tasks), "sharding", "AOI") as shown:
             # Tasks that may be refused run first, before anything else is written.
@@ -300,7 +304,7 @@ class _Sharding:
         plan: Plan,
         tasks: Sequence[ShardTask],
         results: Sequence[ShardResult],
-        counted: Mapping[str, Histogram],
+        counted: Mapping[Measured, Histogram],
     ) -> Index:
         done = list(zip(tasks, results, strict=True))
         splits: dict[str, tuple[ShardEntry, ...]] = {
@@ -308,7 +312,7 @@ class _Sharding:
             for split in SPLITS
         }
         not_listed = [Skipped(aoi, _NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
-        return Index(
+        index = Index(
             preparation=self.options.sample,
             split_rule=plan.rule,
             split_seed=self.options.plan.seed,
@@ -316,11 +320,13 @@ class _Sharding:
             splits=splits,
             statistics={name: histogram.statistics() for name, histogram in counted.items()},
             skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
+            facts=worldstrat_facts(self.options.sample),
         )
+        return index.as_before(self.published)
 
     def _publish(self, index: Index, results: Sequence[ShardResult]) -> None:
         """Write the index; delete files of this program's earlier plans that this plan does not contain."""
-        self.output.write(INDEX_NAME, index.to_json().encode())
+        self.output.write(INDEX_NAME, index.data)
         names = {result.name for result in results}
         for key in sorted(self.ours - names - {name + SIDECAR_SUFFIX for name in names} - {INDEX_NAME}):
             self.output.delete(key)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sharding.errors import UserError, nearest
-from sharding.format.index import SPLITS, Index, SampleEntry, ShardEntry
+from sharding.format.entries import SampleEntry, ShardEntry
+from sharding.format.index import SPLITS, Index
 from sharding.format.sample import Sample, fetch_sample
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.prepare.options import SampleOptions
@@ -39,6 +40,13 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
         f"samples {preparation.select} {preparation.revisits} revisits of {preparation.level}, bands "
         f"{', '.join(map(str, preparation.band_numbers))}, LR {lr}, HR {hr} from _{preparation.hr}, {stored}"
     )
+    chips = index.facts.chips
+    yield (
+        f"format  {index.format_version}, {index.facts.source}: bands {', '.join(index.facts.bands.lr)}, of targets "
+        f"{', '.join(index.facts.bands.hr)}; {chips.columns} x {chips.rows} chips of {chips.size} px a sample"
+    )
+    for repeat in index.repeats:
+        yield f"WRONG   {repeat}: shard the dataset again"
     yield f"split   {index.split_rule}{seed}"
     for split in SPLITS:
         shards = index.splits[split]

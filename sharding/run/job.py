@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
-from sharding.arguments import from_table
+from msgspec import Meta
+
+from sharding.arguments import check_values
 from sharding.errors import UserError
+from sharding.files import read_text
 from sharding.prepare.options import SampleOptions
 from sharding.run.plan import PlanOptions
+from sharding.run.workers import MOST_WORKERS
+from sharding.schema import decode_strictly
 from sharding.storage import StorageOptions
 from sharding.storage.names import absolute_uri
 
 
 def _read_names(path: str) -> tuple[str, ...]:
     """Read the AOIs that a file names, one per line; quotes and separators of a spreadsheet are dropped."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--aois {path} cannot be read ({error}): give a text file with an AOI a line") from error
+    lines = read_text("--aois", path).splitlines()
     names = tuple(name for line in lines if (name := line.strip().rstrip(",;").strip().strip("\"'").strip()))
     if not names:
         raise UserError(f"--aois {path} names no AOI: give a text file with an AOI a line")
@@ -59,7 +62,7 @@ class ShardJob:
     storage: StorageOptions = field(default_factory=StorageOptions)
     """Options of objects written to S3."""
 
-    workers: int | None = None
+    workers: Annotated[int, Meta(ge=1, le=MOST_WORKERS)] | None = None
     """Shards built in parallel; by default one per CPU, at most 8, and on a Ray cluster as many as fit."""
 
     overwrite: bool = False
@@ -72,10 +75,9 @@ class ShardJob:
         """Check the values.
 
         Raises:
-            UserError: For an invalid value; it names the option, the value and the least valid one.
+            UserError: For an invalid value; it names the option, the value and the valid range.
         """
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers {self.workers} is too small: the least is 1")
+        check_values(self)
 
     def with_absolute_paths(self, folder: Path) -> ShardJob:
         """Return a copy with relative local paths resolved from ``folder``, for a process in another folder."""
@@ -95,6 +97,6 @@ class ShardJob:
         """Parse the text of `to_json`.
 
         Raises:
-            UserError: For a key that is not an option; it names the key.
+            UserError: For a key that is not an option (it names the key), or a value that is not one of the option.
         """
-        return from_table(cls, json.loads(text))
+        return decode_strictly(text, cls, "the job's file")

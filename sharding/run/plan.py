@@ -7,12 +7,15 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from sharding.arguments import check_choices
+from msgspec import Meta
+
+from sharding.arguments import check_values
 from sharding.errors import UserError
 from sharding.format.index import SPLITS
 from sharding.run.splits import FRACTIONS, SPLIT_SEED, Split, published_split, seeded_split
+from sharding.schema import Seed
 
 SPLIT_FILE = "stratified_train_val_test_split.csv"
 MB = 1_000_000
@@ -43,29 +46,22 @@ class PlanOptions:
     )
     """Shares of train, val and test in the seeded split; the remainder is added to train."""
 
-    seed: int = SPLIT_SEED
+    seed: Seed = SPLIT_SEED
     """Seed of the seeded split and of the order within splits."""
 
-    shard_bytes: int = field(
+    shard_bytes: Annotated[int, Meta(ge=1, le=10**12)] = field(
         default=SHARD_BYTES, metadata={"option": "--shard-size", "metavar": "MB", "parse": float, "unit": MB}
     )
     """Largest size of a shard; a shard has at least one AOI. In bytes; the option is in MB."""
 
-    for_ranks: int = 1
+    for_ranks: Annotated[int, Meta(ge=1, le=10**6)] = 1
     """Ranks of later training: the number of training shards is a multiple of it if there are enough AOIs."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if len(self.fractions) != len(SPLITS) or min(self.fractions) < 0 or not 0 < sum(self.fractions) <= 1 + 1e-9:
+        check_values(self)
+        if len(self.fractions) != len(SPLITS) or not (min(self.fractions) >= 0 and 0 < sum(self.fractions) <= 1 + 1e-9):
             given = ",".join(f"{fraction:g}" for fraction in self.fractions)
             raise UserError(f"--fractions {given} is invalid: give three numbers >= 0 whose sum is at most 1")
-        for option, number, least in (
-            ("--seed", self.seed, 0),
-            ("--shard-size", self.shard_bytes, 1),
-            ("--for-ranks", self.for_ranks, 1),
-        ):
-            if number < least:
-                raise UserError(f"{option} {number} is too small: the least is {least}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sharding.errors import UnusableError
-from sharding.format.index import GONE, SPLITS, Index, SampleEntry, ShardEntry, damage_of
+from sharding.format.entries import SampleEntry, ShardEntry
+from sharding.format.index import GONE, INDEX_NAME, SPLITS, Index, damage_of
 from sharding.format.sample import Sample, decode_sample, fetch_sample
 from sharding.format.writer import NewSample
 from sharding.progress import progress
@@ -77,7 +78,7 @@ def verify(
     """
     index = Index.load(storage)
     shards = [shard for split in SPLITS for shard in index.splits[split]]
-    problems: list[Problem] = []
+    problems = [Problem(INDEX_NAME, repeat) for repeat in index.repeats]
     with ThreadPoolExecutor(PARALLEL) as threads, progress(len(shards), "verifying", "shard") as shown:
         for found in threads.map(lambda shard: _look_at(storage, shard, deep), shards):
             problems += found

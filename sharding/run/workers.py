@@ -17,9 +17,13 @@ from multiprocessing import connection, forkserver
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from sharding.schema import check_range
 
 if TYPE_CHECKING:
     from sharding.run.build import ShardResult, ShardTask
+
+MOST_WORKERS = 10_000
+"""Largest number of shards that are built in parallel, on a cluster too."""
 
 
 def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardResult]]:
@@ -28,10 +32,9 @@ def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardRes
     With several, the libraries begin to load at once, while the caller plans: call it early.
 
     Raises:
-        UserError: For ``workers`` below 1.
+        UserError: For ``workers`` out of range.
     """
-    if workers < 1:
-        raise UserError(f"--workers {workers} is too small: the least is 1")
+    check_range("--workers", workers, 1, MOST_WORKERS)
     if workers > 1:
         _start_loading()
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -39,20 +40,31 @@ class LocalStorage:
     def __repr__(self) -> str:
         return f"LocalStorage({self.uri!r})"
 
+    def _file(self, key: str) -> Path:
+        """Return the path of an object, unless opening it could block or never end.
+
+        Raises:
+            UserError: If it is a pipe, a device or a socket.
+        """
+        path = self._path(key)
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{path} is a pipe, a device or a socket, which is not read: replace it by a regular file")
+        return path
+
     def read(self, key: str) -> bytes:
         """Return a whole file."""
         with self._explained(key):
-            return self._path(key).read_bytes()
+            return self._file(key).read_bytes()
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """Return up to ``length`` bytes from ``offset``."""
-        with self._explained(key), self._path(key).open("rb") as file:
+        with self._explained(key), self._file(key).open("rb") as file:
             file.seek(offset)
             return file.read(length)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
         """Read directly into ``buffer``."""
-        with self._explained(key), self._path(key).open("rb", buffering=0) as file:
+        with self._explained(key), self._file(key).open("rb", buffering=0) as file:
             file.seek(offset)
             count = 0
             while count < len(buffer) and (more := file.readinto(buffer[count:])):
@@ -74,7 +86,7 @@ class LocalStorage:
 
     def stream(self, key: str) -> Iterator[bytes]:
         """Read the file piece by piece; if it is replaced meanwhile, the old one stays readable."""
-        with self._explained(key), self._path(key).open("rb") as file:
+        with self._explained(key), self._file(key).open("rb") as file:
             while data := file.read(PIECE):
                 yield data
 

@@ -26,6 +26,11 @@ def climbs(key: str) -> bool:
     return "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/"))
 
 
+def holds_control(text: str) -> bool:
+    """Return True if a text has a control character, which could steer a terminal."""
+    return _CONTROL.search(text) is not None
+
+
 def path_below(folder: Path, key: str, place: str) -> Path:
     """Return the path of a key's object below a folder.
 
@@ -37,7 +42,7 @@ def path_below(folder: Path, key: str, place: str) -> Path:
     Raises:
         UserError: For a key that could lead elsewhere, or that holds control characters.
     """
-    if climbs(key) or _CONTROL.search(key):
+    if climbs(key) or holds_control(key):
         raise UserError(
             f"{key!r} is no key of {place}: keys are relative and never climb with '..', and have no empty part, "
             "backslash or control character; correct or remove what has that name"

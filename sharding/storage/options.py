@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from msgspec import Meta
+
+from sharding.arguments import check_values
 from sharding.errors import UserError
 
 MIB = 1 << 20
@@ -21,10 +25,12 @@ _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 class StorageOptions:
     """Options of each object written to S3. Reads ignore them."""
 
-    part_size: int = field(default=16 * MIB, metadata={"metavar": "MIB", "unit": MIB})
+    part_size: Annotated[int, Meta(ge=LEAST_PART_MIB * MIB, le=MOST_PART_MIB * MIB)] = field(
+        default=16 * MIB, metadata={"metavar": "MIB", "unit": MIB}
+    )
     """Larger objects are sent in parts of this size. In bytes, 5 MiB to 1 GiB; the option is in MiB."""
 
-    concurrency: int = 4
+    concurrency: Annotated[int, Meta(ge=1, le=MOST_CONCURRENCY)] = 4
     """Parts of an object that are sent in parallel, 1 to 64. Each is held in memory while it is sent."""
 
     sse: str | None = field(default=None, metadata={"metavar": "KIND"})
@@ -39,13 +45,7 @@ class StorageOptions:
         Raises:
             UserError: For an invalid value; it names the option, the value and the valid ones.
         """
-        if not LEAST_PART_MIB * MIB <= self.part_size <= MOST_PART_MIB * MIB:
-            raise UserError(
-                f"--part-size {self.part_size / MIB:g} is out of range: "
-                f"it may be {LEAST_PART_MIB} to {MOST_PART_MIB} (MiB)"
-            )
-        if not 1 <= self.concurrency <= MOST_CONCURRENCY:
-            raise UserError(f"--concurrency {self.concurrency} is out of range: it may be 1 to {MOST_CONCURRENCY}")
+        check_values(self)
         if self.sse is not None and not _SSE.fullmatch(self.sse):
             raise UserError(f"--sse {self.sse!r} is unknown: it may be AES256, aws:kms or aws:kms:KEY-ID")
         if self.storage_class is not None and not _CLASS.fullmatch(self.storage_class):

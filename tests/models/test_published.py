@@ -86,10 +86,13 @@ class Malicious:
         return Path.write_text, (self.target, "executed")
 
 
-def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Malicious(tmp_path / "executed")}, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match=r"bad\.ckpt holds pickled code \(.*pathlib.+\), which is not run"):
-        read_published(tmp_path / "bad.ckpt")
+def test_a_planted_call_is_not_run(tmp_path: Path) -> None:
+    state = to_published(build_model(SMALL))
+    torch.save({"x": Malicious(tmp_path / "executed"), "state_dict": state}, tmp_path / "bad.ckpt")
+    assert read_published(tmp_path / "bad.ckpt").keys() == state.keys()
+    torch.save({"state_dict": {**state, "y": Malicious(tmp_path / "executed")}}, tmp_path / "worse.ckpt")
+    with pytest.raises(ValueError, match=r"worse\.ckpt holds no state dict"):
+        read_published(tmp_path / "worse.ckpt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -143,5 +146,46 @@ def test_a_state_dict_is_recognised_by_its_names() -> None:
     for encoder, head in (("srcnn", "pnn"), ("none", "pannet"), ("highresnet", "none")):
         config = ModelConfig(encoder, head, revisits=5)
         state = {f"backbone.{name}": value for name, value in to_published(build_model(config)).items()}
-        assert identify(state, SMALL) == f"{encoder}+{head}"
+        assert identify(state, SMALL) == replace(SMALL, encoder=encoder, head=head, published=True)
     assert identify({"other": torch.zeros(1)}, SMALL) is None
+
+
+@pytest.mark.parametrize(("revisits", "recovered"), [(1, 1), (5, 8), (8, 8)])
+def test_the_revisits_of_highresnet_are_recovered(revisits: int, recovered: int) -> None:
+    state = to_published(build_model(ModelConfig("highresnet", "pnn", revisits=revisits, hidden=4)))
+    found = identify(state, ModelConfig(revisits=3, hidden=4))
+    assert found == ModelConfig("highresnet", "pnn", revisits=recovered, hidden=4, published=True)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "module.", "_orig_mod.", "model.", "module._orig_mod.backbone.model."])
+def test_prefixes_are_recognised_also_stacked(prefix: str) -> None:
+    source, copy = build_model(SMALL), build_model(SMALL)
+    load_published(copy, {prefix + name: value for name, value in to_published(source).items()})
+    assert all(torch.equal(copy.state_dict()[name], value) for name, value in source.state_dict().items())
+    doubled = {name: value for each in ("", prefix) for name, value in prefixed(to_published(source), each)}
+    with pytest.raises(ValueError, match=r"has \S+ twice, with different prefixes"):
+        load_published(copy, doubled)
+
+
+def prefixed(state: dict[str, torch.Tensor], prefix: str) -> list[tuple[str, torch.Tensor]]:
+    return [(prefix + name, value) for name, value in state.items()]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(value: float) -> None:
+    model = build_model(SMALL)
+    state = {name: given.clone() for name, given in to_published(model).items()}
+    state["MISR.sr.upsample.1.bias"][0] = value
+    with pytest.raises(ValueError, match=r"values that are not finite in MISR\.sr\.upsample\.1\.bias$"):
+        load_published(model, state)
+
+
+@pytest.mark.parametrize(("encoder", "head"), [("highresnet", "none"), ("none", "pannet")])
+def test_an_unused_refinement_has_the_published_three_bands(encoder: str, head: str) -> None:
+    model = build_model(ModelConfig(encoder, head, bands=4, hidden=8, published=True))
+    state = to_published(model)
+    assert state["color_correct.conv.0.weight"].shape == (64, 3, 1, 1)
+    assert state["color_correct.conv.2.bias"].shape == (3,)
+    load_published(build_model(ModelConfig(encoder, head, bands=4, hidden=8)), state)
+    pair = build_model(ModelConfig("highresnet", "pannet", bands=4, hidden=8, published=True))
+    assert to_published(pair)["color_correct.conv.0.weight"].shape == (64, 4, 1, 1)

@@ -34,7 +34,16 @@ def test_overrides_are_typed() -> None:
     [
         ("train.learning_rat=1", ("train.learning_rat", "'learning_rate'")),
         ("trian.epochs=1", ("trian", "'train'")),
-        ("train.epochs=0", ("train.epochs = 0", "from 1 up")),
+        ("train.epochs=0", ("train.epochs = 0", "from 1 to 1,000,000,000")),
+        (f"train.seed={2**70}", ("train.seed = 1180591620717411303424", "from 0 to 9,223,372,036,854,775,807")),
+        (f"train.seed={'9' * 5000}", ("train.seed = '999", "must be a whole number")),
+        (f"model.hidden={2**40}", ("hidden = 1099511627776", "from 1 to 65,536")),
+        ("data.cache_dir_gib=inf", ("data.cache_dir_gib = inf", "above 0 and up to 1,073,741,824")),
+        ("data.cache_dir_gib=nan", ("data.cache_dir_gib = nan", "above 0")),
+        ("train.threads_per_rank=1000000", ("train.threads_per_rank = 1000000", "from 0 to 1,024")),
+        ("train.learning_rate=nan", ("train.learning_rate = nan", "above 0")),
+        ("output.sync_seconds=inf", ("output.sync_seconds = inf", "above 0 and up to 1,000,000")),
+        ("loss.mse=nan", ("loss.mse = nan", "from 0 to 1")),
         ("train.epochs=two", ("train.epochs = 'two'", "whole number")),
         ("train.epochs=true", ("train.epochs = True", "whole number")),
         ("train.epochs=1.5", ("train.epochs = 1.5", "whole number")),
@@ -86,7 +95,7 @@ def test_broken_toml_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "binary.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"binary\.toml cannot be read as UTF-8 text"):
+    with pytest.raises(UserError, match=r"binary\.toml' cannot be read as text in UTF-8"):
         load_config(str(path))
 
 

@@ -58,7 +58,7 @@ def test_options_reach_the_dataset(tiny: World, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--input", "no/such/folder"), "--input no/such/folder is no folder"),
-        (("--workers", "0"), "--workers 0 is too small"),
+        (("--workers", "0"), "--workers 0 is out of range"),
         (("--hr", "pan"), "--hr 'pan' is unknown"),
         (("--revisits", "99"), "0 usable AOIs"),
         (("--splits", "published"), "--splits published needs"),
@@ -174,10 +174,10 @@ def test_inspect_shows_one_place(tiny: World, tmp_path: Path, capsys: pytest.Cap
     [
         ("shard", ("--native", "--lr-size", "160"), "--native keeps both grids"),
         ("shard", ("--fractions", "a,b"), "--fractions a,b is invalid"),
-        ("shard", ("--aois", "no/such/file"), "--aois no/such/file cannot be read"),
+        ("shard", ("--aois", "no/such/file"), "--aois 'no/such/file' cannot be read"),
         ("shard", ("--sse", "AES256"), "--sse AES256 is for s3:// only"),
         ("verify", ("--input", "x"), "--input needs --deep"),
-        ("verify", ("--num-aois", "0"), "--num-aois 0 is too small"),
+        ("verify", ("--num-aois", "0"), "--num-aois 0 is out of range"),
     ],
 )
 def test_more_bad_options_are_refused(

@@ -8,12 +8,14 @@ has no cloud masks.
 from __future__ import annotations
 
 import csv
+import io
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sharding.errors import Reason, UnusableError, UserError
+from sharding.files import read_text
 from sharding.prepare.options import SampleOptions
 from sharding.run.splits import natural_key
 from sharding.sources.worldstrat.files import Source, SourceFile
@@ -77,21 +79,18 @@ def read_split_file(source: Source) -> list[tuple[str, str]] | None:
     path = source.folder / SPLIT_FILE
     if not path.exists():
         return None
-    if not path.is_file():
-        raise UserError(f"{path} is no file: use the published file, or move it away for --splits seeded")
+    text = read_text("the split file (which --splits seeded does not read)", path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            separator = max(",;\t", key=first.count)
-            header, *rows = [*csv.reader(file, delimiter=separator, skipinitialspace=True)] or [[]]
-            columns = [name.strip() for name in header]
-            if not {"tile", "split"} <= set(columns):
-                raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
-            tile, split = columns.index("tile"), columns.index("split")
-            filled = (row + [""] * (len(columns) - len(row)) for row in rows if any(map(str.strip, row)))
-            return [(row[tile].strip(), row[split].strip()) for row in filled]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        header, *rows = [*lines] or [[]]
+        columns = [name.strip() for name in header]
+        if not {"tile", "split"} <= set(columns):
+            raise UserError(f"{path} lacks the column tile or split: use the published file, or --splits seeded")
+        tile, split = columns.index("tile"), columns.index("split")
+        filled = (row + [""] * (len(columns) - len(row)) for row in rows if any(map(str.strip, row)))
+        return [(row[tile].strip(), row[split].strip()) for row in filled]
+    except csv.Error as error:
         raise UserError(
             f"{path} cannot be read as CSV in UTF-8 ({error}): use the published file, or --splits seeded"
         ) from error

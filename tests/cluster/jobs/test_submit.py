@@ -162,7 +162,10 @@ def test_a_port_that_is_no_job_server_is_refused(answer: bytes) -> None:
         (["--address", "http://127.0.0.1:9", "--workers", "2"], "no Ray job server answers at http://127.0.0.1:9"),
         (["--address", "http://127.0.0.1:9", "--workers", "2", "train.epoch=5"], "train.epoch"),
         (["--address", "http://127.0.0.1:9", "--workers", "3", "train.global_batch=8"], "global_batch"),
-        (["--address", "http://127.0.0.1:9", "--workers", "2", "--gpus-per-worker", "0.5"], "--gpus-per-worker is 0.5"),
+        (
+            ["--address", "http://127.0.0.1:9", "--workers", "2", "--gpus-per-worker", "0.5"],
+            "--gpus-per-worker 0.5 is no whole number",
+        ),
     ],
 )
 def test_bad_input_on_the_real_command_line(arguments: list[str], sentence: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -15,15 +18,17 @@ from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.data.batches import collate
 from pipeline.data.chips import chip_window, training_draws, training_variant, turn_and_flip
-from pipeline.order import BatchPlan
+from pipeline.order import BatchPlan, Shuffle, epoch_batches
 from sharding.errors import UserError
 from sharding.format.index import Index
+from sharding.format.layout import ChipGrid
 from sharding.format.sample import fetch_sample
 from sharding.prepare.options import STEP, SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
 from tests.conftest import S3
+from tests.format2 import to_format_2
 
 
 def loader(dataset: ChipDataset, plan: BatchPlan, rank: int = 0) -> TrainLoader:
@@ -253,3 +258,26 @@ def test_chips_of_a_size_that_a_model_cannot_take_are_refused(dataset_uri: str) 
     with pytest.raises(UserError, match=r"chips of .+ do not fit: .+125"):
         dataset.check_fits(published)
     dataset.check_fits(replace(published, published=False))
+
+
+def test_a_dataset_of_format_2_gives_the_same_chips_in_its_own_order(small_uri: str, tmp_path: Path) -> None:
+    shutil.copytree(small_uri, tmp_path / "old")
+    data = to_format_2(tmp_path / "old")
+    new, old = (ChipDataset(uri, "train", DataConfig()) for uri in (small_uri, str(tmp_path / "old")))
+    assert old.index.digest == hashlib.sha256(data).hexdigest() != new.index.digest
+    assert (old.grid, old.layout, old.scale, old.num_chips) == (new.grid, new.layout, new.scale, new.num_chips)
+    for theirs, ours in zip(old[7].tensors, new[7].tensors, strict=True):
+        assert torch.equal(theirs, ours)
+    order = TrainLoader(old, BatchPlan.create(4, 0, 1), 0, seed=1).order(0)
+    sizes = [len(shard.samples) for shard in old.shards]
+    assert np.array_equal(order, epoch_batches(sizes, old.index.digest, 1, 0, 4, Shuffle(4, 8)))
+
+
+def test_chips_of_another_grid() -> None:
+    grid = ChipGrid(size=16, stride=8, columns=3, rows=2)
+    windows = [chip_window(chip, 4.0, grid) for chip in range(grid.count)]
+    assert [(window.x, window.y) for window in windows] == [(0, 0), (0, 8), (8, 0), (8, 8), (16, 0), (16, 8)]
+    assert {(window.size, window.hr_size) for window in windows} == {(16, 64)}
+    assert [window.hr_x for window in windows] == [0, 0, 32, 32, 64, 64]
+    chips = epoch_batches([2, 1], "digest", 1, 0, 6, Shuffle(), chips_per_scene=6)
+    assert sorted(chips.ravel().tolist()) == list(range(18))

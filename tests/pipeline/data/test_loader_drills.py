@@ -22,7 +22,8 @@ from pipeline.data.sample_reader import SampleReader
 from pipeline.data.scene_cache import SceneCache
 from pipeline.data.scene_layout import WholeScene, WholeScenes
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan
-from sharding.format.index import SUFFIXES, Index, SampleEntry, ShardEntry
+from sharding.format.entries import SUFFIXES, SampleEntry, ShardEntry
+from sharding.format.index import Index
 from sharding.format.sample import fetch_sample
 from sharding.run.verify import verify
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage, retries

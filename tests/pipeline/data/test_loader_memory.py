@@ -15,7 +15,8 @@ from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.data.sample_reader import SampleReader
 from pipeline.order import BatchPlan
-from sharding.format.index import Index, SampleEntry, ShardEntry
+from sharding.format.entries import SampleEntry, ShardEntry
+from sharding.format.index import Index
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import Fill, LocalStorage, open_storage

@@ -12,7 +12,7 @@ from pipeline.config import DataConfig
 from pipeline.data import ChipDataset
 from pipeline.data.chips import ChipLayout, StoredChips, Window, chip_window, make_window
 from pipeline.data.scene_layout import CutScenes, SceneLayout, WholeScenes
-from sharding.format.index import SampleEntry
+from sharding.format.entries import SampleEntry
 from sharding.storage import Fill
 
 

@@ -17,7 +17,8 @@ import pytest
 from pipeline.data.sample_reader import SampleReader
 from pipeline.data.scene_cache import SceneCache
 from pipeline.data.scene_layout import Scene, WholeScene, WholeScenes, clearest
-from sharding.format.index import Index, SampleEntry, ShardEntry
+from sharding.format.entries import SampleEntry, ShardEntry
+from sharding.format.index import Index
 from sharding.format.sample import fetch_sample
 from sharding.storage import (
     BucketNotFoundError,

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import UserError
-from sharding.format.index import INDEX_NAME, SUFFIXES, Index
-from sharding.format.sample import aoi_of, decode_sample, fetch_sample, key_of
+from sharding.format.checks import aoi_of, key_of
+from sharding.format.entries import SUFFIXES
+from sharding.format.index import INDEX_NAME, Index
+from sharding.format.sample import decode_sample, fetch_sample
 from sharding.prepare.options import SampleOptions
 from sharding.storage import CorruptedError, open_storage
 from tests.sharding.conftest import Dataset
@@ -83,8 +85,8 @@ def test_a_damaged_part_of_an_index_is_refused(dataset: Dataset, path: tuple[str
     [
         ("bands", [8, 4, 3], "its bands or its step are not those of its options"),
         ("step", 1.0, "its bands or its step are not those of its options"),
-        ("level", "l9", "--level 'l9' is unknown"),
-        ("more", 1, "'more'"),
+        ("level", "l9", "preparation: level: invalid enum value 'l9'"),
+        ("more", 1, "or it has other keys"),
     ],
 )
 def test_an_index_of_samples_that_cannot_be_is_refused(dataset: Dataset, name: str, wrong: object, words: str) -> None:

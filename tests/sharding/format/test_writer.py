@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from sharding.format.sample import aoi_of, decode_sample, key_of
+from sharding.format.checks import aoi_of, key_of
+from sharding.format.sample import decode_sample
 from sharding.format.writer import NewSample, ShardWriter
 
 
@@ -24,7 +25,7 @@ def sample(aoi: str, seed: int, dtype: str = "uint16") -> NewSample:
         "hr": image(3, 16, 17),
         "pan": image(1, 16, 16),  # 512 bytes of uint16: no padding
     }
-    return NewSample(aoi, images, {"aoi": aoi, "number": seed})
+    return NewSample(aoi, images, {"aoi": aoi, "number": seed, "clearest": 0})
 
 
 SAMPLES = [sample("Amnesty POI-20-2-2", 1), sample("a" * 95, 2), sample("dots.and/slashes é", 3, "float32")]

@@ -98,9 +98,9 @@ def test_the_published_split_needs_its_file() -> None:
         ({"fractions": (0.9, 0.2, 0.1)}, "--fractions 0.9,0.2,0.1 is invalid"),
         ({"fractions": (0.5, 0.5)}, "--fractions 0.5,0.5 is invalid"),
         ({"fractions": (1.5, -0.5, 0.0)}, "--fractions 1.5,-0.5,0 is invalid"),
-        ({"seed": -1}, "--seed -1 is too small"),
-        ({"shard_bytes": 0}, "--shard-size 0 is too small"),
-        ({"for_ranks": 0}, "--for-ranks 0 is too small"),
+        ({"seed": -1}, "--seed -1 is out of range"),
+        ({"shard_bytes": 0}, "--shard-size 0 is out of range"),
+        ({"for_ranks": 0}, "--for-ranks 0 is out of range"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], words: str) -> None:

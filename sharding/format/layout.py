@@ -1,0 +1,190 @@
+"""Layout of a dataset's samples: the arrays of each sample, and the facts that readers use instead of knowing a sensor.
+
+Format 3 stores both in the index. A dataset of format 2 is WorldStrat's, so its preparation gives them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from sharding.prepare.options import BAND_NAMES, SampleOptions
+
+IMAGES = ("lr", "clm", "hr", "pan")
+"""Arrays of a sample: revisits, cloud masks, target, panchromatic image."""
+
+Dtype = Literal["|u1", "<u2", "<f4"]
+"""Type of an array's values, as numpy names it."""
+
+DTYPES: dict[Dtype, int] = {"|u1": 1, "<u2": 2, "<f4": 4}
+"""Bytes of a value, by numpy's name of its type."""
+
+MOST_SAMPLE_BYTES = 2**30
+"""Largest sample: readers hold several of them in memory."""
+
+_HR_BANDS = ("red", "green", "blue")
+
+Side = Annotated[int, Meta(ge=1, le=2**20)]
+Dimension = Annotated[int, Meta(ge=1, le=2**31)]
+Name = Annotated[str, Meta(min_length=1, max_length=100)]
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """Layout of one array."""
+
+    shape: tuple[Dimension | None, ...]
+    """Its shape; None for a dimension that differs between samples of this layout."""
+
+    dtype: Dtype
+    """Type of its values."""
+
+    @property
+    def bytes(self) -> int | None:
+        """Size of its values in bytes; None if the shape is not known."""
+        known = [size for size in self.shape if size is not None]
+        return math.prod(known) * DTYPES[self.dtype] if len(known) == len(self.shape) else None
+
+    def fits(self, shape: tuple[int, ...], dtype: str) -> bool:
+        """Return True if an array has this layout."""
+        sizes = zip(shape, self.shape, strict=False)
+        same = len(shape) == len(self.shape) and all(wanted in (None, size) for size, wanted in sizes)
+        return same and dtype == self.dtype
+
+    def __str__(self) -> str:
+        return f"{self.dtype.lstrip('<|')} [{', '.join('any' if size is None else str(size) for size in self.shape)}]"
+
+
+SampleLayout = Mapping[str, ArrayLayout]
+"""Layout of each array of a sample, by its name: ``lr``, ``clm`` ..."""
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Names of bands, in the order in which they are stored."""
+
+    lr: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=1000)]
+    """Bands of the revisits."""
+
+    hr: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=1000)]
+    """Bands of the target."""
+
+
+@dataclass(frozen=True)
+class ChipGrid:
+    """Chips of a sample on the LR grid; chip ``i`` is at column ``i // rows`` and row ``i % rows``."""
+
+    size: Side
+    """Side of a chip, LR pixels."""
+
+    stride: Side
+    """Distance of neighbouring chips, LR pixels."""
+
+    columns: Side
+    """Chips of a sample along x."""
+
+    rows: Side
+    """Chips of a sample along y."""
+
+    @property
+    def count(self) -> int:
+        """Chips of a sample."""
+        return self.columns * self.rows
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width of the smallest LR grid that holds all chips."""
+        return (self.rows - 1) * self.stride + self.size, (self.columns - 1) * self.stride + self.size
+
+
+WORLDSTRAT_CHIPS = ChipGrid(size=50, stride=50, columns=3, rows=3)
+"""WorldStrat's chips, as published: nine a sample."""
+
+
+@dataclass(frozen=True)
+class Radiometry:
+    """Reflectance of a stored value: ``scale`` times the value, plus ``offset``."""
+
+    scale: Annotated[float, Meta(gt=0, le=1e9)]
+    """Reflectance of a step."""
+
+    offset: Annotated[float, Meta(ge=-1e9, le=1e9)] = 0.0
+    """Reflectance of a stored 0."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a dataset that its readers use."""
+
+    source: Name
+    """Kind of source: ``worldstrat``."""
+
+    bands: Bands
+    """Names of the bands."""
+
+    ratio: tuple[Dimension, Dimension] | None
+    """HR and LR pixels along the same side, whose quotient is the ratio of the grids; None if samples differ."""
+
+    chips: ChipGrid
+    """Chips of a sample."""
+
+    radiometry: Radiometry
+    """Reflectance of stored values."""
+
+    masks: tuple[Literal["clm"]]
+    """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data."""
+
+
+def worldstrat_facts(options: SampleOptions) -> Facts:
+    """Return the facts of a dataset of WorldStrat samples."""
+    lr, hr = options.lr_size, options.hr_size
+    return Facts(
+        source="worldstrat",
+        bands=Bands(tuple(BAND_NAMES[options.level][number - 1] for number in options.band_numbers), _HR_BANDS),
+        ratio=(hr, lr) if lr is not None and hr is not None else None,
+        chips=WORLDSTRAT_CHIPS,
+        radiometry=Radiometry(options.step),
+        masks=("clm",),
+    )
+
+
+def worldstrat_layout(options: SampleOptions) -> SampleLayout:
+    """Return the layout of WorldStrat samples, whose native sizes are not known."""
+    lr, hr = options.lr_size, options.hr_size
+    dtype: Dtype = "<u2" if options.dtype == "uint16" else "<f4"
+    return {
+        "lr": ArrayLayout((options.revisits, len(options.band_numbers), lr, lr), dtype),
+        "clm": ArrayLayout((options.revisits, 1, lr, lr), "|u1"),
+        "hr": ArrayLayout((len(_HR_BANDS), hr, hr), dtype),
+        "pan": ArrayLayout((1, hr, hr), dtype),
+    }
+
+
+def refuse_layout(layout: SampleLayout, facts: Facts, revisits: int, dtype: str) -> None:
+    """Compare a layout with the facts of its dataset.
+
+    Raises:
+        ValueError: If they contradict each other; the message names the array.
+    """
+    lr, clm, hr, pan = (layout.get(name) for name in IMAGES)
+    if lr is None or clm is None or hr is None or pan is None or len(layout) != len(IMAGES):
+        raise ValueError(f"it has {', '.join(layout) or 'no arrays'} where {', '.join(IMAGES)} are needed")
+    value: Dtype = "<u2" if dtype == "uint16" else "<f4"
+    *_, height, width = lr.shape if len(lr.shape) == 4 else (None, None)
+    *_, rows, columns = hr.shape if len(hr.shape) == 3 else (None, None)
+    wanted = {
+        "lr": ArrayLayout((revisits, len(facts.bands.lr), height, width), value),
+        "clm": ArrayLayout((revisits, 1, height, width), "|u1"),
+        "hr": ArrayLayout((len(facts.bands.hr), rows, columns), value),
+        "pan": ArrayLayout((1, rows, columns), value),
+    }
+    for name, array in wanted.items():
+        if layout[name] != array:
+            raise ValueError(f"{name} is {layout[name]} where {array} is needed")
+    for low, high in ((height, rows), (width, columns)):
+        if facts.ratio and low is not None and high is not None and high * facts.ratio[1] != low * facts.ratio[0]:
+            raise ValueError(f"hr has {high} px for {low} of lr, and the ratio is {facts.ratio[0]}/{facts.ratio[1]}")
