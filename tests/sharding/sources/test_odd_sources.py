@@ -59,7 +59,7 @@ def test_a_split_file_of_a_spreadsheet_is_read(folder: Path, text: str) -> None:
 
 def test_a_split_file_that_is_a_folder_is_refused(folder: Path) -> None:
     (folder / SPLIT_FILE).mkdir()
-    with pytest.raises(UserError, match=r"is no file: use the published file"):
+    with pytest.raises(UserError, match=r"is a folder: give a regular file"):
         read_split_file(open_source(folder, "l2a"))
 
 

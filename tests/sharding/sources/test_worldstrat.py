@@ -127,7 +127,7 @@ def test_a_split_file_of_other_columns_is_refused(tiny: World, spoilt: World) ->
 
 def test_a_split_file_that_is_not_utf8_is_refused(spoilt: World) -> None:
     (spoilt.folder / SPLIT_FILE).write_text("tile,split\nLandcover-1,train\n", encoding="utf-16")
-    with pytest.raises(UserError, match=r"cannot be read as CSV in UTF-8 .*--splits seeded"):
+    with pytest.raises(UserError, match=r"--splits seeded does not read.* cannot be read as text in UTF-8"):
         read_split_file(open_source(spoilt.folder, "l2a"))
 
 
