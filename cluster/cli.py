@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit``, ``demo`` and ``cluster up|status|down`` to the command, and the cluster options to ``shard``."""
+    """Add ``submit``, ``demo`` and ``cluster`` to the command, and the cluster options to ``shard``."""
     shard = verbs.choices["shard"]
     shard.add_argument(
         "--address", metavar="URL", help="shard on a Ray cluster by its job server, http://HOST:8265; it sees --input"
@@ -90,8 +90,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     demo.set_defaults(run=_demo)
     cluster = verbs.add_parser(
         "cluster",
-        help="a local multi-node Ray cluster: up, status, down",
-        description="Run real Ray nodes on this machine, each on its own loopback address.",
+        help="a local multi-node Ray cluster: up, status, down; deploy files for others: render",
+        description="Run real Ray nodes on this machine, each on its own loopback address, or render deploy files.",
     )
     actions = cluster.add_subparsers(metavar="ACTION", required=True)
     up = actions.add_parser("up", help="start the nodes and the job server")
@@ -106,8 +106,26 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     status.set_defaults(run=_status)
     down = actions.add_parser("down", help="stop exactly the processes that `up` started")
     down.set_defaults(run=_down)
+    _add_render(actions)
     for action in (up, status, down):
         action.add_argument("--state", type=Path, metavar="DIR", help="state folder, one per cluster")
+
+
+def _add_render(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    render = actions.add_parser(
+        "render",
+        help="write deploy files for KubeRay, Slurm, AWS, Docker and Apptainer",
+        description="Write the files that run a training elsewhere, from one short TOML file (docs/deploy.md).",
+    )
+    render.add_argument("file", type=Path, metavar="FILE", help="TOML file of the deployment")
+    render.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the files")
+    render.add_argument(
+        "--target", action="append", metavar="TARGET", help="kuberay, slurm, docker, apptainer or aws; default all"
+    )
+    render.add_argument(
+        "--crds", type=Path, metavar="DIR", help="compare with the custom resource definitions of a KubeRay release"
+    )
+    render.set_defaults(run=_render)
 
 
 def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -117,8 +135,9 @@ def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Send a training job to a Ray cluster, follow its log, and exit with the job's exit status.",
     )
     pipeline.cli.add_config_arguments(submit)
-    submit.add_argument("--address", required=True, metavar="URL", help="Ray's job server, http://HOST:8265")
+    submit.add_argument("--address", metavar="URL", help="Ray's job server, http://HOST:8265")
     add_options(submit, Placement)
+    submit.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
     submit.add_argument("--no-wait", action="store_true", help="print the job's id and how to follow it, and exit")
     submit.set_defaults(run=_submit)
 
@@ -132,12 +151,18 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 
 def _submit(args: argparse.Namespace) -> int:
+    from cluster.jobs.dry_run import describe  # imports torch
     from cluster.jobs.submit import build_request, how_to_follow, run, send  # Ray is slow to import
     from pipeline.config import load_config
 
     placement = read_options(Placement, vars(args))
     config = load_config(args.config, args.overrides)
     request = build_request(config, placement, os.environ, Path.cwd())
+    if args.dry_run:
+        print(describe(request, config.with_absolute_uris(Path.cwd()), placement))
+        return 0
+    if args.address is None:
+        raise UserError("--address is missing: give the URL of Ray's job server, http://HOST:8265, or --dry-run")
     if not args.no_wait:
         return run(request, args.address, sys.stdout)
     job_id = send(request, args.address)
@@ -186,6 +211,21 @@ def _status(args: argparse.Namespace) -> int:
     for node in cluster.nodes:
         print(f"node {node}: {f'alive, {_size(cluster)}' if node in alive else 'does not answer'}")
     return 0 if set(cluster.nodes) <= set(alive) else 1
+
+
+def _render(args: argparse.Namespace) -> int:
+    # Other verbs render nothing.
+    from cluster.deploy.render import TARGETS, render, write
+    from cluster.deploy.spec import load_spec
+    from pipeline.config import require_one_of
+
+    for target in args.target or ():
+        require_one_of("--target", target, list(TARGETS))
+    texts = render(load_spec(args.file), args.target or list(TARGETS), args.crds)
+    write(texts, args.to)
+    for name in texts:
+        print(args.to / name)
+    return 0
 
 
 def _down(args: argparse.Namespace) -> int:

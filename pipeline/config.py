@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta
 
@@ -25,6 +25,7 @@ from sharding.files import read_text
 from sharding.schema import Seed, check_ranges
 from sharding.storage.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
 
+T = TypeVar("T")
 Section = dict[str, str | int | float | bool]
 """Values of a section, as JSON holds them."""
 Sections = dict[str, Section]
@@ -246,8 +247,22 @@ class RunConfig:
         Raises:
             UserError: An unknown section or key, a value of the wrong type or out of range, or a secret in a URI.
         """
-        _refuse_secrets(values, "", source)
-        return typing.cast(RunConfig, _build(cls, values, "", source))
+        return build_config(cls, values, source)
+
+
+def build_config(kind: type[T], values: Mapping[str, Any], source: str) -> T:
+    """Build a frozen dataclass, whose fields may be sections, from nested plain values such as those of a TOML file.
+
+    Args:
+        kind: Dataclass that checks its own ranges; a field is a str, int, float, bool, tuple[str, ...] or dataclass.
+        values: Values by key; absent keys keep their defaults.
+        source: File or place named in errors.
+
+    Raises:
+        UserError: An unknown key (the nearest is named), a value of the wrong type or out of range, a secret in a URI.
+    """
+    _refuse_secrets(values, "", source)
+    return typing.cast(T, _build(kind, values, "", source))
 
 
 def require(condition: bool, option: str, value: object, wanted: str) -> None:
@@ -354,6 +369,10 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, source: str) -> o
 def _coerce(hint: Any, value: object, option: str, source: str) -> object:
     if typing.get_origin(hint) is typing.Literal:  # the section checks the word and names the nearest valid one
         hint = str
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+        raise UserError(f"{source}: {option} = {value!r} must be a list of strings")
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

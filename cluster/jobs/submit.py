@@ -52,7 +52,10 @@ _RAY_HABITS = {
     # It only warns that a node will be lost; the job resumes from the newest checkpoint either way.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-_JOB_FILE = "job.json"
+JOB_FILE = "job.json"
+"""Name of the file that describes a job to its driver."""
+TRAIN_DRIVER = "python -m cluster.jobs.train_job"
+"""Command of a training job's driver; the path of its job's file follows."""
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _LOST_SECONDS = 60.0
@@ -79,7 +82,7 @@ class JobRequest:
     """Environment variables of the driver and of each rank."""
     metadata: Mapping[str, str]
     """Metadata shown by Ray's dashboard."""
-    entrypoint: str = f"python -m cluster.jobs.train_job {_JOB_FILE}"
+    entrypoint: str = f"{TRAIN_DRIVER} {JOB_FILE}"
     """Command of the job's driver, run in the folder that `staged` makes."""
 
 
@@ -125,7 +128,7 @@ def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: P
         job=job,
         environment={**_travelling(environment), "CUDA_VISIBLE_DEVICES": "", **_RAY_HABITS},
         metadata={"shard": job.output},
-        entrypoint=f"python -m cluster.jobs.shard_job {_JOB_FILE}",
+        entrypoint=f"python -m cluster.jobs.shard_job {JOB_FILE}",
     )
 
 
@@ -143,7 +146,7 @@ def staged(request: JobRequest) -> Iterator[Path]:
         for package in PACKAGES:
             source = importlib.import_module(package).__path__[0]
             shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        (folder / _JOB_FILE).write_text(request.job.to_json())
+        (folder / JOB_FILE).write_text(request.job.to_json())
         yield folder
 
 

@@ -1,0 +1,43 @@
+"""What `satfusion submit --dry-run` prints: the request, the arithmetic of the batch and the resources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.jobs.submit import JobRequest
+from cluster.jobs.train_job import Placement
+from cluster.logs import PACKAGES
+from pipeline.config import RunConfig
+from pipeline.order import BatchPlan
+
+
+def describe(request: JobRequest, config: RunConfig, placement: Placement) -> str:
+    """Return what would be sent, for a person to read: the resolved configuration last, as TOML.
+
+    Args:
+        request: Request of the job, as `build_request` returns it.
+        config: Configuration with absolute paths, as in the request.
+        placement: Ranks and their resources.
+    """
+    train = config.train
+    plan = BatchPlan.create(train.global_batch, train.micro_batch, placement.workers)
+    total = {name: amount * placement.workers for name, amount in placement.resources.items()}
+    rows = {
+        "entrypoint": request.entrypoint,
+        "code": f"the packages {', '.join(PACKAGES)} of this installation",
+        **{f"environment {name}": value or '""' for name, value in request.environment.items()},
+        **{f"metadata {name}": value for name, value in request.metadata.items()},
+        "batch": f"{plan.global_batch} chips a step = {plan.world_size} ranks x {plan.grad_accum} forward passes x "
+        f"{plan.micro_batch} chips",
+        "resources of a rank": _amounts(placement.resources),
+        "resources of all": f"{_amounts(total)}, spread over the nodes, {placement.backend} between ranks",
+        "engine": f"{train.engine}, ZeRO stage {train.zero_stage}, {train.precision}",
+        "restarts": f"{placement.max_failures} at most; {placement.wait_for_resources:g} s to wait for resources",
+    }
+    width = max(map(len, rows))
+    lines = "".join(f"{name.ljust(width)}  {value}\n" for name, value in rows.items())
+    return f"{lines}\n{config.to_toml()}\nNothing was sent."
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
