@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from cluster.logs import configure_logging
 from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.storage import open_storage
-from sharding.storage.names import refuse_secrets
+from sharding.storage.names import local_path, refuse_secrets
 
 if TYPE_CHECKING:
     from cluster.local import nodes as local
@@ -81,8 +82,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "Exit status 1 unless the fused image's PSNR lies above both baselines'.",
     )
     demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe demo")
-    demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default demo-output")
-    demo.add_argument("--worldstrat", type=Path, metavar="DIR", help="real data (default: generated scenes)")
+    _add_path(demo, "--output", "default demo-output", Path("demo-output"))
+    _add_path(demo, "--worldstrat", "real data (default: generated scenes)")
     demo.set_defaults(run=_demo)
     cluster = verbs.add_parser(
         "cluster",
@@ -103,7 +104,11 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     down = actions.add_parser("down", help="stop exactly the processes that `up` started")
     down.set_defaults(run=_down)
     for action in (up, status, down):
-        action.add_argument("--state", type=Path, metavar="DIR", help="state folder, one per cluster")
+        _add_path(action, "--state", "state folder, one per cluster")
+
+
+def _add_path(verb: argparse.ArgumentParser, option: str, text: str, default: Path | None = None) -> None:
+    verb.add_argument(option, type=partial(local_path, option), default=default, metavar="DIR", help=text)
 
 
 def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

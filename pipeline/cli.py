@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from sharding.storage.names import local_path
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import Evaluation
@@ -30,7 +32,10 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
     evaluate.add_argument("--data", default="", metavar="URI", help="dataset to evaluate on (default: the run's own)")
     evaluate.add_argument(
-        "--published-checkpoint", type=Path, metavar="FILE", help="weights of the published code, instead of a RUN"
+        "--published-checkpoint",
+        type=partial(local_path, "--published-checkpoint"),
+        metavar="FILE",
+        help="weights of the published code, instead of a RUN",
     )
     evaluate.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
     evaluate.add_argument(

@@ -11,13 +11,13 @@ from sharding.errors import UserError
 from sharding.prepare.options import SampleOptions
 from sharding.run.plan import PlanOptions
 from sharding.storage import StorageOptions
-from sharding.storage.names import expanded
+from sharding.storage.names import check_uri, expanded, local_path
 
 
 def _read_names(path: str) -> tuple[str, ...]:
     """Read the AOIs that a file names, one per line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = local_path("--aois", path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--aois {path} cannot be read ({error}): give a text file with an AOI a line") from error
     names = tuple(line.strip() for line in lines if line.strip())
@@ -63,7 +63,10 @@ class ShardJob:
     """Shards built in parallel; by default one per CPU, at most 8, and on a Ray cluster as many as fit."""
 
     overwrite: bool = False
-    """Replace a dataset of another source or other options in --output."""
+    """Replace a dataset of another source or other options in --output; runs that read it can finish."""
+
+    prune: bool = False
+    """Remove the files of earlier datasets in --output at the end."""
 
     report: Path | None = field(default=None, metadata={"metavar": "FILE"})
     """Write a report of the run as JSON. None writes nothing."""
@@ -76,6 +79,7 @@ class ShardJob:
         """
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers {self.workers} is too small: the least is 1")
+        check_uri("--output", self.output)
 
     def with_absolute_paths(self, folder: Path) -> ShardJob:
         """Return a copy with relative local paths resolved from ``folder``, for a process in another folder."""

@@ -90,6 +90,22 @@ def check_uri(where: str, uri: str) -> None:
         raise UserError(f"{where} {uri!r} is no S3 URI: write s3://BUCKET/PREFIX, or ./{uri} for a folder of that name")
 
 
+def local_path(where: str, text: str) -> Path:
+    """Return a local path of the command line, with ``~`` expanded.
+
+    Args:
+        where: Name of the option in the error.
+        text: Path as the user gave it.
+
+    Raises:
+        UserError: For an empty text or a URI; it names ``where``.
+    """
+    check_uri(where, text)
+    if not text or "://" in text:
+        raise UserError(f"{where} {text!r} is no local path: give a file or folder of this machine")
+    return expanded(text)
+
+
 def expanded(path: str) -> Path:
     """Expand a leading ``~`` of a local path to the home folder; a shell does not expand it in ``--output=~/x``.
 
