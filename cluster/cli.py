@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from pipeline.signals import sigterm_as_interrupt
 from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.storage import open_storage
-from sharding.storage.names import refuse_secrets
+from sharding.storage.names import local_path, refuse_secrets
 from sharding.terminal import escaped
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "Exit status 1 unless the fused image's PSNR lies above both baselines'.",
     )
     demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe demo")
-    demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default demo-output")
-    demo.add_argument("--worldstrat", type=Path, metavar="DIR", help="real data (default: generated scenes)")
+    _add_path(demo, "--output", "default demo-output", Path("demo-output"))
+    _add_path(demo, "--worldstrat", "real data (default: generated scenes)")
     demo.set_defaults(run=_demo)
     cluster = verbs.add_parser(
         "cluster",
@@ -108,7 +109,11 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     down.set_defaults(run=_down)
     _add_render(actions)
     for action in (up, status, down):
-        action.add_argument("--state", type=Path, metavar="DIR", help="state folder, one per cluster")
+        _add_path(action, "--state", "state folder, one per cluster")
+
+
+def _add_path(verb: argparse.ArgumentParser, option: str, text: str, default: Path | None = None) -> None:
+    verb.add_argument(option, type=partial(local_path, option), default=default, metavar="DIR", help=text)
 
 
 def _add_render(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

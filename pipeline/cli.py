@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
 from sharding.schema import check_range
+from sharding.storage.names import local_path
 from sharding.terminal import say
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
     evaluate.add_argument("--data", default="", metavar="URI", help="dataset to evaluate on (default: the run's own)")
     evaluate.add_argument(
-        "--published-checkpoint", type=Path, metavar="FILE", help="weights of the published code, instead of a RUN"
+        "--published-checkpoint",
+        type=partial(local_path, "--published-checkpoint"),
+        metavar="FILE",
+        help="weights of the published code, instead of a RUN",
     )
     evaluate.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
     evaluate.add_argument(

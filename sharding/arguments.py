@@ -19,11 +19,13 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sharding.errors import UserError
 from sharding.schema import check_ranges
+from sharding.storage.names import local_path
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,7 +46,8 @@ def add_options(parser: argparse._ActionsContainer, kind: type[DataclassInstance
         values: dict[str, Any] = {"action": "store_true"}
         if hint is not bool:
             usual = f"{{{','.join(choices)}}}" if choices else "N"
-            parse = more.get("parse", str if choices else hint)
+            usual_parse = functools.partial(local_path, _option_of(item)) if hint is Path else hint
+            parse = more.get("parse", str if choices else usual_parse)
             values = {"type": _scaled(parse, unit), "metavar": more.get("metavar", usual)}
         # No default here: the dataclass has it.
         values |= {"dest": item.name, "default": argparse.SUPPRESS, "required": item.default is MISSING}

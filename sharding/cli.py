@@ -1,12 +1,10 @@
-"""The verbs `download`, `shard`, `verify` and `inspect`."""
+"""The verbs `download`, `shard`, `verify`, `inspect` and `prune`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sharding.arguments import add_options, read_options
@@ -17,10 +15,13 @@ from sharding.format.sample import fetch_sample
 from sharding.prepare.options import SampleOptions
 from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
 from sharding.run.job import ShardJob, ShardOptions
+from sharding.run.named_file import check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
+from sharding.run.prune import prune, unneeded
 from sharding.run.workers import processes
 from sharding.schema import check_range
-from sharding.storage import StorageOptions, open_storage
+from sharding.storage import Storage, StorageOptions, open_storage
+from sharding.storage.names import local_path
 from sharding.terminal import say
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ MAX_DEFAULT_WORKERS = 8
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `download`, `shard`, `verify` and `inspect` to the command."""
+    """Add `download`, `shard`, `verify`, `inspect` and `prune` to the command."""
     _add_download(verbs)
     _add_shard(verbs)
     _add_verify(verbs)
     _add_inspect(verbs)
+    _add_prune(verbs)
 
 
 def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,7 +64,12 @@ def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
     verb.add_argument("--deep", action="store_true", help="also decode each sample, and compare some with --input")
-    verb.add_argument("--input", type=Path, metavar="DIR", help="with --deep: prepare some AOIs again and compare")
+    verb.add_argument(
+        "--input",
+        type=partial(local_path, "--input"),
+        metavar="DIR",
+        help="with --deep: prepare some AOIs again and compare",
+    )
     verb.add_argument(
         "--num-aois", type=int, default=5, metavar="N", help="number of these AOIs (default: %(default)s)"
     )
@@ -78,8 +85,24 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
     verb.add_argument("--aoi", metavar="NAME", help="print and draw only this AOI")
-    verb.add_argument("--png", type=Path, metavar="FILE", help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
+    verb.add_argument(
+        "--png",
+        type=partial(local_path, "--png"),
+        metavar="FILE",
+        help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR",
+    )
     verb.set_defaults(run=run_inspect)
+
+
+def _add_prune(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "prune",
+        help="remove earlier datasets that `shard --overwrite` replaced",
+        description="Remove the shards that the published index.json does not list, and print what was removed. A run "
+        "that still reads them fails. Files that this program did not write stay.",
+    )
+    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    verb.set_defaults(run=run_prune)
 
 
 def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -89,7 +112,13 @@ def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Download files of WorldStrat v1.1 (https://zenodo.org/records/15382551) and check their SHA-256. "
         "After an interruption the same command resumes.",
     )
-    verb.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder; created if it does not exist")
+    verb.add_argument(
+        "--to",
+        required=True,
+        type=partial(local_path, "--to"),
+        metavar="DIR",
+        help="folder; created if it does not exist",
+    )
     verb.add_argument(
         "--only",
         default=",".join(DEFAULT_KEYS),
@@ -131,16 +160,22 @@ def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
     from sharding.run.dataset import TooFewAoisError, shard_folder
 
     storage = open_storage(job.output, job.storage)
+    if job.report:
+        check_report(job.report)
     try:
         report = shard_folder(job.input, storage, job.options, say=say, runner=runner, overwrite=job.overwrite)
     except TooFewAoisError as error:
         if job.report:
-            _write_report(job.report, error.to_json(), "there is no dataset")
+            write_report(job.report, error.to_json())
         raise
     for line in (*describe(report.index, storage), *report.lines()):
         say(line)
     if job.report:
-        _write_report(job.report, report.to_json(), "the dataset is complete")
+        write_report(job.report, report.to_json())
+    if job.prune:
+        _prune(storage)
+    elif hint := unneeded(storage):
+        say(hint)
     return 0
 
 
@@ -163,6 +198,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Run `inspect`."""
     storage = open_storage(args.uri)
     index = Index.load(storage)
+    if args.png is not None:
+        check_sheet(args.png)
     if args.aoi is not None:
         split, shard, entry = find(index, args.aoi)
         lines = describe_sample(split, shard, fetch_sample(storage, shard, entry))
@@ -176,8 +213,12 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_report(path: Path, report: Mapping[str, object], state: str) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write --report {path} ({error.strerror}): {state}; give a writable file") from error
+def run_prune(args: argparse.Namespace) -> int:
+    """Run `prune`."""
+    _prune(open_storage(args.uri))
+    return 0
+
+
+def _prune(storage: Storage) -> None:
+    for line in prune(storage).lines():
+        say(line)

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -126,13 +126,6 @@ class Index:
             for _, sample in self.samples(split):
                 places[sample.aoi].append(split)
         return tuple(f"AOI {aoi!r} is in {' and '.join(found)}" for aoi, found in places.items() if len(found) > 1)
-
-    def as_before(self, earlier: Index | None) -> Index:
-        """Return ``earlier`` if it says the same in an older format, so that its bytes and its digest stay."""
-        if earlier is None or earlier.format_version == self.format_version:
-            return self
-        same = replace(self, format_version=earlier.format_version).data == earlier.data
-        return earlier if same else self
 
     def to_json(self) -> str:
         """Return the stored JSON: equal new indexes give equal text, and an index that was read its own."""

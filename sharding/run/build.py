@@ -53,7 +53,7 @@ class ShardTask:
     """Its split."""
 
     name: str
-    """Its key beside the index."""
+    """Its key in ``output``."""
 
     aois: tuple[AoiFiles, ...]
     """AOIs of the shard, in order."""
@@ -65,10 +65,7 @@ class ShardTask:
     """True if an unreadable AOI is an error; otherwise it is skipped."""
 
     output: Storage
-    """Destination of the shard."""
-
-    replaces: bool = False
-    """True if an existing shard of this name was written by this program and may be overwritten."""
+    """Destination of the shard: the folder of its generation, which only the holder of the dataset's lock writes to."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,7 +119,7 @@ class ShardResult:
     """Digest by `ShardTask.substitutes`."""
 
     outcome: Outcome = "made"
-    """Outcome: ``made``, ``kept`` (it existed, or another run made it meanwhile) or ``repaired`` (it was damaged)."""
+    """Outcome: ``made``, ``kept`` (it existed) or ``repaired`` (it was damaged)."""
 
     why: str = ""
     """Damage of a ``repaired`` shard, in words."""
@@ -138,8 +135,7 @@ def build_shard(task: ShardTask) -> ShardResult:
     """Build one shard and its sidecar, or keep an existing shard whose plan and digest are right.
 
     Raises:
-        UserError: When an AOI cannot be read and the task is strict, the disk is full, the storage refuses, or
-            another file has the shard's name.
+        UserError: When an AOI cannot be read and the task is strict, the disk is full, or the storage refuses.
     """
     fingerprint, earlier = read_sidecar(task.output, task.name, task.options) or ("", None)
     damage = None
@@ -228,31 +224,20 @@ def _in_steps(image: NDArray[np.generic]) -> NDArray[np.uint16]:
 def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | None) -> ShardResult:
     """Write the sidecar of the packed shard, then publish the shard.
 
-    In this order no shard lies beside a sidecar of another one, even if the run is killed. Another run of the same plan
-    may publish the shard between the check and the upload: both write the same bytes.
+    In this order no shard lies beside a sidecar of another one, even if the run is killed.
     """
-    entry = result.entry
-    sidecar, description = task.name + SIDECAR_SUFFIX, _to_sidecar(task, result)
-    if damage is not None and entry is not None and task.replaces:
+    entry, sidecar = result.entry, task.name + SIDECAR_SUFFIX
+    if entry is not None and damage is not None:
         result = replace(result, outcome="repaired", why=f"{damage}: it was built again")
-    elif task.output.exists(task.name):
-        if entry is not None and damage_of(task.output, entry) is None:
-            task.output.write(sidecar, description)
-            return replace(result, outcome="kept", bytes_out=0)
-        if not task.replaces:
-            raise _foreign(task)
-        task.output.delete(task.name)
-    task.output.write(sidecar, description)
+    elif entry is not None and damage_of(task.output, entry) is None:  # only its sidecar is missing or damaged
+        task.output.write(sidecar, _to_sidecar(task, result))
+        return replace(result, outcome="kept", bytes_out=0)
+    task.output.write(sidecar, _to_sidecar(task, result))
     if entry is not None:
         task.output.upload(task.name, path)
+    else:
+        task.output.delete(task.name)
     return result
-
-
-def _foreign(task: ShardTask) -> UserError:
-    return UserError(
-        f"--output {task.output.uri} holds {task.name!r}, which is not what this command makes, and which this "
-        "program had not written when it began: it was not changed; move it away, or give another --output"
-    )
 
 
 def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:

@@ -1,16 +1,15 @@
 """Dataset from a WorldStrat source: plan, shards, index.
 
 The plan is pure: it assigns each AOI to a split and a shard. A shard is built by any process that sees source and
-output: it is written to a temporary file, digested on the way, described by a sidecar, then published under its name.
-The index is written last, so an interrupted run does not look like a dataset. A run that resumes keeps each shard whose
-sidecar has the same plan and whose bytes have the sidecar's digest. Files that this program did not write are never
-overwritten or deleted, see `sharding.run.output`.
+output: it is written to a temporary file, digested on the way, described by a sidecar, then published under its name,
+in the folder of the plan's generation. The index is written last: until then an earlier dataset is published, and
+its shards stay until `prune`. A run that resumes keeps each shard whose sidecar has the same plan and whose bytes have
+the sidecar's digest. Files that this program did not write are never overwritten or deleted, see `sharding.run.output`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import time
 from collections import Counter
@@ -27,13 +26,14 @@ from sharding.prepare.sample import make_sample
 from sharding.progress import progress
 from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
 from sharding.run.job import ShardOptions
-from sharding.run.output import look
+from sharding.run.output import check_space, generation_of, keys_of, look
 from sharding.run.plan import Plan, make_plan
 from sharding.run.splits import TooFewError, describe_split, natural_key
 from sharding.run.workers import processes
 from sharding.sources.worldstrat.files import open_source
 from sharding.sources.worldstrat.layout import AoiFiles, check_files, find_aois, read_split_file
 from sharding.storage import Storage
+from sharding.storage.lock import Lock
 
 _NOT_LISTED = "not-in-split-file"
 """Reason of an AOI that is complete but in no split."""
@@ -136,8 +136,8 @@ def shard_folder(
         overwrite: Replace a published dataset of another source or other options; otherwise it is refused.
 
     Raises:
-        UserError: For a source, an option or a storage that the user can correct. A published dataset is unchanged,
-            except with ``overwrite``: its index is deleted once enough AOIs have proved readable.
+        UserError: For a source, an option or a storage that the user can correct, or another writer. A published
+            dataset is unchanged.
     """
     runner = runner or processes(workers)
     return _Sharding(folder, output, options, say).run(runner, overwrite)
@@ -154,17 +154,23 @@ class _Sharding:
         self.rows = None if options.plan.splits == "seeded" else read_split_file(self.source)
         self.usable, self.skipped = _sift(self.found, options)
         self.notes: list[str] = []
-        self.published: Index | None = None
-        self.ours: set[str] = set()
-        self.lone: frozenset[str] = frozenset()
         self._say = say
         for path in self.source.strays:
             self._note(f"{path!r} points outside its folder, and was not read")
 
     def run(self, runner: Runner, overwrite: bool) -> Report:
-        plan, tasks = self._prepare(overwrite)
+        plan, tasks = self._plan(self.usable)  # refuses a source with too few AOIs before anything is written
+        with Lock(self.output, "shard", self._note) as lock:
+            self.there = look(self.output)
+            if self.there.index and self.there.index.plan != _digest(tasks):
+                plan, tasks = self._plan_as_before(self.there.index) or (plan, tasks)
+            return self._make(plan, tasks, runner, overwrite, lock)
+
+    def _make(self, plan: Plan, tasks: list[ShardTask], runner: Runner, overwrite: bool, lock: Lock) -> Report:
         results: list[ShardResult] = []
+        abandoned: set[str] = set()
         while True:
+            folder, tasks = self._placed(plan, tasks, overwrite)
             now, counted = self._do(tasks, runner)
             results += now
             unread = [item for result in now for item in result.skipped]
@@ -174,11 +180,11 @@ class _Sharding:
             if {task.split for task, result in zip(tasks, now, strict=True) if result.entry} == set(SPLITS):
                 break
             # All AOIs of a split proved unreadable: plan again with the readable ones.
-            self.ours |= {task.name for task in tasks} | {task.name + SIDECAR_SUFFIX for task in tasks}
+            abandoned |= {_below(folder, task.name + suffix) for task in tasks for suffix in ("", SIDECAR_SUFFIX)}
             plan, tasks = self._plan(self.usable)
-            self._tell(plan)
-        index = self._index(plan, tasks, now, counted)
-        self._publish(index, now)
+        index = self._publish(self._index(plan, tasks, folder, now, counted), folder, lock)
+        for key in sorted(abandoned - self.there.ours - keys_of(index)):
+            self.output.delete(key)
         return Report(
             index=index,
             shards=dict(Counter(result.outcome for result in results)),
@@ -189,43 +195,34 @@ class _Sharding:
             bytes_out=sum(result.bytes_out for result in results),
         )
 
-    def _prepare(self, overwrite: bool) -> tuple[Plan, list[ShardTask]]:
-        """Plan, and check that the output may be written; delete nothing but an index that is to be replaced."""
-        there = look(self.output)
-        self.published = there.index
-        self.ours |= there.ours
-        self.lone = there.lone
-        plan, tasks = self._plan(self.usable)
-        there.refuse_foreign([task.name for task in tasks])
-        if there.index and there.index.plan != _digest(tasks):
-            plan, tasks = self._plan_as_before(there.index) or (plan, tasks)
-        another = there.holds_another(_digest(tasks), [task.fingerprint for task in tasks])
-        if another and not overwrite:
-            there.refuse_another(self.options.sample, plan.rule, self.options.plan.seed)
-        if another:
-            self._check_readable(tasks)
-        if another or there.damaged_index:
-            self.output.delete(INDEX_NAME)
-        self._tell(plan)
-        return plan, tasks
+    def _placed(self, plan: Plan, tasks: Sequence[ShardTask], overwrite: bool) -> tuple[str, list[ShardTask]]:
+        """Return the folder of a plan's generation, and the tasks that build it there.
+
+        Raises:
+            UserError: Files that this program did not write are in the way, another dataset is published there, or the
+                disk is too small.
+        """
+        prints = [task.fingerprint for task in tasks]
+        folder = self.there.folder(_digest(tasks), prints)
+        self.there.refuse_foreign(folder)
+        if not overwrite and self.there.holds_another(_digest(tasks), prints):
+            self.there.refuse_another(self.options.sample, plan.rule, self.options.plan.seed)
+        missing = [task for task in tasks if _below(folder, task.name) not in self.there.ours]
+        check_space(self.output, sum(len(task.aois) for task in missing) * self.options.sample.sample_bytes)
+        for line in describe_split(plan.split):
+            self._note(line)
+        output = self.output.child(folder) if folder else self.output
+        return folder, [replace(task, output=output) for task in tasks]
 
     def _plan(self, usable: Mapping[str, AoiFiles]) -> tuple[Plan, list[ShardTask]]:
         names = [aoi.name for aoi in self.found]
-        sample = self.options.sample
+        sample, strict = self.options.sample, self.options.strict
         try:
             plan = make_plan(list(usable), names, self.rows, sample.sample_bytes, self.options.plan)
         except TooFewError as error:
             raise TooFewAoisError(str(error), self.skipped) from None
         tasks = [
-            ShardTask(
-                shard.split,
-                shard.name,
-                tuple(usable[aoi] for aoi in shard.aois),
-                sample,
-                self.options.strict,
-                self.output,
-                replaces=shard.name in self.ours,
-            )
+            ShardTask(shard.split, shard.name, tuple(usable[aoi] for aoi in shard.aois), sample, strict, self.output)
             for shard in plan.shards
         ]
         return plan, tasks
@@ -250,23 +247,6 @@ class _Sharding:
         self.skipped += [item for item in index.skipped if item.aoi in left_out]
         return plan, tasks
 
-    def _check_readable(self, tasks: Sequence[ShardTask]) -> None:
-        """Check that enough AOIs can be prepared to fill all splits, before a published dataset is replaced.
-
-        Raises:
-            UserError: If they are too few.
-        """
-        usable = dict(self.usable)
-        readable = 0
-        for aoi in itertools.chain.from_iterable(task.aois for task in tasks):
-            if self._unread(aoi):
-                del usable[aoi.name]
-            else:
-                readable += 1
-            if readable == len(SPLITS):
-                return
-        self._plan(usable)
-
     def _unread(self, aoi: AoiFiles) -> Skipped | None:
         """Return the index entry of an AOI that cannot be prepared, else None."""
         try:
@@ -282,9 +262,7 @@ class _Sharding:
         counted: dict[Measured, Histogram] = {}
         start, skipped, read, written = time.monotonic(), 0, 0, 0
         with progress(sum(len(task.aois) for task in tasks), "sharding", "AOI") as shown:
-            # Tasks that may be refused run first, before anything else is written.
-            parts = [[task for task in tasks if (task.name in self.lone) == lone] for lone in (True, False)]
-            for result in itertools.chain.from_iterable(runner(part) for part in parts if part):
+            for result in runner(tasks):
                 # Counts take megabytes per shard: do not keep them for each.
                 by_name[result.name] = replace(result, histograms={})
                 for name, histogram in result.histograms.items():
@@ -303,16 +281,21 @@ class _Sharding:
         self,
         plan: Plan,
         tasks: Sequence[ShardTask],
+        folder: str,
         results: Sequence[ShardResult],
         counted: Mapping[Measured, Histogram],
     ) -> Index:
         done = list(zip(tasks, results, strict=True))
         splits: dict[str, tuple[ShardEntry, ...]] = {
-            split: tuple(result.entry for task, result in done if task.split == split and result.entry)
+            split: tuple(
+                replace(result.entry, name=_below(folder, result.name))
+                for task, result in done
+                if task.split == split and result.entry
+            )
             for split in SPLITS
         }
         not_listed = [Skipped(aoi, _NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
-        index = Index(
+        return Index(
             preparation=self.options.sample,
             split_rule=plan.rule,
             split_seed=self.options.plan.seed,
@@ -322,18 +305,24 @@ class _Sharding:
             skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
             facts=worldstrat_facts(self.options.sample),
         )
-        return index.as_before(self.published)
 
-    def _publish(self, index: Index, results: Sequence[ShardResult]) -> None:
-        """Write the index; delete files of this program's earlier plans that this plan does not contain."""
+    def _publish(self, index: Index, folder: str, lock: Lock) -> Index:
+        """Make a generation the published one, by one write at the end; return the published index.
+
+        An index with the same content stays as it is, also if an earlier version wrote it in another format. Otherwise
+        copies of both indexes are stored first: later they show which files this program wrote.
+        """
+        before = self.there.index
+        lock.check()
+        if before is not None and _same(before, index):
+            return before
+        if before is not None:
+            self.output.create(f"{generation_of(before.plan)}/{INDEX_NAME}", self.there.text)
+        if folder:
+            self.output.write(f"{folder}/{INDEX_NAME}", index.data)
+        lock.check()
         self.output.write(INDEX_NAME, index.data)
-        names = {result.name for result in results}
-        for key in sorted(self.ours - names - {name + SIDECAR_SUFFIX for name in names} - {INDEX_NAME}):
-            self.output.delete(key)
-
-    def _tell(self, plan: Plan) -> None:
-        for line in describe_split(plan.split):
-            self._note(line)
+        return index
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -351,6 +340,20 @@ def _skipped_table(skipped: Sequence[Skipped]) -> dict[str, object]:
 def _digest(tasks: Sequence[ShardTask]) -> str:
     """Return the digest of a plan: SHA-256, in hex, of its tasks' fingerprints."""
     return hashlib.sha256("".join(task.fingerprint for task in tasks).encode()).hexdigest()
+
+
+def _below(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _same(one: Index, other: Index) -> bool:
+    """Return True if two indexes have the same plan, shards and skipped AOIs, whatever their format versions."""
+
+    def content(index: Index) -> object:
+        shards = {name: [(shard.name, shard.sha256) for shard in index.splits[name]] for name in SPLITS}
+        return index.plan, shards, [(item.aoi, item.reason) for item in index.skipped]
+
+    return content(one) == content(other)
 
 
 def _chosen(found: Sequence[AoiFiles], wanted: Sequence[str] | None) -> list[AoiFiles]:

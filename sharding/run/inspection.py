@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections import Counter
@@ -9,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from PIL.PngImagePlugin import PngInfo
+
 from sharding.errors import UserError, nearest
 from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import SPLITS, Index
 from sharding.format.sample import Sample, fetch_sample
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.prepare.options import SampleOptions
+from sharding.run.named_file import SOFTWARE, write_file
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
@@ -110,11 +114,10 @@ def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> 
         _row(split, fetch_sample(storage, shard, entry), index.preparation)
         for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
     ]
-    page = sheet(rows, tile_size=TILE_PX)
-    try:
-        page.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --png {path} ({error}): give a writable file that ends in .png") from error
+    page, data, info = sheet(rows, tile_size=TILE_PX), io.BytesIO(), PngInfo()
+    info.add_text("Software", SOFTWARE)
+    page.save(data, format="PNG", pnginfo=info)
+    write_file("--png", path, data.getvalue())
 
 
 def _row(split: str, sample: Sample, preparation: SampleOptions) -> list[Tile]:

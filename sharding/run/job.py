@@ -17,12 +17,12 @@ from sharding.run.plan import PlanOptions
 from sharding.run.workers import MOST_WORKERS
 from sharding.schema import decode_strictly
 from sharding.storage import StorageOptions
-from sharding.storage.names import absolute_uri
+from sharding.storage.names import absolute_uri, check_uri, local_path
 
 
 def _read_names(path: str) -> tuple[str, ...]:
     """Read the AOIs that a file names, one per line; quotes and separators of a spreadsheet are dropped."""
-    lines = read_text("--aois", path).splitlines()
+    lines = read_text("--aois", local_path("--aois", path)).splitlines()
     names = tuple(name for line in lines if (name := line.strip().rstrip(",;").strip().strip("\"'").strip()))
     if not names:
         raise UserError(f"--aois {path} names no AOI: give a text file with an AOI a line")
@@ -66,7 +66,10 @@ class ShardJob:
     """Shards built in parallel; by default one per CPU, at most 8, and on a Ray cluster as many as fit."""
 
     overwrite: bool = False
-    """Replace a dataset of another source or other options in --output."""
+    """Replace a dataset of another source or other options in --output; runs that read it can finish."""
+
+    prune: bool = False
+    """Remove the files of earlier datasets in --output at the end."""
 
     report: Path | None = field(default=None, metadata={"metavar": "FILE"})
     """Write a report of the run as JSON. None writes nothing."""
@@ -78,6 +81,7 @@ class ShardJob:
             UserError: For an invalid value; it names the option, the value and the valid range.
         """
         check_values(self)
+        check_uri("--output", self.output)
 
     def with_absolute_paths(self, folder: Path) -> ShardJob:
         """Return a copy with relative local paths resolved from ``folder``, for a process in another folder."""

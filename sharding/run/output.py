@@ -1,10 +1,17 @@
-"""Inspection of an output of `shard`: only files that this program wrote may be overwritten or deleted."""
+"""Contents of an output of `shard`: generations of a dataset, and the files that this program did not write.
+
+A generation is the dataset of one plan. Its shards and sidecars are in the folder ``plan-<16 digits of its digest>``,
+or beside the index if an earlier version wrote them. ``index.json`` names the shards of the published generation. Each
+generation that was ever published is also listed by a copy of its index, ``plan-<...>/index.json``. Only files that an
+index lists or a sidecar describes are this program's.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,11 +19,14 @@ from sharding.errors import UserError
 from sharding.format.index import INDEX_NAME, SPLITS, Index
 from sharding.prepare.options import SampleOptions
 from sharding.run.build import SIDECAR_SUFFIX, read_sidecar
-from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
+from sharding.storage import BucketNotFoundError, CorruptedError, LocalStorage, NotFoundError, Storage
 
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.tar")
+_GENERATION = re.compile(r"plan-[0-9a-f]{16}")
 # Such a name may also be a folder's, with files below it.
-_IN_THE_WAY = re.compile(rf"({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})(/.*)?", re.DOTALL)
+_OURS = rf"({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})(/.*)?"
+_LOOKED_AT = re.compile(rf"{_GENERATION.pattern}/.*|{_OURS}", re.DOTALL)
+_IN_THE_WAY = re.compile(_OURS, re.DOTALL)
 _PARALLEL = 8
 """Sidecars read in parallel."""
 _OPTIONS = {"hr_source": "hr"}
@@ -26,41 +36,62 @@ Described = tuple[str, int | None]
 """Content of a sidecar: the task's fingerprint, and the shard's size in bytes; None if no AOI could be read."""
 
 
+def generation_of(plan: str) -> str:
+    """Return the name of the folder of a plan's generation, from the plan's digest."""
+    return f"plan-{plan[:16]}"
+
+
+def keys_of(index: Index) -> set[str]:
+    """Return the keys of an index's shards and their sidecars."""
+    shards = {shard.name for shards in index.splits.values() for shard in shards}
+    return shards | {name + SIDECAR_SUFFIX for name in shards}
+
+
 @dataclass(frozen=True)
 class Output:
-    """Contents of the place where a dataset is to be written."""
+    """Contents of the place of a dataset."""
 
     uri: str
     """URI of the place."""
 
+    text: bytes
+    """Bytes of ``index.json``; empty if there is none."""
+
     index: Index | None
-    """Index of a published dataset; None if it is missing or damaged."""
+    """Index of the published generation; None if it is missing or damaged."""
 
-    damaged_index: bool
-    """True if there is a damaged index, or one of another format version."""
+    generations: Mapping[str, Index]
+    """Indexes of all generations that were ever published, by folder."""
 
-    fingerprints: frozenset[str]
-    """Fingerprints of the shards that no index lists, from their sidecars."""
+    fingerprints: Mapping[str, str]
+    """Fingerprint of each shard that no index lists, by key, from its sidecar."""
+
+    sizes: Mapping[str, int]
+    """Size in bytes of each existing file with a name of a dataset's files, or below a generation's folder."""
 
     ours: frozenset[str]
-    """Keys of files that this program wrote: the index, the shards in it, and those that a sidecar describes."""
+    """Those of these keys that this program wrote."""
 
-    lone: frozenset[str]
-    """Shards that neither an index nor a sidecar describes."""
+    @property
+    def damaged_index(self) -> bool:
+        """True if there is an index of this program that cannot be read."""
+        return self.index is None and INDEX_NAME in self.ours
 
-    foreign: frozenset[str]
-    """Other existing keys among the names of a dataset's files."""
+    def folder(self, plan: str, fingerprints: Collection[str]) -> str:
+        """Return the folder of a plan's shards: its generation's, or "" if an earlier version wrote them there."""
+        known = self.generations.get(generation_of(plan))
+        if known is not None and known.plan == plan:
+            return "" if any("/" not in key for key in keys_of(known)) else generation_of(plan)
+        begun = {print_ for key, print_ in self.fingerprints.items() if "/" not in key}
+        return "" if begun & set(fingerprints) else generation_of(plan)
 
-    def refuse_foreign(self, planned: Collection[str]) -> None:
-        """Refuse files that this program did not write.
-
-        Without an index, a lone shard of the plan may come from an interrupted run, and then equals the new one.
+    def refuse_foreign(self, folder: str) -> None:
+        """Refuse files that this program did not write, beside the index or in the folder that is to be written.
 
         Raises:
             UserError: If there are any; it names the first one.
         """
-        may_be_ours = set() if INDEX_NAME in self.ours else set(planned)
-        foreign = sorted(self.foreign | (self.lone - may_be_ours))
+        foreign = sorted(key for key in self.sizes.keys() - self.ours if _is_in_the_way(key, folder))
         if foreign:
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             raise UserError(
@@ -69,10 +100,11 @@ class Output:
             )
 
     def holds_another(self, plan: str, fingerprints: Collection[str]) -> bool:
-        """Return True if a published dataset exists and does not have this plan and these tasks."""
+        """Return True if a dataset is published that does not have this plan, or may not have it."""
         if self.index is not None:
             return self.index.plan != plan
-        return self.damaged_index and not self.fingerprints <= set(fingerprints)
+        others = {index.plan for index in self.generations.values()} - {plan}
+        return self.damaged_index and bool(others or set(self.fingerprints.values()) - set(fingerprints))
 
     def refuse_another(self, sample: SampleOptions, rule: str, seed: int) -> None:
         """Refuse to replace the published dataset.
@@ -87,9 +119,24 @@ class Output:
             "it, or another --output"
         )
 
+    def older(self) -> dict[str, list[str]]:
+        """Return this program's keys that the published generation does not need, by folder ("" beside the index).
+
+        In the order in which they may be deleted: what claims the other files comes last.
+        """
+        assert self.index is not None
+        kept = {INDEX_NAME, *keys_of(self.index), f"{generation_of(self.index.plan)}/{INDEX_NAME}"}
+        found: dict[str, list[str]] = {}
+        for key in sorted(self.ours - kept, key=lambda key: (key.endswith(INDEX_NAME), not _is_shard(key), key)):
+            found.setdefault(key.rpartition("/")[0], []).append(key)
+        if "" in found:
+            # The copy of an index lists the shards of an earlier version, so its folder comes last.
+            found = {"": found.pop(""), **found}
+        return found
+
 
 def look(output: Storage) -> Output:
-    """Inspect an output before anything is written.
+    """List an output, and find out which of its files this program wrote.
 
     An object is this program's if a valid index lists it, or if a valid sidecar names it and its size. The sidecar of a
     shard in a valid index is this program's, damaged or not.
@@ -97,49 +144,92 @@ def look(output: Storage) -> Output:
     Raises:
         UserError: If the store does not answer or cannot be read.
     """
-    # In this order, files that another run publishes meanwhile are never taken for foreign ones.
-    sizes = {item.key: item.size for item in output.list() if _IN_THE_WAY.fullmatch(item.key)}
+    sizes = {item.key: item.size for item in output.list() if _LOOKED_AT.fullmatch(item.key)}
     text = _read_index(output)
     index = _parse_index(text)
-    listed = {shard.name for shards in index.splits.values() for shard in shards} if index else set()
-    candidates = {key: key.removesuffix(SIDECAR_SUFFIX) for key in sizes if key != INDEX_NAME}
-    unlisted = sorted({name for name in candidates.values() if _SHARD.fullmatch(name)} - listed)
-    described = _described(output, [name for name in unlisted if name + SIDECAR_SUFFIX in sizes])
-    ours = {key for key, name in candidates.items() if name in listed or _accounts(described.get(name), key, sizes)}
+    folders = sorted({key.partition("/")[0] for key in sizes if "/" in key and _GENERATION.match(key)})
+    generations = {folder: found for folder in folders if (found := _copy_of_index(output, folder, sizes))}
+    if index is not None:
+        generations[generation_of(index.plan)] = index
+    listed = {key for found in generations.values() for key in keys_of(found)}
+    unlisted = sorted(key for key in sizes if _is_shard(key) and key not in listed)
+    sidecars = {key.removesuffix(SIDECAR_SUFFIX) for key in sizes if key.endswith(SIDECAR_SUFFIX)}
+    described = _described(output, sorted(key for key in sidecars - listed if _is_shard(key)))
+    ours = {key for key in sizes if key in listed}
+    ours |= {key for key in unlisted if key in described and described[key][1] == sizes[key]}
+    ours |= {key + SIDECAR_SUFFIX for key in described}
+    known = {*generations, *(key.rpartition("/")[0] for key in described)}
+    ours |= {f"{folder}/{INDEX_NAME}" for folder in folders if folder in known} & sizes.keys()
     if text is not None and (index or _is_ours(text, described)):
         ours.add(INDEX_NAME)
-    lone = {name for name in unlisted if name in sizes and name + SIDECAR_SUFFIX not in sizes}
     return Output(
         uri=output.uri,
+        text=text or b"",
         index=index,
-        damaged_index=index is None and INDEX_NAME in ours,
-        fingerprints=frozenset(fingerprint for fingerprint, _ in described.values()),
+        generations=generations,
+        fingerprints={key: fingerprint for key, (fingerprint, _) in described.items()},
+        sizes=sizes,
         ours=frozenset(ours),
-        lone=frozenset(lone),
-        foreign=frozenset(sizes.keys() - ours - lone),
     )
 
 
-def _read_index(output: Storage) -> str | None:
+def check_space(output: Storage, need: int) -> None:
+    """Refuse a folder whose disk cannot hold ``need`` more bytes.
+
+    Raises:
+        UserError: The disk is too small; the message has both sizes.
+    """
+    if not isinstance(output, LocalStorage):
+        return
+    free = shutil.disk_usage(output.uri).free
+    if need > free:
+        raise UserError(
+            f"--output {output.uri} has {free / 1e6:,.0f} MB free, and the shards still to be written need about "
+            f"{need / 1e6:,.0f} MB: free some space, or give another --output"
+        )
+
+
+def _is_shard(key: str) -> bool:
+    return _SHARD.fullmatch(key.rpartition("/")[2]) is not None and key.count("/") <= 1
+
+
+def _is_in_the_way(key: str, folder: str) -> bool:
+    return any(_IN_THE_WAY.fullmatch(key.removeprefix(start)) for start in {"", f"{folder}/"} if key.startswith(start))
+
+
+def _read_index(output: Storage, key: str = INDEX_NAME) -> bytes | None:
     try:
-        return output.read(INDEX_NAME).decode("utf-8", errors="replace")
+        return output.read(key)
     except BucketNotFoundError:
         raise
     except NotFoundError:
         return None
     except CorruptedError:
-        return ""
+        return b""
 
 
-def _parse_index(text: str | None) -> Index | None:
+def _parse_index(text: bytes | None) -> Index | None:
     try:
         return Index.from_json(text) if text is not None else None
     except UserError:
         return None
 
 
-def _is_ours(text: str, described: Mapping[str, Described]) -> bool:
-    """Return True if an unusable index is this program's, by its keys or by the sidecars beside it."""
+def _copy_of_index(output: Storage, folder: str, sizes: Mapping[str, int]) -> Index | None:
+    """Return the index of an earlier generation if its copy is whole and lists only files that may be its own."""
+    key = f"{folder}/{INDEX_NAME}"
+    index = _parse_index(_read_index(output, key)) if key in sizes else None
+    if index is None or generation_of(index.plan) != folder:
+        return None
+    return index if all(_is_shard(name) and name.rpartition("/")[0] in ("", folder) for name in _names(index)) else None
+
+
+def _names(index: Index) -> Iterator[str]:
+    return (shard.name for shards in index.splits.values() for shard in shards)
+
+
+def _is_ours(text: bytes, described: Mapping[str, Described]) -> bool:
+    """Return True if an unusable index is this program's, by its keys or by the sidecars of its dataset."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
@@ -147,20 +237,16 @@ def _is_ours(text: str, described: Mapping[str, Described]) -> bool:
     return isinstance(data, dict) and {"format_version", "plan", "splits"} <= data.keys()
 
 
-def _described(output: Storage, names: Sequence[str]) -> dict[str, Described]:
+def _described(output: Storage, keys: Sequence[str]) -> dict[str, Described]:
     """Read the shards' sidecars; return the short content of the valid ones, since a whole sidecar takes megabytes."""
 
-    def read(name: str) -> Described | None:
-        found = read_sidecar(output, name)
+    def read(key: str) -> Described | None:
+        folder, _, name = key.rpartition("/")
+        found = read_sidecar(output.child(folder) if folder else output, name)
         return (found[0], found[1].entry.bytes if found[1].entry else None) if found else None
 
     with ThreadPoolExecutor(_PARALLEL) as threads:
-        return {name: found for name, found in zip(names, threads.map(read, names), strict=True) if found}
-
-
-def _accounts(described: Described | None, key: str, sizes: Mapping[str, int]) -> bool:
-    """Return True if a valid sidecar shows that the shard of this key, or the sidecar itself, is this program's."""
-    return described is not None and (key.endswith(SIDECAR_SUFFIX) or described[1] == sizes[key])
+        return {key: found for key, found in zip(keys, threads.map(read, keys), strict=True) if found}
 
 
 def _differences(index: Index, sample: SampleOptions, rule: str, seed: int) -> list[str]:

@@ -96,6 +96,22 @@ def check_uri(where: str, uri: str) -> None:
         raise UserError(f"{where} {uri!r} is no S3 URI: write s3://BUCKET/PREFIX, or ./{uri} for a folder of that name")
 
 
+def local_path(where: str, text: str) -> Path:
+    """Return a local path of the command line, with ``~`` expanded.
+
+    Args:
+        where: Name of the option in the error.
+        text: Path as the user gave it.
+
+    Raises:
+        UserError: For an empty text or a URI; it names ``where``.
+    """
+    check_uri(where, text)
+    if not text or ("://" in text and not is_file_uri(text)):
+        raise UserError(f"{where} {text!r} is no local path: give a file or folder of this machine")
+    return expanded(text)
+
+
 def expanded(path: str) -> Path:
     """Return the path that ``file:///FOLDER`` or a local path names, with a leading ``~`` as the home folder.
 
