@@ -43,7 +43,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument(
         "--output",
         metavar="URI",
-        help="folder for the results of FILE (default: evaluation); results of a RUN go to its run folder",
+        help="folder for the results (default: evaluation for FILE, the run folder for RUN)",
     )
     evaluate.add_argument(
         "--simulate",
@@ -116,7 +116,7 @@ def _evaluate_run(args: argparse.Namespace) -> Evaluation:
 
     if args.run_uri is None:
         raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE")
-    for option in ("model", "output", "simulate"):
+    for option in ("model", "simulate"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is only for --published-checkpoint: a run has its own")
     return evaluate_run(
@@ -124,6 +124,7 @@ def _evaluate_run(args: argparse.Namespace) -> Evaluation:
         args.split,
         args.checkpoint or "best",
         data_uri=args.data,
+        output=args.output or "",
         registration=args.registration,
         panels=args.panels,
     )

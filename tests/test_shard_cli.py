@@ -173,5 +173,6 @@ def test_one_process_and_two_give_the_same_bytes(tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stderr
         found.append(digests(open_storage(output)))
     assert found[0] == found[1]
-    shards = {"train-00000.tar", "train-00001.tar", "val-00000.tar", "test-00000.tar"}
-    assert set(found[0]) == {INDEX_NAME, *shards, *(f"{name}.json" for name in shards)}
+    folder = f"plan-{Index.load(open_storage(tmp_path / '1')).plan[:16]}/"
+    shards = {folder + name for name in ("train-00000.tar", "train-00001.tar", "val-00000.tar", "test-00000.tar")}
+    assert set(found[0]) == {INDEX_NAME, folder + INDEX_NAME, *shards, *(f"{name}.json" for name in shards)}

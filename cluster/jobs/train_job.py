@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -20,6 +22,7 @@ from sharding.format.index import INDEX_NAME
 from sharding.schema import decode_strictly
 from sharding.scratch import scratch_folder
 from sharding.storage import StorageUnavailableError, open_storage
+from sharding.storage.lock import JOB_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,8 @@ class _Announced:
 
     function: Callable[[ConfigValues], None]
     """Function called with the configuration."""
+    name: str
+    """Name of the job, which holds the lock of the run folder through all restarts of its ranks."""
 
     def __call__(self, config: ConfigValues) -> None:
         import ray.train  # Ray is slow to import
@@ -111,6 +116,7 @@ class _Announced:
         context = ray.train.get_context()
         rank, size = context.get_world_rank(), context.get_world_size()
         configure_logging(rank)
+        os.environ[JOB_VARIABLE] = self.name
         print(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}", flush=True)
         try:
             self.function(config)
@@ -140,10 +146,12 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
 
     ray.init(address="auto", logging_level=logging.WARNING)
     _ask_stores(job.config)
+    # Numbers of jobs begin again in each cluster.
+    announced = _Announced(rank_function, f"{ray.get_runtime_context().get_job_id()} of Ray, {uuid.uuid4().hex[:12]}")
     for failures in range(job.placement.max_failures + 1):
         _await_room(job.placement)
         try:
-            _fit(job, rank_function)
+            _fit(job, announced)
             return
         except TrainingFailedError as error:
             mistake = _user_error(error)
@@ -216,7 +224,7 @@ def _too_small(placement: Placement, room: int) -> str:
     )
 
 
-def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
+def _fit(job: Job, announced: _Announced) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig  # Ray is slow to import
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -224,7 +232,7 @@ def _fit(job: Job, rank_function: Callable[[ConfigValues], None]) -> None:
     # Ray requires a folder for its own state. Our state is in the run folder, so this one may be lost.
     with scratch_folder("ray-train") as folder:
         TorchTrainer(
-            _Announced(rank_function),
+            announced,
             train_loop_config=dict(job.config),
             torch_config=TorchConfig(backend=placement.backend),
             scaling_config=ScalingConfig(

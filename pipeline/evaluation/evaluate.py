@@ -30,6 +30,7 @@ from sharding.errors import UserError
 from sharding.files import regular_file
 from sharding.progress import progress
 from sharding.storage import Storage, open_storage
+from sharding.storage.lock import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +84,23 @@ class Evaluation:
 
 
 def evaluate_run(
-    uri: str, split: str, which: str, *, data_uri: str = "", registration: Mode = "centred", panels: int = 9
+    uri: str,
+    split: str,
+    which: str,
+    *,
+    data_uri: str = "",
+    output: str = "",
+    registration: Mode = "centred",
+    panels: int = 9,
 ) -> Evaluation:
-    """Evaluate a checkpoint of a run and write the metrics into the run folder, below ``evaluation/``.
+    """Evaluate a checkpoint of a run and write the metrics into a folder for its split and checkpoint.
 
     Args:
         uri: Run folder.
         split: Split of the dataset.
         which: ``best`` (least validation loss), ``last`` or a step.
         data_uri: Dataset; empty for the run's own.
+        output: Folder or s3:// prefix above the results; empty for ``evaluation/`` in the run folder.
         registration: ``centred`` or ``published``.
         panels: Chips drawn as PNG, the first ones of the split.
 
@@ -117,7 +126,8 @@ def evaluate_run(
             dataset.split,
         )
         name += f"-{digest[:8]}"
-    return _measure(networks, dataset, checkpoint.name, run.child(f"evaluation/{name}"), registration, panels)
+    folder = open_storage(output).child(name) if output else run.child(f"evaluation/{name}")
+    return _measure(networks, dataset, checkpoint.name, folder, registration, panels)
 
 
 def evaluate_published(
@@ -188,7 +198,23 @@ def _measure(
     registration: Mode,
     panels: int,
 ) -> Evaluation:
-    """Run the split through the networks, by method; replace the rows and panels in ``folder``."""
+    """Run the split through the networks, by method; replace the rows and panels in ``folder``.
+
+    Raises:
+        UserError: The folder cannot be written to, or another evaluation writes to it; nothing was computed.
+    """
+    with Lock(folder, "evaluate"):
+        return _score(networks, dataset, name, folder, registration, panels)
+
+
+def _score(
+    networks: Mapping[str, nn.Module],
+    dataset: ChipDataset,
+    name: str,
+    folder: Storage,
+    registration: Mode,
+    panels: int,
+) -> Evaluation:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for network in networks.values():
         network.to(device).eval()

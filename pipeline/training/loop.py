@@ -37,13 +37,14 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.initial import load_initial
 from pipeline.training.profiling import StepProfiler
-from pipeline.training.resume import CONFIG_FILE, find_checkpoint, order_state
+from pipeline.training.resume import CONFIG_FILE, claimed, find_checkpoint, order_state
 from pipeline.training.schedule import learning_rate
 from pipeline.training.step_values import StepRow, StepValues
 from pipeline.training.validation import validate
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
+from sharding.storage.lock import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ def run_training(config: RunConfig, report: Report | None = None) -> TrainResult
     train = ChipDataset(config.data.uri, "train", config.data)
     val = train.sibling("val")
     train.check_fits(config.model)
-    with RunFolder(config.output.uri, config.output.sync_seconds) as run:
+    with RunFolder(config.output.uri, config.output.sync_seconds) as run, claimed(run, world) as lock:
         checkpoint = find_checkpoint(run, config, train, world)
-        trainer = Trainer(config, world, plan, train, val, run, checkpoint)
+        trainer = Trainer(config, world, plan, train, val, run, checkpoint, lock)
         return trainer.fit(report or (lambda metrics: None))
 
 
@@ -106,8 +107,10 @@ class Trainer:
         val: ChipDataset,
         run: RunFolder,
         checkpoint: Checkpoint | None,
+        lock: Lock | None = None,
     ) -> None:
-        """Build network and engine, and restore the state of ``checkpoint``."""
+        """Build network and engine, and restore the state of ``checkpoint``; rank 0 gets the run folder's lock."""
+        self.lock = lock
         self.config = config
         self.world = world
         self.plan = plan
@@ -312,6 +315,8 @@ class Trainer:
         generators = self.world.gather_objects(_generators(self.world))
         if not self.world.is_main:
             return
+        if self.lock:
+            self.lock.check()
         position = Position(self.step, self.best_loss, self.train_set.index.digest, self.world.size)
         name = f"{kind}-{self.step}"
         save_checkpoint(self.run.storage, name, self.config, position, state, generators)

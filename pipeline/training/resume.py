@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import msgspec
 
@@ -14,6 +16,7 @@ from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.schema import Sha256, decode
+from sharding.storage.lock import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,29 @@ ORDER_KEYS = {
     "lanes": "data.lanes",
 }
 """What the user calls each field of `OrderState`."""
+
+
+@contextlib.contextmanager
+def claimed(run: RunFolder, world: World) -> Iterator[Lock | None]:
+    """Hold the lock of a run folder, on rank 0 for all ranks; all ranks call it together.
+
+    Yields:
+        The lock on rank 0, None on the others.
+
+    Raises:
+        UserError: On every rank, if another job writes to the run folder or it cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        lock, refusal = None, None
+        if world.is_main:
+            try:
+                lock = stack.enter_context(Lock(run.storage, "train"))
+            except UserError as error:
+                refusal = error
+        refusal = world.gather_objects(refusal)[0]
+        if refusal is not None:
+            raise refusal
+        yield lock
 
 
 def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, world: World) -> Checkpoint | None:

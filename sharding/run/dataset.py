@@ -309,12 +309,14 @@ class _Sharding:
     def _publish(self, index: Index, folder: str, lock: Lock) -> Index:
         """Make a generation the published one, by one write at the end; return the published index.
 
-        An index with the same content stays as it is, also if an earlier version wrote it in another format. Otherwise
-        copies of both indexes are stored first: later they show which files this program wrote.
+        An index of this generation with the same content stays as it is, also if an earlier version wrote it in another
+        format. Otherwise copies of both indexes are stored first: later they show which files this program wrote.
         """
-        before = self.there.index
+        before, known = self.there.index, self.there.generations.get(generation_of(index.plan))
         lock.check()
-        if before is not None and _same(before, index):
+        if known is not None and _same(known, index):
+            index = known
+        if before is not None and before.digest == index.digest:
             return before
         if before is not None:
             self.output.create(f"{generation_of(before.plan)}/{INDEX_NAME}", self.there.text)

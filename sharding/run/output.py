@@ -160,7 +160,7 @@ def look(output: Storage) -> Output:
     ours |= {key + SIDECAR_SUFFIX for key in described}
     known = {*generations, *(key.rpartition("/")[0] for key in described)}
     ours |= {f"{folder}/{INDEX_NAME}" for folder in folders if folder in known} & sizes.keys()
-    if text is not None and (index or _is_ours(text, described)):
+    if text is not None and (index or _is_ours(text, bool(described or generations))):
         ours.add(INDEX_NAME)
     return Output(
         uri=output.uri,
@@ -228,12 +228,12 @@ def _names(index: Index) -> Iterator[str]:
     return (shard.name for shards in index.splits.values() for shard in shards)
 
 
-def _is_ours(text: bytes, described: Mapping[str, Described]) -> bool:
-    """Return True if an unusable index is this program's, by its keys or by the sidecars of its dataset."""
+def _is_ours(text: bytes, beside_ours: bool) -> bool:
+    """Return True if an unusable index is this program's: with the keys of one, or no JSON and beside our files."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
-        return bool(described)
+        return beside_ours
     return isinstance(data, dict) and {"format_version", "plan", "splits"} <= data.keys()
 
 

@@ -42,7 +42,7 @@ class Pruned:
         """Yield the lines of a summary for the user."""
         for item in self.removed:
             what = item.folder or "shards beside index.json"
-            yield f"removed {what}: {item.files} files, {item.bytes / 1e6:.1f} MB"
+            yield f"removed {what}: {_files(item.files)}, {item.bytes / 1e6:.1f} MB"
         if not self.removed:
             yield f"nothing to remove: {self.uri} holds only what its index lists"
         for key in self.foreign:
@@ -78,9 +78,13 @@ def unneeded(output: Storage) -> str:
     if not keys:
         return ""
     return (
-        f"{len(keys)} files of earlier datasets ({size / 1e6:.1f} MB) stay for runs that read them: remove them with "
+        f"{_files(len(keys))} of earlier datasets ({size / 1e6:.1f} MB) kept for runs that read them: remove them with "
         f"`satfusion prune {output.uri}`"
     )
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _require_dataset(there: Output) -> None:

@@ -56,6 +56,12 @@ def digests(storage: Storage) -> dict[str, str]:
     return {item.key: hashlib.sha256(storage.read(item.key)).hexdigest() for item in storage.list()}
 
 
+def generation(storage: Storage) -> str:
+    """Return the folder of the published generation, with a slash; empty for a dataset of format 2."""
+    folder, slash, _ = Index.load(storage).splits["train"][0].name.rpartition("/")
+    return folder + slash
+
+
 def aois_of(folder: Path) -> list[AoiFiles]:
     """Return the AOIs of a folder."""
     return find_aois(open_source(folder, "l2a"))

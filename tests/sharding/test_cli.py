@@ -85,7 +85,7 @@ def test_inspect_needs_a_dataset(tmp_path: Path) -> None:
 def test_inspect_tells_a_damaged_shard(dataset: Dataset, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(dataset.folder, copy)
-    with (copy / "train-00000.tar").open("r+b") as file:
+    with next(copy.glob("plan-*/train-00000.tar")).open("r+b") as file:
         file.seek(100_000)
         file.write(b"\xff\x00\xff")
     with pytest.raises(UserError, match=r"train-00000\.tar: .*CRC-32"):
@@ -93,8 +93,13 @@ def test_inspect_tells_a_damaged_shard(dataset: Dataset, tmp_path: Path) -> None
 
 
 def test_inspect_refuses_a_picture_that_cannot_be_written(dataset: Dataset, tmp_path: Path) -> None:
-    for name in ("none/sheet.png", "sheet.what"):
-        with pytest.raises(UserError, match="cannot write --png"):
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    for name, words in (
+        ("none/sheet.png", "is in no existing folder"),
+        ("sheet.what", "does not end in .png"),
+        ("mine.png", "exists, and this program did not write it"),
+    ):
+        with pytest.raises(UserError, match=rf"--png .*{words}"):
             run("inspect", dataset.folder, "--png", tmp_path / name)
 
 

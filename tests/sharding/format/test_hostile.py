@@ -188,8 +188,8 @@ def test_any_change_of_an_index_ends_in_an_index_or_a_sentence(dataset: Dataset,
 def test_any_change_of_a_sidecar_ends_in_a_result_or_none(dataset: Dataset, tmp_path_factory: Any, seed: int) -> None:
     draw = random.Random(seed)
     storage = open_storage(tmp_path_factory.mktemp("sidecar"))
-    name = dataset.index.splits["val"][0].name
-    data = (dataset.folder / f"{name}.json").read_bytes()
+    path = dataset.folder / f"{dataset.index.splits['val'][0].name}.json"
+    name, data = path.name.removesuffix(".json"), path.read_bytes()
     for changed in (json.dumps(mutated(json.loads(data), draw)).encode(), damaged(data, draw)):
         storage.write(f"{name}.json", changed)
         with limited_memory(GIB):
@@ -201,8 +201,8 @@ def test_any_change_of_a_sidecar_ends_in_a_result_or_none(dataset: Dataset, tmp_
 def test_a_compressed_histogram_takes_no_more_than_its_bands(dataset: Dataset, tmp_path: Path) -> None:
     import base64
 
-    name = dataset.index.splits["train"][0].name
-    described = json.loads((dataset.folder / f"{name}.json").read_bytes())
+    path = dataset.folder / f"{dataset.index.splits['train'][0].name}.json"
+    name, described = path.name.removesuffix(".json"), json.loads(path.read_bytes())
     described["histograms"]["lr"] = base64.b64encode(zlib.compress(bytes(GIB // 8), 1)).decode()
     storage = open_storage(tmp_path)
     storage.write(f"{name}.json", json.dumps(described).encode())

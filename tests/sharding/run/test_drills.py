@@ -28,7 +28,7 @@ from sharding.storage import CorruptedError, Storage, open_storage, retries
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults
 from tests.sharding.archives import pack
-from tests.sharding.conftest import World, digests
+from tests.sharding.conftest import World, digests, generation
 
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
 """A sample takes 2.4 MB, so a shard has one."""
@@ -118,7 +118,7 @@ def test_a_command_that_is_killed_takes_its_workers_along(many: World, tmp_path:
     """They would wait for tasks for ever."""
     process = start(many, str(tmp_path / "out"), workers=2)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/*.tar")):
+    while not list(tmp_path.glob("out/plan-*/*.tar")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     try:
@@ -147,13 +147,16 @@ def of_group(group: int) -> list[int]:
     return found
 
 
-def test_two_at_once_leave_the_same_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_of_two_at_once_one_is_refused_or_comes_later(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
     both = [start(many, str(tmp_path / "out")) for _ in range(2)]
-    outputs = [finished(process) for process in both]
+    ended = [(process.communicate(timeout=120)[0], process.returncode) for process in both]
     assert digests(open_storage(tmp_path / "out")) == undisturbed
-    for output in outputs:
-        counts = [int(count) for count in re.findall(r"(\d+) (?:made|kept)", output)]
-        assert sum(counts) == 12
+    assert 0 in {status for _, status in ended}
+    for output, status in ended:
+        if status == 0:
+            assert sum(int(count) for count in re.findall(r"(\d+) (?:made|kept)", output)) == 12
+        else:
+            assert (status, "is being written by `satfusion shard` of" in output) == (2, True)
     assert verify(open_storage(tmp_path / "out"), deep=True, folder=many.folder).problems == ()
 
 
@@ -230,11 +233,11 @@ def test_a_flipped_byte_is_found_and_repaired(
     assert {problem.shard for problem in problems} == {broken.name}
     if region != "end":  # which belongs to no sample
         assert broken.samples[0].aoi in problems[-1].detail
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    times = {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("plan-*/*.tar")}
     report = shard_folder(many.folder, copy, OPTIONS)
     assert report.shards == {"repaired": 1, "kept": 11}
     assert digests(copy) == undisturbed
-    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    again = {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("plan-*/*.tar")}
     assert {name for name in times if times[name] != again[name]} == {broken.name}
     assert verify(copy, deep=True).problems == ()
 
@@ -244,28 +247,29 @@ def test_what_the_store_finds_corrupt_is_repaired(
 ) -> None:
     """As an S3 store says it, whose own checksum fails in the last piece."""
     broken, stream = "train-00002.tar", type(copy).stream
+    listed = generation(copy) + broken
 
     def corrupt(storage: Storage, key: str) -> Iterator[bytes]:
         yield from stream(storage, key)  # type: ignore[arg-type]
-        if key == broken:
+        if key.endswith(broken):
             raise CorruptedError("does not match")
 
     monkeypatch.setattr(type(copy), "stream", corrupt)
-    assert [problem.shard for problem in verify(copy).problems] == [broken]
+    assert [problem.shard for problem in verify(copy).problems] == [listed]
     assert shard_folder(many.folder, copy, OPTIONS).shards == {"repaired": 1, "kept": 11}
     assert digests(copy) == undisturbed
 
 
 def spoil_sidecar(folder: Path) -> None:
-    (folder / "train-00001.tar.json").write_text('{"fingerprint": 1}')
+    next(folder.glob("plan-*/train-00001.tar.json")).write_text('{"fingerprint": 1}')
 
 
 def cut_shard(folder: Path) -> None:
-    os.truncate(folder / "val-00000.tar", 1000)
+    os.truncate(next(folder.glob("plan-*/val-00000.tar")), 1000)
 
 
 def remove_shard(folder: Path) -> None:
-    (folder / "test-00000.tar").unlink()
+    next(folder.glob("plan-*/test-00000.tar")).unlink()
 
 
 def spoil_index(folder: Path) -> None:

@@ -5,27 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sharding.errors import UserError
-from sharding.format.index import INDEX_NAME, Index
+from sharding.format.index import INDEX_NAME, Index, damage_of
 from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import shard_folder
 from sharding.run.job import ShardOptions
+from sharding.run.output import generation_of
 from sharding.run.plan import PlanOptions
+from sharding.run.prune import prune
 from sharding.run.verify import verify
-from sharding.storage import LocalStorage, NotFoundError, Storage, open_storage
+from sharding.storage import LocalStorage, Storage, open_storage
+from sharding.storage.lock import Holder, LockedError
 from tests.conftest import S3
-from tests.sharding.conftest import TINY, World, aois_of, digests
+from tests.sharding.conftest import TINY, World, aois_of, digests, generation
 
 FEWER = replace(TINY, sample=SampleOptions(revisits=2))
 """Another plan, whose files have the same names."""
-KEYS = {f"{split}-00000.tar{suffix}" for split in ("train", "val", "test") for suffix in ("", ".json")} | {INDEX_NAME}
-"""Of a dataset of `TINY`."""
+NAMES = {f"{split}-00000.tar{suffix}" for split in ("train", "val", "test") for suffix in ("", ".json")} | {INDEX_NAME}
+"""Files of a generation of `TINY`."""
+
+
+def keys(storage: Storage) -> set[str]:
+    """Return the keys of a dataset of `TINY`: the published index, and its generation."""
+    return {INDEX_NAME, *(generation(storage) + name for name in NAMES)}
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +71,17 @@ def test_a_foreign_file_is_named_and_stays(tiny: World, output: Storage, key: st
     assert {item.key: output.read(item.key) for item in output.list()} == {key: content}
 
 
-@pytest.mark.parametrize("key", ["train-00009.tar", "val-00000.tar.json.json", "test-00001.tar.json"])
-def test_overwriting_does_not_excuse_it(tiny: World, copy: Path, key: str) -> None:
-    (copy / key).write_text("mine")
+@pytest.mark.parametrize("key", ["train-00009.tar", "test-00001.tar.json"])
+@pytest.mark.parametrize("below", [True, False])
+def test_overwriting_does_not_excuse_it(tiny: World, made: Path, copy: Path, key: str, below: bool) -> None:
+    """Neither beside the index nor in the folder of the generation that would be written."""
+    other = shard_folder(tiny.folder, open_storage(copy / "other"), FEWER).index.plan
+    shutil.rmtree(copy / "other")
+    key = f"{generation_of(other)}/{key}" if below else key
+    open_storage(copy).write(key, b"mine")
     before = digests(open_storage(copy))
-    if key.endswith(".json.json"):  # no name of ours
+    with pytest.raises(UserError, match=f"holds '{key}', which this program did not write"):
         shard_folder(tiny.folder, open_storage(copy), FEWER, overwrite=True)
-        assert (copy / key).read_text() == "mine"
-        return
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=f"holds '{key}', which this program did not write"):
-            shard_folder(tiny.folder, open_storage(copy), FEWER, overwrite=overwrite)
     assert digests(open_storage(copy)) == before
 
 
@@ -91,49 +98,40 @@ def test_other_files_are_not_in_the_way(tiny: World, output: Storage) -> None:
         output.write(key, b"mine")
     shard_folder(tiny.folder, output, replace(TINY, plan=PlanOptions(shard_bytes=1)))
     shard_folder(tiny.folder, output, TINY, overwrite=True)
-    assert {item.key for item in output.list()} == KEYS | set(others)
+    prune(output)
+    assert {item.key for item in output.list()} == keys(output) | set(others)
     assert {output.read(key) for key in others} == {b"mine"}
 
 
 @pytest.mark.parametrize("lost", ["sidecar", "shard", "both"])
 def test_an_interrupted_run_is_resumed(tiny: World, made: Path, copy: Path, lost: str) -> None:
-    """Killed between sidecar and shard, or by a version that wrote the shard first."""
+    folder = copy / generation(open_storage(copy))
     (copy / INDEX_NAME).unlink()
     if lost != "shard":
-        (copy / "val-00000.tar.json").unlink()
+        (folder / "val-00000.tar.json").unlink()
     if lost != "sidecar":
-        (copy / "val-00000.tar").unlink()
+        (folder / "val-00000.tar").unlink()
     report = shard_folder(tiny.folder, open_storage(copy), TINY)
     assert report.shards == ({"kept": 3} if lost == "sidecar" else {"kept": 2, "made": 1})
     assert digests(open_storage(copy)) == digests(open_storage(made))
 
 
-def test_a_lone_shard_of_the_same_size_is_not_replaced(tiny: World, copy: Path) -> None:
-    """Nor described by a sidecar, which would make it this program's, nor is anything written before it is seen."""
-    for path in copy.iterdir():
-        if path.name != "val-00000.tar":
-            path.unlink()
-    path = copy / "val-00000.tar"
-    content = bytearray(path.read_bytes())
-    content[5000] ^= 1
-    path.write_bytes(content)
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"holds 'val-00000\.tar', which is not what this command makes"):
-            shard_folder(tiny.folder, open_storage(copy), TINY)
-        assert [item.name for item in copy.iterdir()] == ["val-00000.tar"]
-    assert path.read_bytes() == content
-
-
-def test_a_shard_of_another_size_is_not_the_sidecars(tiny: World, copy: Path) -> None:
-    """Without an index, which would list it: then it is damaged, and repaired."""
-    with (copy / "test-00000.tar").open("ab") as file:
-        file.write(b"x")
-    index = (copy / INDEX_NAME).read_bytes()
-    (copy / INDEX_NAME).unlink()
-    with pytest.raises(UserError, match=r"holds 'test-00000\.tar', which this program did not write"):
+def test_a_shard_that_nothing_describes_is_not_replaced(tiny: World, copy: Path) -> None:
+    folder = copy / generation(open_storage(copy))
+    for path in (copy / INDEX_NAME, folder / INDEX_NAME, folder / "val-00000.tar.json"):
+        path.unlink()
+    before = digests(open_storage(copy))
+    with pytest.raises(UserError, match=r"holds 'plan-.*/val-00000\.tar', which this program did not write"):
         shard_folder(tiny.folder, open_storage(copy), TINY)
-    (copy / INDEX_NAME).write_bytes(index)
+    assert digests(open_storage(copy)) == before
+
+
+def test_a_shard_of_another_size_is_damaged(tiny: World, copy: Path, made: Path) -> None:
+    """While an index lists it."""
+    with (copy / generation(open_storage(copy)) / "test-00000.tar").open("ab") as file:
+        file.write(b"x")
     assert shard_folder(tiny.folder, open_storage(copy), TINY).shards == {"repaired": 1, "kept": 2}
+    assert digests(open_storage(copy)) == digests(open_storage(made))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +172,8 @@ def test_a_source_without_a_usable_aoi_costs_no_dataset(spoilt: World, output: S
         shard_folder(spoilt.folder, output, TINY)
     with pytest.raises(UserError, match="0 usable AOIs cannot fill"):
         shard_folder(spoilt.folder, output, TINY, overwrite=True)
-    assert digests(output) == before
+    assert before.items() <= digests(output).items()
+    assert verify(output, deep=True).problems == ()
 
 
 def test_an_aoi_that_was_repaired_needs_overwrite(spoilt: World, tmp_path: Path) -> None:
@@ -194,7 +193,8 @@ def test_an_aoi_that_was_repaired_needs_overwrite(spoilt: World, tmp_path: Path)
     with pytest.raises(UserError, match="the source's files"):
         shard_folder(spoilt.folder, other, TINY)
     assert digests(other) == before
-    assert shard_folder(spoilt.folder, other, TINY, overwrite=True).index.splits == index.splits
+    again = shard_folder(spoilt.folder, other, TINY, overwrite=True).index
+    assert (again.plan, again.splits) == (index.plan, index.splits)
 
 
 def cut(text: str) -> str:
@@ -220,14 +220,17 @@ def test_a_damaged_index_is_repaired_and_protects_its_shards(
 class Killed(LocalStorage):
     """Ends the run before its n-th change."""
 
-    def __init__(self, root: Path, changes: int) -> None:
+    def __init__(self, root: Path, changes: int | list[int]) -> None:
         super().__init__(root)
-        self.left = changes
+        self.left = [changes] if isinstance(changes, int) else changes
+
+    def child(self, name: str) -> LocalStorage:
+        return Killed(Path(self.uri) / name, self.left)
 
     def _change(self) -> None:
-        if self.left == 0:
+        if self.left[0] == 0:
             raise KeyboardInterrupt
-        self.left -= 1
+        self.left[0] -= 1
 
     def write(self, key: str, data: bytes) -> None:
         self._change()
@@ -246,73 +249,69 @@ class Killed(LocalStorage):
         super().delete(key)
 
 
-def test_overwriting_resumes_from_wherever_it_was_killed(tiny: World, made: Path, tmp_path: Path) -> None:
+def test_overwriting_leaves_a_whole_dataset_wherever_it_was_killed(tiny: World, made: Path, tmp_path: Path) -> None:
     expected = open_storage(tmp_path / "expected")
-    shard_folder(tiny.folder, expected, FEWER)
+    new = shard_folder(tiny.folder, expected, FEWER).index.digest
+    old = Index.load(open_storage(made)).digest
+    kept = {key: digest for key, digest in digests(open_storage(made)).items() if key != INDEX_NAME}
     for changes in range(100):
         folder = Path(shutil.copytree(made, tmp_path / str(changes)))
+        storage = open_storage(folder)
         try:
             shard_folder(tiny.folder, Killed(folder, changes), FEWER, overwrite=True)
         except KeyboardInterrupt:
             pass
         else:
-            assert changes > 9  # index, and each of three shards deleted, described and uploaded
+            assert changes > 8  # the lock, three sidecars and shards, two copies of an index, the index
             break
-        # Until it is published, nothing needs to be overwritten.
-        shard_folder(tiny.folder, open_storage(folder), FEWER, overwrite=changes == 0)
-        assert digests(open_storage(folder)) == digests(expected), changes
+        assert Index.load(storage).digest in {old, new}
+        assert verify(storage, deep=True).problems == ()
+        assert {key: digest for key, digest in digests(storage).items() if key in kept} == kept
+        shard_folder(tiny.folder, storage, FEWER, overwrite=True)
+        prune(storage)
+        assert digests(storage) == digests(expected), changes
     else:
         pytest.fail("it never ended")
 
 
-def test_a_shard_that_another_run_published_meanwhile_is_not_replaced(tiny: World, copy: Path, tmp_path: Path) -> None:
-    """Of another plan: the one that comes later is refused."""
-
-    class Late(LocalStorage):
-        def list(self, prefix: str = "") -> list:  # type: ignore[type-arg]
-            return []
-
-    (copy / INDEX_NAME).unlink()
-    before = digests(open_storage(copy))
-    with pytest.raises(UserError, match="is not what this command makes"):
-        shard_folder(tiny.folder, Late(copy), FEWER)
-    assert digests(open_storage(copy)) == before
-
-
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # ours is silenced for one thread only
-def test_two_runs_at_once_end_with_one_whole_dataset(tiny: World, made: Path, output: Storage) -> None:
-    with ThreadPoolExecutor(2) as threads:
-        reports = list(threads.map(lambda _: shard_folder(tiny.folder, output, TINY), range(2)))
-    assert {report.index.digest for report in reports} == {Index.load(open_storage(made)).digest}
+def test_prune_removes_older_generations_and_names_them(tiny: World, made: Path, output: Storage) -> None:
+    shard_folder(tiny.folder, output, FEWER)
+    first, foreign = generation(output), f"{generation(output)}train-00077.tar"
+    shard_folder(tiny.folder, output, TINY, overwrite=True)
+    output.write(foreign, b"mine")
+    found = prune(output)
+    assert [(item.folder, item.files) for item in found.removed] == [(first.rstrip("/"), 7)]
+    assert found.removed[0].bytes > 100_000
+    assert found.foreign == (foreign,)
+    assert {item.key for item in output.list()} == keys(output) | {foreign}
+    assert list(prune(output).lines()) == [
+        f"nothing to remove: {output.uri} holds only what its index lists",
+        f"left {foreign!r}, which this program did not write",
+    ]
+    output.delete(foreign)
     assert digests(output) == digests(open_storage(made))
-    assert verify(output, deep=True).problems == ()
 
 
-def test_a_shard_that_another_run_of_the_plan_publishes_meanwhile_stays_whole(
-    tiny: World, made: Path, copy: Path
-) -> None:
-    """Between the look for it and the upload: it is replaced by the same bytes."""
-    uploaded = []
+def test_prune_of_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train-00000.tar").write_text("mine")
+    with pytest.raises(UserError, match="holds no dataset"):
+        prune(open_storage(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["train-00000.tar"]
 
-    class Early(LocalStorage):
-        def list(self, prefix: str = "") -> list:  # type: ignore[type-arg]
-            return []
 
-        def read(self, key: str) -> bytes:
-            raise NotFoundError(key)
+def test_a_dataset_is_read_to_its_end_while_another_one_replaces_it(tiny: World, output: Storage) -> None:
+    index = shard_folder(tiny.folder, output, TINY).index
+    shard_folder(tiny.folder, output, FEWER, overwrite=True)
+    for shard in (shard for shards in index.splits.values() for shard in shards):
+        assert damage_of(output, shard) is None
 
-        def exists(self, key: str) -> bool:
-            return False
 
-        def upload(self, key: str, path: Path) -> None:
-            uploaded.append(key)
-            super().upload(key, path)
-
-    (copy / INDEX_NAME).unlink()
-    assert shard_folder(tiny.folder, Early(copy), TINY).shards == {"made": 3}
-    assert {f"{key}.json" for key in uploaded} | set(uploaded) | {INDEX_NAME} == KEYS
-    assert digests(open_storage(copy)) == digests(open_storage(made))
-    assert verify(open_storage(copy), deep=True).problems == ()
+def test_of_two_writers_the_second_is_refused(tiny: World, output: Storage) -> None:
+    other = replace(Holder.here("shard"), job="another", born="").to_bytes()
+    output.write(".lock/000001.json", other)
+    with pytest.raises(LockedError, match=r"is being written by `satfusion shard` of"):
+        shard_folder(tiny.folder, output, TINY)
+    assert {item.key: output.read(item.key) for item in output.list()} == {".lock/000001.json": other}
 
 
 def test_a_missing_bucket_is_said(tiny: World, s3: S3) -> None:

@@ -21,11 +21,12 @@ from sharding.run.dataset import shard_folder as run_sharding
 from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.splits import SPLIT_SEED, seeded_split
+from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.layout import SPLIT_FILE
 from sharding.storage import LocalStorage, Storage, StorageUnavailableError, open_storage
 from tests.datasets import TWO_A_SHARD
-from tests.sharding.conftest import TINY, Dataset, World, aois_of, digests
+from tests.sharding.conftest import TINY, Dataset, World, aois_of, digests, generation
 
 HALF_STEP = STEP / 2
 
@@ -78,7 +79,8 @@ def test_repetition_does_not_change_a_byte(world: World, dataset: Dataset, tmp_p
 def test_the_index_tells_the_truth_about_the_shards(dataset: Dataset) -> None:
     found = digests(dataset.storage)
     listed = {shard.name: shard for shards in dataset.index.splits.values() for shard in shards}
-    assert set(found) == {INDEX_NAME, *listed, *(f"{name}.json" for name in listed)}
+    copy = f"{generation(dataset.storage)}{INDEX_NAME}"
+    assert set(found) == {INDEX_NAME, copy, *listed, *(f"{name}.json" for name in listed)}
     for name, shard in listed.items():
         data = dataset.storage.read(name)
         assert (len(data), found[name]) == (shard.bytes, shard.sha256)
@@ -106,7 +108,7 @@ def test_plain_webdataset_reads_the_integers_and_the_json(dataset: Dataset) -> N
 
 
 def test_headers_are_ustar_and_tell_nothing_of_the_writer(dataset: Dataset) -> None:
-    path = dataset.folder / "train-00000.tar"
+    path = dataset.folder / dataset.index.splits["train"][0].name
     assert path.read_bytes()[257:263] == b"ustar\0"
     with tarfile.open(path) as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "bigdata")}
@@ -287,27 +289,16 @@ class Breaking(LocalStorage):
         super().upload(key, path)
 
 
-def test_an_interrupted_overwriting_leaves_no_dataset(tiny: World, tmp_path: Path) -> None:
+def test_an_interrupted_overwriting_leaves_the_dataset_as_it_was(tiny: World, tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
-    shard_folder(tiny.folder, storage, TINY)
-    assert storage.exists(INDEX_NAME)
+    index = shard_folder(tiny.folder, storage, TINY).index
+    before = digests(storage)
     other = replace(TINY, sample=SampleOptions(revisits=2))
     with pytest.raises(UserError, match="no space left"):
         shard_folder(tiny.folder, Breaking(tmp_path, 1), other, overwrite=True)
-    with pytest.raises(UserError, match="is not a dataset"):
-        Index.load(storage)
-
-
-def test_overwriting_removes_what_the_new_plan_does_not_contain(tiny: World, tmp_path: Path) -> None:
-    storage = open_storage(tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    shard_folder(tiny.folder, storage, replace(TINY, plan=PlanOptions(shard_bytes=1)))
-    assert storage.exists("train-00003.tar")
-    larger = replace(TINY, plan=PlanOptions(shard_bytes=11_000_000))
-    index = shard_folder(tiny.folder, storage, larger, overwrite=True)
-    keys = {item.key for item in storage.list()}
-    shards = {shard.name for shards in index.splits.values() for shard in shards}
-    assert keys == {"notes.txt", INDEX_NAME, *shards, *(f"{name}.json" for name in shards)}
+    assert before.items() <= digests(storage).items()
+    assert Index.load(storage).digest == index.digest
+    assert verify(storage, deep=True).problems == ()
 
 
 def test_worker_failures_reach_the_user(spoilt: World, tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def test_a_new_revisit_saves_an_aoi_that_was_skipped(folder: Path, tmp_path: Pat
     assert report.index.skipped == ()
     again = shard_folder(folder, output, options)
     assert (again.shards, again.passed) == ({"kept": 3}, report.passed)
-    assert read_sidecar(output, "train-00000.tar")
+    folder, _, name = report.index.splits["train"][0].name.rpartition("/")
+    assert read_sidecar(output.child(folder), name)
 
 
 def test_the_reason_of_a_damaged_raster_is_the_same_in_each_run(folder: Path) -> None:
