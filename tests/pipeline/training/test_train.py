@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
+from sharding.storage.lock import Holder
 from tests.command import column, last_checkpoint, run_command, start_command
 from tests.conftest import S3
 
@@ -184,6 +186,19 @@ def test_what_a_run_writes(world: World, make_config: MakeConfig, tmp_path: Path
         [float(loss) for loss in column(tmp_path, "train/loss")]
     )
     assert (tmp_path / "images" / "val" / "0-step-3.png").stat().st_size > 1000
+
+
+def test_a_run_folder_that_another_job_writes_to_is_refused(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    storage = open_storage(tmp_path)
+    storage.write(".lock/000001.json", replace(Holder.here("train"), job="another", host="elsewhere").to_bytes())
+    with pytest.raises(UserError, match=r"is being written by `satfusion train` of .* on elsewhere"):
+        run_training(make_config(tmp_path, "train.max_steps=1"))
+    assert [item.key for item in storage.list()] == [".lock/000001.json"]
+    storage.delete(".lock/000001.json")
+    assert run_training(make_config(tmp_path, "train.max_steps=1")).step == 1
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_finished_run_does_nothing_more(world: World, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -11,13 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from sharding.errors import UserError
-from sharding.format.index import INDEX_NAME, Index
+from sharding.format.index import INDEX_NAME, Index, damage_of
 from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import Report, shard_folder
 from sharding.run.job import ShardOptions
@@ -25,6 +25,7 @@ from sharding.run.plan import PlanOptions
 from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import CorruptedError, Storage, open_storage, retries
+from sharding.storage.lock import LOCK_FOLDER
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults
 from tests.sharding.archives import pack
@@ -50,10 +51,12 @@ def undisturbed(many: World, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return digests(storage)
 
 
-def start(many: World, output: str, workers: int = 1, **options: object) -> subprocess.Popen[str]:
+def start(
+    many: World, output: str, workers: int = 1, more: Sequence[str] = (), **options: object
+) -> subprocess.Popen[str]:
     """Start the real command in a process group of its own."""
     command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(many.folder), "--output", output]
-    command += [*COMMAND, "--workers", str(workers)]
+    command += [*COMMAND, "--workers", str(workers), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}  # type: ignore[dict-item]
     return subprocess.Popen(
         command,
@@ -79,11 +82,15 @@ def test_zips_give_the_folders_bytes(many: World, undisturbed: dict[str, str], t
     assert digests(open_storage(tmp_path / "out")) == undisturbed
 
 
+def files(folder: Path) -> set[Path]:
+    return set(folder.glob("plan-*/*"))
+
+
 def kill_at(process: subprocess.Popen[str], folder: Path, moment: float) -> None:
     """Kill a run some share of a shard's time after its next file has appeared, in the midst of its work."""
-    before = set(os.listdir(folder)) if folder.exists() else set()
+    before = files(folder)
     deadline = time.monotonic() + 60
-    while process.poll() is None and (not folder.exists() or set(os.listdir(folder)) <= before):
+    while process.poll() is None and files(folder) <= before:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(moment)
@@ -97,7 +104,10 @@ def drill(many: World, folder: Path, kills: int, undisturbed: dict[str, str]) ->
         kill_at(start(many, str(folder)), folder, draw.uniform(0, 0.1))
         if (folder / INDEX_NAME).exists():  # the last of all: that run was through
             break
-        assert digests(open_storage(folder)).items() <= undisturbed.items()
+        found = digests(open_storage(folder))
+        assert {key: digest for key, digest in found.items() if not key.startswith(LOCK_FOLDER)}.items() <= (
+            undisturbed.items()
+        )
     output = finished(start(many, str(folder)))
     assert digests(open_storage(folder)) == undisturbed
     kept = re.search(r"(\d+) kept", output)
@@ -112,6 +122,42 @@ def test_a_killed_run_goes_on(many: World, undisturbed: dict[str, str], tmp_path
 @pytest.mark.slow
 def test_ten_kills_leave_the_same_bytes(many: World, undisturbed: dict[str, str], tmp_path: Path) -> None:
     drill(many, tmp_path / "out", 10, undisturbed)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_dataset_that_is_read_survives_kills_of_another_plan_over_it(
+    many: World, undisturbed: dict[str, str], tmp_path: Path, kills: int
+) -> None:
+    folder = tmp_path / "out"
+    storage = open_storage(folder)
+    first = shard_folder(many.folder, storage, OPTIONS).index
+    another, draw = first, random.Random(7)
+    for number in range(kills):
+        process = start(many, str(folder), more=["--overwrite", "--revisits", "1", "--seed", str(number)])
+        kill_at(process, folder, draw.uniform(0, 0.6))
+        published = Index.load(storage)
+        assert published.digest == another.digest or published.split_seed == number
+        assert verify(storage, deep=True).problems == ()
+        another = published
+        for shard in itertools.chain.from_iterable(first.splits.values()):
+            assert damage_of(storage, shard) is None
+    finished(start(many, str(folder), more=["--overwrite", "--prune"]))
+    assert digests(storage) == undisturbed
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_of_two_plans_at_once_one_whole_dataset_remains(
+    many: World, tmp_path: Path, request: pytest.FixtureRequest, place: str, rounds: int
+) -> None:
+    for number in range(rounds):
+        uri = str(tmp_path / str(number)) if place == "local" else request.getfixturevalue("s3").prefix()
+        both = [start(many, uri, more=["--seed", seed]) for seed in ("1", "2")]
+        ended = [(process.communicate(timeout=200)[0], process.returncode) for process in both]
+        assert sorted(status for _, status in ended) == [0, 2], ended
+        refusal = next(output for output, status in ended if status == 2)
+        assert re.search("is being written by `satfusion shard` of|holds another dataset|others try to", refusal)
+        assert verify(open_storage(uri), deep=True).problems == ()
 
 
 def test_a_command_that_is_killed_takes_its_workers_along(many: World, tmp_path: Path) -> None:
@@ -292,17 +338,3 @@ def test_verify_sees_a_source_that_changed(many: World, copy: Storage, tmp_path:
     found = verify(copy, deep=True, folder=other, num_aois=3)
     assert len(found.prepared) == 3
     assert {problem.detail.split("'")[1] for problem in found.problems} == set(found.prepared)
-
-
-def test_an_index_of_another_plan_goes_before_its_shards(
-    many: World, copy: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> bool:
-        raise UserError("no space left")
-
-    monkeypatch.setattr(type(copy), "upload", refuse)
-    other = ShardOptions(SampleOptions(revisits=1), OPTIONS.plan)
-    with pytest.raises(UserError, match="no space left"):
-        shard_folder(many.folder, copy, other, overwrite=True)
-    with pytest.raises(UserError, match="is not a dataset"):
-        Index.load(copy)
