@@ -73,7 +73,9 @@ def bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize [B, C, h, w] to ``size`` (H, W): half-pixel centres, edges clamped, no antialiasing."""
     if tuple(image.shape[-2:]) == size:
         return image
-    return cast(Tensor, _bilinear(image, *size)) if torch.compiler.is_compiling() else _interpolate(image, *size)
+    # An exported program runs without this package, and so without the operator.
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return cast(Tensor, _bilinear(image, *size)) if compiling else _interpolate(image, *size)
 
 
 def _interpolate(image: Tensor, height: int, width: int) -> Tensor:

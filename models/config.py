@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 DROPOUTS = ("off", "published")
+Padding = Literal["zeros", "reflect", "replicate"]
+PADDINGS = get_args(Padding)
 _RANGES = {
     "bands": (1, 1000),
     "revisits": (1, 1000),
@@ -46,6 +49,10 @@ class ModelConfig:
     dropout: str = "off"
     """Dropout: "off" or "published", the rates of the published training."""
 
+    padding: Padding = "zeros"
+    """Continuation of an image beyond its border in the convolutions that keep its size: "zeros", as published,
+    "reflect" or "replicate". A few convolutions always mirror, as published."""
+
     published: bool = False
     """Whether the model computes and holds exactly the same as the published one, unused parameters included, within
     its limits of size, bands and revisits; docs/published.md lists the differences for each model."""
@@ -57,6 +64,10 @@ class ModelConfig:
         """Refuse values that no model can have."""
         if self.dropout not in DROPOUTS:
             raise ValueError(f"dropout = {self.dropout!r} is unknown; known: {', '.join(DROPOUTS)}")
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding = {self.padding!r} is unknown; known: {', '.join(PADDINGS)}")
+        if self.published and self.padding != "zeros":
+            raise ValueError(f"padding = {self.padding!r} is not the published one: it is 'zeros'")
         for field, (low, high) in _RANGES.items():
             value = getattr(self, field)
             if not low <= value <= high:

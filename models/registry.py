@@ -6,7 +6,9 @@ import difflib
 import itertools
 from collections.abc import Collection
 
-from models.config import ModelConfig
+from torch import nn
+
+from models.config import ModelConfig, Padding
 from models.contracts import Encoder, Head, Size, Stage
 from models.encoders.highresnet import HighResNet
 from models.encoders.rams import RAMS
@@ -36,6 +38,9 @@ HEADS: dict[str, type[Head]] = {
     "pan_mamba": PanMamba,
     "arconv": ARConv,
 }
+LEAST_MIRRORED = 8
+"""Least side of an image for padding by reflection, px: some heads halve it twice, others mirror 4 px."""
+
 ABSENT = "none"
 """Name of an absent stage."""
 
@@ -84,6 +89,8 @@ def check_config(config: ModelConfig) -> None:
     _check_name("head", config.head, (*HEADS, ABSENT))
     if config.encoder == ABSENT and config.head == ABSENT:
         raise ValueError(f"encoder and head are both {ABSENT!r}: a model needs at least one of them")
+    if config.padding == "reflect" and config.encoder == "rams" and config.revisits < 2:
+        raise ValueError("padding = 'reflect' mirrors the revisits too in RAMS, which needs 2 of them: use 'replicate'")
     for stage in stages(config):
         stage.check_config(config)
 
@@ -99,6 +106,11 @@ def check_sizes(config: ModelConfig, lr: Size, pan: Size) -> None:
     Raises:
         ValueError: If a stage cannot take them; the message names the stage and the sizes that it can take.
     """
+    if config.padding == "reflect" and min(*lr, *pan) < LEAST_MIRRORED:
+        raise ValueError(
+            f"padding = 'reflect' needs images of at least {LEAST_MIRRORED} x {LEAST_MIRRORED} px, and these are "
+            f"{lr[0]} x {lr[1]} and {pan[0]} x {pan[1]}: use 'replicate'"
+        )
     for stage in stages(config):
         stage.check_sizes(config, lr, pan)
 
@@ -112,7 +124,17 @@ def build_model(config: ModelConfig) -> SatFusion:
     check_config(config)
     encoder = None if config.encoder == ABSENT else ENCODERS[config.encoder](config)
     head = None if config.head == ABSENT else HEADS[config.head](config)
+    for part in (encoder, head):
+        if part is not None:
+            _set_padding(part, config.padding)
     return SatFusion(config, encoder, head)
+
+
+def _set_padding(stage: Stage, mode: Padding) -> None:
+    """Set the padding of every convolution of a stage that pads with zeros; parameters stay as they are."""
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros" and any(module.padding):
+            module.padding_mode = mode
 
 
 def _check_name(field: str, name: str, known: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Command-line verbs of one run: train, evaluate, monitor, models."""
+"""Command-line verbs of one run: train, evaluate, predict, export, monitor, models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``train``, ``evaluate``, ``monitor`` and ``models`` to the command."""
+    """Add ``train``, ``evaluate``, ``predict``, ``export``, ``monitor`` and ``models`` to the command."""
     train = verbs.add_parser(
         "train", help="train in this process group", description="Train alone, or in each process under torchrun."
     )
@@ -54,6 +54,9 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate.add_argument("--panels", type=int, default=9, metavar="N", help="chips drawn as PNG (default 9)")
     evaluate.set_defaults(run=_evaluate)
 
+    _add_predict(verbs)
+    _add_export(verbs)
+
     monitor = verbs.add_parser(
         "monitor", help="show runs in TensorBoard", description="Serve TensorBoard on run folders, live."
     )
@@ -80,6 +83,54 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         models.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"{what} (default {default})")
     models.add_argument("--markdown", action="store_true", help="print the page docs/models.md")
     models.set_defaults(run=_models)
+
+
+def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    predict = verbs.add_parser(
+        "predict",
+        help="fuse whole scenes to GeoTIFFs",
+        description="Fuse AOIs of a WorldStrat folder or a dataset; no target is needed. Each gets a Cloud-optimised "
+        "GeoTIFF, a preview and a sidecar. The same command resumes after an interruption.",
+    )
+    predict.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
+    predict.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
+    predict.add_argument(
+        "--published-checkpoint", type=Path, metavar="FILE", help="weights of the published code, instead of a RUN"
+    )
+    predict.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
+    predict.add_argument(
+        "--input",
+        required=True,
+        metavar="URI",
+        help="folder with hr_dataset and lr_dataset, or with their zips; or a dataset, local or s3://",
+    )
+    predict.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
+    predict.add_argument("--aoi", nargs="+", default=(), metavar="NAME", help="fuse only these AOIs (default: all)")
+    predict.add_argument("--split", choices=("train", "val", "test"), help="split of a dataset (default: all)")
+    predict.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="default fp32")
+    predict.add_argument(
+        "--pixels",
+        default="uint16",
+        choices=("uint16", "float32"),
+        help="uint16 in steps of 1e-4 reflectance, or float32 (default uint16)",
+    )
+    predict.add_argument("--overwrite", action="store_true", help="replace outputs of other weights or inputs")
+    predict.set_defaults(run=_predict)
+
+
+def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = verbs.add_parser(
+        "export",
+        help="write weights for use without a run folder",
+        description="Write the weights as safetensors, with their configuration and a model card. They load with "
+        "torch, numpy, safetensors and the package `models`.",
+    )
+    export.add_argument("run_uri", metavar="RUN", help="run folder, local or s3://")
+    export.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    export.add_argument("--to", required=True, metavar="DIR", help="folder, local or s3://")
+    export.add_argument("--program", action="store_true", help="also write model.pt2, a program of torch.export")
+    export.add_argument("--overwrite", action="store_true", help="replace another exported model")
+    export.set_defaults(run=_export)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,9 +184,7 @@ def _evaluate_run(args: argparse.Namespace) -> Evaluation:
 def _evaluate_published(args: argparse.Namespace) -> Evaluation:
     from pipeline.evaluation.evaluate import evaluate_published  # slow: imports torch
 
-    if args.run_uri is not None or args.checkpoint is not None:
-        given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
-        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is not a run")
+    _refuse_both(args)
     for option in ("model", "data"):
         if not getattr(args, option):
             raise UserError(f"--published-checkpoint needs --{option} {'ENCODER+HEAD' if option == 'model' else 'URI'}")
@@ -149,6 +198,59 @@ def _evaluate_published(args: argparse.Namespace) -> Evaluation:
         registration=args.registration,
         panels=args.panels,
     )
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from pipeline.prediction import predict  # slow: imports torch and rasterio
+
+    options = predict.PredictOptions(args.pixels, args.overwrite)
+    bf16 = args.precision == "bf16"
+    if args.published_checkpoint:
+        _refuse_both(args)
+        if args.model is None:
+            raise UserError("--published-checkpoint needs --model ENCODER+HEAD")
+        report = predict.predict_published(
+            args.published_checkpoint,
+            args.model,
+            args.input,
+            args.output,
+            options,
+            bf16=bf16,
+            aois=args.aoi,
+            split=args.split,
+        )
+    else:
+        if args.run_uri is None:
+            raise UserError("predict needs the run folder RUN, or --published-checkpoint FILE")
+        if args.model is not None:
+            raise UserError("--model is only for --published-checkpoint: a run has its own")
+        report = predict.predict_run(
+            args.run_uri,
+            args.checkpoint or "best",
+            args.input,
+            args.output,
+            options,
+            bf16=bf16,
+            aois=args.aoi,
+            split=args.split,
+        )
+    for line in report.lines():
+        print(line)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pipeline.prediction.export import export_run  # slow: imports torch
+
+    folder, names = export_run(args.run_uri, args.checkpoint, args.to, program=args.program, overwrite=args.overwrite)
+    print(f"written to {folder}: {', '.join(names)}")
+    return 0
+
+
+def _refuse_both(args: argparse.Namespace) -> None:
+    if args.run_uri is not None or args.checkpoint is not None:
+        given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
+        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is not a run")
 
 
 def _monitor(args: argparse.Namespace) -> int:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from pipeline.config import RunConfig
+from pipeline.training.loop import run_training
+from pipeline.world import World
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -26,6 +31,13 @@ def run(program: str, folder: Path) -> None:
 
 def test_a_head_of_your_own(tmp_path: Path) -> None:
     run(example("add-a-model.md"), tmp_path)
+
+
+def test_arrays_are_fused(world: World, make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    run_training(make_config(tmp_path / "run", "train.max_steps=1"))
+    # The run takes two revisits.
+    program = example("predict.md").replace("runs/mine", str(tmp_path / "run")).replace("rand(8,", "rand(2,")
+    run(program + "assert image.shape == (3, 500, 500)\n", tmp_path)
 
 
 @pytest.mark.distributed

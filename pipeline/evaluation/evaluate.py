@@ -16,18 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.config import ModelConfig
-from models.published import identify, load_published, read_published
-from models.registry import build_model, parse_pair
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.data.batches import Batch
+from pipeline.networks import load_network, load_published_network
 from pipeline.quality.metrics import ADJUSTED, METRICS, image_metrics
 from pipeline.quality.registration import Mode
 from pipeline.reporting.panels import panel
-from pipeline.training.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
+from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from sharding.errors import UserError
-from sharding.files import regular_file
 from sharding.progress import progress
 from sharding.storage import Storage, open_storage
 from sharding.storage.lock import Lock
@@ -159,33 +156,11 @@ def evaluate_published(
     Raises:
         UserError: The file is unreadable, of another model, or holds pickled code; no such model or dataset.
     """
-    regular_file("--published-checkpoint", path)
-    try:
-        encoder, head = parse_pair(pair)
-        state = read_published(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     dataset = ChipDataset(data_uri, split, DataConfig(simulate=simulate))
     bands = len(dataset.index.facts.bands.lr)
-    try:
-        config = ModelConfig(encoder, head, bands=bands, revisits=dataset.revisits, published=True)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    dataset.check_fits(config)
-    network = build_model(config)
-    try:
-        load_published(network, state)
-    except ValueError as error:
-        known = identify(state, config)
-        advice = f"; it is one of {known.encoder}+{known.head}" if known and known != config else ""
-        if known and known.revisits != config.revisits:
-            advice += f" at {known.revisits} revisits"
-        raise UserError(
-            f"{path} does not fit {encoder}+{head} at {dataset.revisits} revisits: {error}{advice}"
-        ) from None
-    # The state that training left, as in the published test, which ran after training in the same process.
-    network.at_step(config.kernel_freeze_step)
-    name = f"{encoder}+{head}-{path.stem}"
+    network = load_published_network(path, pair, bands=bands, revisits=dataset.revisits)
+    dataset.check_fits(network.config)
+    name = f"{network.config.encoder}+{network.config.head}-{path.stem}"
     folder = f"{_folder_name(name, dataset, registration)}-{dataset.index.digest[:8]}"
     return _measure({FUSED: network}, dataset, name, open_storage(output).child(folder), registration, panels)
 
@@ -260,14 +235,6 @@ def _folder_name(checkpoint: str, dataset: ChipDataset, registration: Mode) -> s
     if registration != "centred":
         name += f"-{registration}"
     return name if dataset.simulation == "off" else f"{name}-{dataset.simulation}"
-
-
-def load_network(checkpoint: Checkpoint, average: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Return the checkpoint's network with its weights, or with their average and the weights' buffers."""
-    network = build_model(checkpoint.config.model)
-    network.load_state_dict(checkpoint.state.weights | dict(average or {}))
-    network.at_step(checkpoint.position.step)
-    return network
 
 
 def baselines(batch: Batch) -> dict[str, Tensor]:

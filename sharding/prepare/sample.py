@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,16 +49,15 @@ def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
 def _make(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     scene = read_scene(aoi, options)
     chosen = choose_revisits(scene, options)
-    seen = {"hr": _seen(scene.hr), "pan": _seen(scene.pan)}
-    _check_pictures(scene, seen, chosen.revisits, options)
-    clouds = [_cloud_percent(scene, index) for index in chosen.revisits]
+    seen = check_pictures(scene, chosen.revisits, options)
+    clouds = [cloud_percent(scene, index) for index in chosen.revisits]
     cloud = _mean(clouds)
     if options.max_cloud is not None and cloud is not None and cloud > options.max_cloud:
         raise UnusableError(
             "too-cloudy", f"{cloud:.1f} % of its revisits are clouds, the most is {options.max_cloud:g}"
         )
     prepared = prepare(scene, chosen.revisits, options)
-    images, saturated = _stored({"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}, options)
+    images, saturated = stored_images({"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}, options)
     meta = {
         "aoi": scene.aoi,
         "level": options.level,
@@ -82,13 +81,18 @@ def _make(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     return NewSample(scene.aoi, {**images, "clm": prepared.clm}, meta, scene.bytes_in)
 
 
-def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int], options: SampleOptions) -> None:
+def check_pictures(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> dict[str, Seen]:
     """Refuse a scene with an image that shows nothing: no data, or a band that is constant wherever it has data.
+
+    Returns:
+        Masks [H, W] of the pixels with data, of ``pan`` and, if the scene has a target, of ``hr``.
 
     Raises:
         UnusableError: ``no-data`` or ``degenerate``; a RevisitError if it is a revisit.
     """
-    _check_picture(f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB)
+    seen = {name: _seen(image) for name, image in (("hr", scene.hr), ("pan", scene.pan)) if len(image)}
+    if "hr" in seen:
+        _check_picture(f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB)
     _check_picture("the SPOT pan raster", scene.pan, seen["pan"], (1,))
     for index in chosen:
         number = scene.revisits[index].number
@@ -96,6 +100,7 @@ def _check_pictures(scene: Scene, seen: Mapping[str, Seen], chosen: Sequence[int
             _check_picture(f"revisit {number}", scene.lr[index], scene.valid[index][0], options.band_numbers)
         except UnusableError as error:
             raise RevisitError(error.reason, error.detail, number) from None
+    return seen
 
 
 def _check_picture(name: str, image: NDArray[Any], where: Seen, numbers: Sequence[int]) -> None:
@@ -118,7 +123,7 @@ def _seen(image: NDArray[np.uint16]) -> Seen:
     return np.asarray((image != 0).any(axis=0))
 
 
-def _cloud_percent(scene: Scene, index: int) -> float | None:
+def cloud_percent(scene: Scene, index: int) -> float | None:
     """Return the cloud cover of a revisit in percent, by its mask, else by its metadata; None if both are missing."""
     known = scene.clm[index] != NO_CLM
     if not known.any():
@@ -131,7 +136,7 @@ def _mean(percents: Sequence[float | None]) -> float | None:
     return round(sum(known) / len(known), 4) if known else None
 
 
-def _stored(
+def stored_images(
     images: dict[str, NDArray[np.float32]], options: SampleOptions
 ) -> tuple[dict[str, NDArray[np.generic]], dict[str, int]]:
     """Return the images in their stored type, and per image the number of values that were too large for it."""
@@ -143,12 +148,16 @@ def _stored(
 
 def _transforms(scene: Scene, prepared: Prepared) -> dict[str, list[float]]:
     """Return per image the transform (a, b, c, d, e, f) from pixel to CRS, for its grid over the scene's bounds."""
-    west, south, east, north = scene.bounds
     sizes = {"lr": prepared.lr.shape, "hr": prepared.hr.shape, "pan": prepared.pan.shape}
     return {
-        f"{name}_transform": [(east - west) / width, 0.0, west, 0.0, (south - north) / height, north]
-        for name, (*_, height, width) in sizes.items()
+        f"{name}_transform": grid_transform(scene.bounds, height, width) for name, (*_, height, width) in sizes.items()
     }
+
+
+def grid_transform(bounds: tuple[float, float, float, float], height: int, width: int) -> list[float]:
+    """Return the transform (a, b, c, d, e, f) from pixel to CRS of a grid over ``bounds``: west, south, east, north."""
+    west, south, east, north = bounds
+    return [(east - west) / width, 0.0, west, 0.0, (south - north) / height, north]
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

@@ -83,13 +83,18 @@ def prepare(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> Prep
     Sentinel-2 reflectance is not rescaled. SPOT counts are divided by 10000, resized and clamped to [0, 1], as in
     the published pipeline. Without sizes in the options nothing is resized.
     """
-    picked = list(chosen)
+    lr, pan = prepare_inputs(scene, chosen, options)
     return Prepared(
-        lr=_resized(scene.lr[picked], options.lr_size),
-        clm=_nearest(scene.clm[picked], options.lr_size),
+        lr=lr,
+        clm=_nearest(scene.clm[list(chosen)], options.lr_size),
         hr=_spot(scene.hr, options.hr_size),
-        pan=_spot(scene.pan, options.hr_size),
+        pan=pan,
     )
+
+
+def prepare_inputs(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> tuple[Array, Array]:
+    """Return revisits [R, C, h, w] and PAN [1, H, W] as `prepare` does, without masks and target."""
+    return _resized(scene.lr[list(chosen)], options.lr_size), _spot(scene.pan, options.hr_size)
 
 
 def quantise(image: Array) -> tuple[NDArray[np.uint16], int]:

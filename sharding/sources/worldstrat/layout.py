@@ -96,15 +96,20 @@ def read_split_file(source: Source) -> list[tuple[str, str]] | None:
         ) from error
 
 
-def check_files(aoi: AoiFiles, options: SampleOptions) -> None:
+def check_files(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) -> None:
     """Check that the files of a sample exist and may be read, without reading them.
+
+    Args:
+        aoi: The files.
+        options: Options of the sample.
+        target: False if no target is needed.
 
     Raises:
         UnusableError: For a flaw of the AOI, too few revisits, a missing file, or a file of absurd size.
     """
     if aoi.flaw is not None:
         raise UnusableError(*aoi.flaw)
-    for suffix in (options.hr, "pan"):
+    for suffix in (options.hr, "pan") if target else ("pan",):
         if suffix not in aoi.hr:
             raise UnusableError("missing-file", f"{aoi.name}_{suffix}.tiff is missing")
     if len(aoi.revisits) < options.revisits:

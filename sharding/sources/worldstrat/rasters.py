@@ -76,7 +76,7 @@ class Scene:
     """[R, 1, h, w] mask of pixels with data."""
 
     hr: NDArray[np.uint16]
-    """[3, H, W] SPOT red, green, blue in 1/10000; 0 is no data."""
+    """[3, H, W] SPOT red, green, blue in 1/10000; 0 is no data. [0, H, W] in a scene that was read without target."""
 
     pan: NDArray[np.uint16]
     """[1, H, W] SPOT panchromatic in 1/10000; 0 is no data."""
@@ -100,12 +100,13 @@ class Scene:
     """Total size of these files."""
 
 
-def read_scene(aoi: AoiFiles, options: SampleOptions) -> Scene:
+def read_scene(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) -> Scene:
     """Read an AOI's SPOT images and the candidate revisits of its sample.
 
     Args:
         aoi: Its files, which pass ``check_files``.
         options: Options of the sample.
+        target: False to leave the target out.
 
     Raises:
         UnusableError: For a raster that is damaged, not finite, or has a wrong size, type or number of bands.
@@ -122,7 +123,7 @@ def read_scene(aoi: AoiFiles, options: SampleOptions) -> Scene:
             return [reader.mask(item[layer], size) if layer in item else None for item in files]
 
         clm, scl, data = masks("CLM"), masks("SCL"), masks("dataMask")
-        hr, pan = _read_spot(reader, aoi.hr[options.hr], aoi.hr["pan"], options.hr)
+        hr, pan = _read_spot(reader, aoi.hr[options.hr] if target else None, aoi.hr["pan"], options.hr)
     metadata = [reader.metadata(item.get("metadata")) for item in files]
     unknown = np.full((1, *size), NO_CLM, np.uint8)
     valid = [
@@ -251,7 +252,7 @@ def _read_lr(
 
 
 def _read_spot(
-    reader: _Reader, hr_file: SourceFile, pan_file: SourceFile, hr_source: str
+    reader: _Reader, hr_file: SourceFile | None, pan_file: SourceFile, hr_source: str
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """Read target and PAN. They cover the same land: 4 pixels of PAN per pixel of ``_rgbn``, 1 per pixel of ``_ps``."""
 
@@ -262,7 +263,10 @@ def _read_spot(
             image: NDArray[np.uint16] = raster.read(list(bands))
         return image
 
-    hr, pan = read(hr_file, SPOT_RGB), read(pan_file, (1,))
+    hr = read(hr_file, SPOT_RGB) if hr_file else None
+    pan = read(pan_file, (1,))
+    if hr is None or hr_file is None:
+        return pan[:0], pan
     expected = 4 if hr_source == "rgbn" else 1
     for mine, theirs in zip(pan.shape[-2:], hr.shape[-2:], strict=True):
         if abs(mine - expected * theirs) > 2 * (expected - 1):

@@ -1,0 +1,208 @@
+"""Export of a run's weights: safetensors, configuration and model card, and on request a program of `torch.export`."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.exported import FACTS, WEIGHTS, to_exported
+from models.satfusion import SatFusion
+from pipeline.data.chips import make_window
+from pipeline.networks import load_network
+from pipeline.prediction.preparation import training_preparation
+from pipeline.training.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
+from sharding.errors import UserError
+from sharding.format.layout import WORLDSTRAT_CHIPS
+from sharding.prepare.options import HR_SIZE, LR_SIZE, SampleOptions
+from sharding.storage import NotFoundError, Storage, open_storage
+
+CARD, PROGRAM = "MODEL_CARD.md", "model.pt2"
+NAMES = (WEIGHTS, CARD, PROGRAM, FACTS)
+SAME = 1e-5
+"""Largest difference of a program's image to the network's, relative to the largest value."""
+
+
+def export_run(
+    run_uri: str, checkpoint: str, to: str, *, program: bool = False, overwrite: bool = False
+) -> tuple[str, list[str]]:
+    """Write a checkpoint's weights into a folder of their own; ``model.json`` comes last.
+
+    Args:
+        run_uri: Run folder.
+        checkpoint: ``best``, ``last`` or a step.
+        to: Folder, local or s3://.
+        program: Also write a program of `torch.export`, for chips of the training's size.
+        overwrite: Replace another exported model.
+
+    Returns:
+        The folder and the names of the files written.
+
+    Raises:
+        UserError: No such run or checkpoint, the model cannot become a program, or the folder holds something else.
+    """
+    run = open_storage(run_uri)
+    found = read_checkpoint(run, select_checkpoint(run, checkpoint))
+    network = load_network(found).eval()
+    preparation = training_preparation(found)
+    facts, files = _facts(found, preparation), {}
+    if program:
+        files[PROGRAM], facts["program_chips"] = make_program(network, facts["lr_window"], facts["hr_window"])
+    files |= to_exported(network, found.position.step, facts)
+    files[CARD] = _card(found, facts).encode()
+    folder = open_storage(to)
+    _refuse_others(folder, files, overwrite)
+    for name in (FACTS, PROGRAM):
+        folder.delete(name)
+    for name in sorted(files, key=lambda name: name == FACTS):
+        folder.write(name, files[name])
+    return folder.uri, sorted(files)
+
+
+def make_program(network: SatFusion, lr_size: int, hr_size: int) -> tuple[bytes, int | None]:
+    """Return a program of `torch.export` that maps (lr, pan, revisit) to the fused image.
+
+    Args:
+        network: The network, in evaluation mode.
+        lr_size: Side of the revisits, pixels.
+        hr_size: Side of PAN, pixels.
+
+    Returns:
+        The program, and the only number of chips that it takes: None for any number, else 1, because PyTorch fixes the
+        number for some models.
+
+    Raises:
+        UserError: PyTorch cannot export this model, or the program computes something else.
+    """
+    try:
+        return _program(network, lr_size, hr_size, traced=2, tried=3), None
+    except _ProgramError:
+        pass
+    try:
+        return _program(network, lr_size, hr_size, traced=1, tried=1), 1
+    except _ProgramError as error:
+        pair = f"{network.config.encoder}+{network.config.head}"
+        raise UserError(f"PyTorch cannot export {pair} ({error}): drop --program") from error
+
+
+class _ProgramError(Exception):
+    """Error of a program that cannot be made, or that computes something else than its network."""
+
+
+@torch.no_grad()
+def _program(network: SatFusion, lr_size: int, hr_size: int, *, traced: int, tried: int) -> bytes:
+    """Return the program traced with ``traced`` chips and compared with the network on ``tried`` other chips."""
+
+    def chips(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        lr = torch.rand(number, network.config.revisits, network.config.bands, lr_size, lr_size)
+        return lr, torch.rand(number, 1, hr_size, hr_size), torch.zeros(number, dtype=torch.int64)
+
+    shapes = ({0: torch.export.Dim.AUTO},) * 3 if traced != tried else None
+    buffer = io.BytesIO()
+    try:
+        made = torch.export.export(_Fused(network), chips(traced), dynamic_shapes=shapes, strict=False)
+        torch.export.save(made, buffer)
+        images = chips(tried)
+        expected = network(*images).fused
+        difference = (made.module()(*images) - expected).abs().max() / expected.abs().max()
+    except Exception as error:  # torch.export has no base class of its errors
+        raise _ProgramError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+    if not difference <= SAME:
+        raise _ProgramError(f"the program differs from the network by {difference:.1e}")
+    return buffer.getvalue()
+
+
+class _Fused(nn.Module):
+    """The network with its fused image as the only result."""
+
+    def __init__(self, network: SatFusion) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, lr: Tensor, pan: Tensor, revisit: Tensor) -> Tensor:
+        """Map the inputs of `SatFusion.forward` to the fused image [B, C, H, W]."""
+        return cast(Tensor, self.network(lr, pan, revisit).fused)
+
+
+def _facts(checkpoint: Checkpoint, preparation: SampleOptions) -> dict[str, Any]:
+    ratio = (preparation.hr_size or HR_SIZE) / (preparation.lr_size or LR_SIZE)
+    window = make_window(0, 0, ratio)
+    return {
+        "checkpoint": checkpoint.name,
+        "band_numbers": list(preparation.band_numbers),
+        "level": preparation.level,
+        "ratio": ratio,
+        "lr_window": WORLDSTRAT_CHIPS.size,
+        "hr_window": window.hr_size,
+        "radiometry": "inputs and output are reflectance, float32; 1 is white",
+        "preparation": preparation.to_json(),
+        "loss": asdict(checkpoint.config.loss),
+        "dataset_sha256": checkpoint.position.index_digest,
+    }
+
+
+def _card(checkpoint: Checkpoint, facts: dict[str, Any]) -> str:
+    model, train = checkpoint.config.model, checkpoint.config.train
+    loss = checkpoint.position.best_loss
+    return f"""# {model.encoder}+{model.head}
+
+SatFusion (https://arxiv.org/abs/2510.07905): {model.revisits} low-resolution revisits of {model.bands} bands and one
+panchromatic image become one image of {model.bands} bands on the grid of the panchromatic image.
+
+| | |
+|---|---|
+| Checkpoint | {checkpoint.name}, {checkpoint.position.step} optimizer steps of {train.global_batch} chips |
+| Least validation loss | {"not measured" if loss is None else f"{loss:.4g}"} |
+| Bands | {facts["band_numbers"]} of Sentinel-2 {facts["level"].upper()}, in this order |
+| Ratio | {facts["ratio"]:g} pixels of the panchromatic image per low-resolution pixel |
+| Chips of the training | {facts["lr_window"]} px, and {facts["hr_window"]} px of the panchromatic image |
+| Radiometry | {facts["radiometry"]} |
+| Dataset | index of SHA-256 {facts["dataset_sha256"]} |
+
+```python
+import torch
+from models.exported import load_exported
+
+network = load_exported(".")  # this folder
+with torch.no_grad():
+    fused = network(lr, pan).fused  # lr [B, {model.revisits}, {model.bands}, h, w], pan [B, 1, H, W]
+```
+
+It needs torch, numpy, safetensors and the package `models`.{_program_line(facts)}
+
+Limits: the weights know the sensors, the ratio and the preparation above; the image is an estimate and may show detail
+that is not there.
+"""
+
+
+def _program_line(facts: dict[str, Any]) -> str:
+    if "program_chips" not in facts:
+        return ""
+    number = "one chip" if facts["program_chips"] else "any number of chips"
+    return (
+        f" `{PROGRAM}` needs torch alone:\n`torch.export.load({PROGRAM!r}).module()` maps (lr, pan, revisit) to the "
+        f"fused image, for {number} of the\ntraining's size."
+    )
+
+
+def _refuse_others(folder: Storage, files: dict[str, bytes], overwrite: bool) -> None:
+    """Refuse to replace another model, unless ``overwrite``, or files that `export` did not write."""
+    try:
+        table = json.loads(folder.read(FACTS))
+        ours = isinstance(table, dict) and {"format_version", "model", "sha256"} <= table.keys()
+    except NotFoundError:
+        ours = False
+        # Without model.json, only the same weights may come from an export that was interrupted.
+        if folder.exists(WEIGHTS) and folder.read(WEIGHTS) == files[WEIGHTS]:
+            return
+    except ValueError:
+        ours = False
+    existing = [name for name in NAMES if folder.exists(name)]
+    if existing and not ours:
+        raise UserError(f"{folder.uri}/{existing[0]} was not written by export: name another folder with --to")
+    if existing and not overwrite and folder.read(FACTS) != files[FACTS]:
+        raise UserError(f"{folder.uri} holds another export: give --overwrite to replace it, or another --to")

@@ -1,0 +1,257 @@
+"""Scenes of a source or a dataset to GeoTIFFs: the verb ``predict``.
+
+Each AOI gets ``<AOI>.json`` (its sidecar), ``<AOI>.png`` and, last, ``<AOI>.tif``. The sidecar holds the fingerprint of
+weights, inputs and options and the SHA-256 of the GeoTIFF: an output with the same fingerprint and whole bytes is kept,
+so the same command resumes after an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.networks import load_network
+from pipeline.prediction.fusion import Fusion
+from pipeline.prediction.inputs import NamedInput, find_inputs
+from pipeline.prediction.preparation import default_preparation, training_preparation
+from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
+from sharding.errors import UnusableError, UserError
+from sharding.format.checks import key_of
+from sharding.prepare.inputs import SceneInput
+from sharding.progress import progress
+from sharding.rasters.cog import PixelType, RasterFacts, preview_png, write_cog
+from sharding.storage import CorruptedError, NotFoundError, Storage, open_storage
+
+FORMAT_VERSION = 1
+SUFFIXES = (".json", ".png", ".tif")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of the outputs. The same weights, inputs and options give the same bytes."""
+
+    pixels: PixelType = "uint16"
+    """Type of the pixels: ``uint16`` in steps of 1e-4 reflectance, or ``float32``."""
+    overwrite: bool = False
+    """Replace outputs of other weights, inputs or options."""
+
+
+@dataclass
+class Prediction:
+    """What a run of `predict_scenes` did."""
+
+    folder: str
+    """Folder of the outputs."""
+    made: list[str] = field(default_factory=list)
+    """AOIs with a new output."""
+    kept: list[str] = field(default_factory=list)
+    """AOIs whose output existed."""
+    skipped: list[tuple[str, UnusableError]] = field(default_factory=list)
+    """AOIs that cannot be fused, with the reason."""
+
+    def lines(self) -> list[str]:
+        """Return the summary that the command prints."""
+        lines = [f"{aoi}: skipped, {error}" for aoi, error in self.skipped]
+        counts = f"{len(self.made)} made, {len(self.kept)} kept, {len(self.skipped)} skipped"
+        return [*lines, f"{counts}: {self.folder}"]
+
+
+def predict_run(
+    run_uri: str,
+    checkpoint: str,
+    input_uri: str,
+    output_uri: str,
+    options: PredictOptions,
+    *,
+    bf16: bool = False,
+    aois: Sequence[str] = (),
+    split: str | None = None,
+) -> Prediction:
+    """Fuse scenes by the weights of a run; arguments as of `Fusion.load`, `find_inputs` and `predict_scenes`."""
+    run = open_storage(run_uri)
+    found = read_checkpoint(run, select_checkpoint(run, checkpoint))
+    fusion = Fusion.of(load_network(found), found.name, bf16=bf16)
+    inputs = find_inputs(input_uri, training_preparation(found), found.config.model, aois=aois, split=split)
+    return predict_scenes(fusion, inputs, open_storage(output_uri), options, strict=bool(aois))
+
+
+def predict_published(
+    path: Path,
+    pair: str,
+    input_uri: str,
+    output_uri: str,
+    options: PredictOptions,
+    *,
+    bf16: bool = False,
+    aois: Sequence[str] = (),
+    split: str | None = None,
+) -> Prediction:
+    """Fuse scenes by a published file of weights, prepared as in the published training."""
+    fusion = Fusion.load_published(path, pair, bf16=bf16)
+    model = fusion.network.config
+    inputs = find_inputs(input_uri, default_preparation(model), model, aois=aois, split=split)
+    return predict_scenes(fusion, inputs, open_storage(output_uri), options, strict=bool(aois))
+
+
+def predict_scenes(
+    fusion: Fusion, inputs: Sequence[NamedInput], output: Storage, options: PredictOptions, *, strict: bool = False
+) -> Prediction:
+    """Fuse scenes and write each one's GeoTIFF, preview and sidecar.
+
+    Args:
+        fusion: The network.
+        inputs: The scenes.
+        output: Folder of the outputs.
+        options: Options of the outputs.
+        strict: Whether an unusable AOI is an error; else it is skipped.
+
+    Raises:
+        UserError: An output exists that was made of something else, or by another program; the weights cannot take a
+            scene; or no scene is usable.
+    """
+    report = Prediction(output.uri)
+    one = len(inputs) == 1
+    with progress(len(inputs), "predicting", "AOI") as bar:
+        for item in inputs:
+            try:
+                scene = item.read()
+            except UnusableError as error:
+                if strict:
+                    raise UserError(f"AOI {item.aoi!r} cannot be fused ({error}): repair it, or name another") from None
+                report.skipped.append((item.aoi, error))
+                bar.update()
+                continue
+            made = _predict_scene(fusion, scene, output, options, show_rows=one)
+            (report.made if made else report.kept).append(item.aoi)
+            bar.update()
+    if not report.made and not report.kept:
+        aoi, why = report.skipped[0]
+        raise UserError(f"no AOI can be fused; the first is {aoi!r} ({why})")
+    return report
+
+
+def _predict_scene(
+    fusion: Fusion, scene: SceneInput, output: Storage, options: PredictOptions, *, show_rows: bool
+) -> bool:
+    """Write one scene's outputs, unless they exist; return whether they were written."""
+    name, described = key_of(scene.aoi), _describe(fusion, scene, options)
+    if not _must_write(output, name, described["fingerprint"], options.overwrite):
+        return False
+    with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
+        path = Path(folder, "scene.tif")
+        with write_cog(path, _facts(scene, described)) as raster:
+            for rows, valid in _rows(fusion, scene, show_rows):
+                raster.write(rows, valid)
+        digest, size = _digest(path)
+        sidecar = {"format_version": FORMAT_VERSION, **described}
+        sidecar["file"] = {"name": f"{name}.tif", "bytes": size, "sha256": digest}
+        # The sidecar first: it proves that the other two are ours. The GeoTIFF last: it is what others wait for.
+        output.write(f"{name}.json", (json.dumps(sidecar, indent=1, sort_keys=True) + "\n").encode())
+        output.write(f"{name}.png", preview_png(path, scene.options.rgb))
+        output.upload(f"{name}.tif", path)
+    return True
+
+
+def _describe(fusion: Fusion, scene: SceneInput, options: PredictOptions) -> dict[str, Any]:
+    """Return what determines an output, with the digest of this as its fingerprint, and where it comes from."""
+    described: dict[str, Any] = {
+        "weights": {"name": fusion.name, "sha256": fusion.digest, "model": asdict(fusion.network.config)},
+        "input": {"aoi": scene.aoi, "sha256": scene.digest()},
+        "options": {"pixels": options.pixels, "precision": "bf16" if fusion.bf16 else "fp32", "window": fusion.window},
+    }
+    described["fingerprint"] = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    georeference = {"crs": scene.crs, "transform": list(scene.transform)}
+    described["input"] |= {**georeference, "clearest": scene.clearest, **scene.provenance}
+    return described
+
+
+def _facts(scene: SceneInput, described: dict[str, Any]) -> RasterFacts:
+    weights, (height, width) = described["weights"], scene.pan.shape[-2:]
+    return RasterFacts(
+        height=height,
+        width=width,
+        bands=scene.band_names,
+        crs=scene.crs,
+        transform=scene.transform,
+        pixels=described["options"]["pixels"],
+        tags={
+            "SATFUSION_AOI": scene.aoi,
+            "SATFUSION_MODEL": f"{weights['model']['encoder']}+{weights['model']['head']}",
+            "SATFUSION_WEIGHTS": f"{weights['name']} sha256:{weights['sha256']}",
+            "SATFUSION_INPUTS": f"sha256:{described['input']['sha256']}",
+            "SATFUSION_UNITS": "reflectance = value * scale",
+        },
+    )
+
+
+def _rows(fusion: Fusion, scene: SceneInput, show: bool) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """Yield the fused rows from top to bottom, each with the mask of the pixels with data."""
+    top = 0
+    with progress(scene.pan.shape[-2], f"fusing {scene.aoi}", "row") if show else nullcontext() as bar:
+        for rows in fusion.stream(scene.lr, scene.pan, revisit=scene.clearest, step=scene.step):
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    f"the weights {fusion.name} give NaN or infinite values for {scene.aoi!r}: the training diverged, "
+                    "or bf16 is too coarse; use another checkpoint, or --precision fp32"
+                )
+            yield rows, scene.valid(top, top + rows.shape[1])
+            top += rows.shape[1]
+            if bar is not None:
+                bar.update(rows.shape[1])
+
+
+def _must_write(output: Storage, name: str, fingerprint: str, overwrite: bool) -> bool:
+    """Return whether an AOI's output must be written; refuse to replace what is not the same output, damaged or cut.
+
+    Raises:
+        UserError: The output exists with another fingerprint and ``overwrite`` is off, or was not written by `predict`.
+    """
+    tif = f"{name}.tif"
+    try:
+        sidecar = json.loads(output.read(f"{name}.json"))
+        theirs, file = sidecar["fingerprint"], sidecar["file"]
+        whole = (str(file["sha256"]), int(file["bytes"]))
+    except NotFoundError:
+        existing = [name + suffix for suffix in SUFFIXES[1:] if output.exists(name + suffix)]
+        if existing:
+            raise UserError(
+                f"{output.uri}/{existing[0]} was not written by predict: move it away, or name another --output"
+            ) from None
+        return True
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{output.uri}/{name}.json was not written by predict: move it away, or name another --output"
+        ) from None
+    if theirs != fingerprint:
+        if overwrite:
+            return True
+        raise UserError(
+            f"{output.uri}/{tif} was made of other weights, inputs or options: give --overwrite to replace it, or "
+            "another --output"
+        )
+    try:
+        return _digest_of(output.stream(tif)) != whole
+    except (NotFoundError, CorruptedError):
+        return True
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return _digest_of(iter(lambda: file.read(1 << 20), b""))
+
+
+def _digest_of(pieces: Iterator[bytes]) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+    return digest.hexdigest(), size

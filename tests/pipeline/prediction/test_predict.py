@@ -1,0 +1,213 @@
+"""The command `predict`: GeoTIFFs in their place, kept or refused, the same after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rio_cogeo.cogeo import cog_validate
+
+from pipeline.config import RunConfig
+from pipeline.prediction import predict
+from pipeline.prediction.predict import PredictOptions, predict_run
+from pipeline.training.loop import run_training
+from pipeline.world import World
+from sharding.errors import UserError
+from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.storage import LocalStorage, open_storage
+from tests.conftest import S3, SMALL
+from tests.pipeline.test_cli import refused, satfusion
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("source")
+    names = write_worldstrat(folder, 4, seed=9, revisits=2, hr_side=80)
+    (folder / "hr_dataset" / names[2] / f"{names[2]}_ps.tiff").unlink()
+    return folder, names
+
+
+@pytest.fixture(scope="module")
+def source(scenes: tuple[Path, list[str]]) -> Path:
+    """Return a folder with four AOIs; the second has a border without data, the third no target."""
+    return scenes[0]
+
+
+@pytest.fixture(scope="module")
+def aois(scenes: tuple[Path, list[str]]) -> list[str]:
+    return scenes[1]
+
+
+@pytest.fixture(scope="module")
+def run(world: World, make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    run_training(make_config(folder, "train.max_steps=2", "train.checkpoint_every=2"))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def outputs(run: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outputs")
+    report = predict_run(run, "best", str(source), str(folder), PredictOptions())
+    assert (len(report.made), report.kept, report.skipped) == (4, [], [])
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_geotiffs_are_valid_and_in_their_place(outputs: Path, aois: list[str], source: Path) -> None:
+    for aoi in aois:
+        path = outputs / f"{aoi}.tif"
+        valid, errors, warnings = cog_validate(path, strict=True, quiet=True)
+        assert (valid, errors, warnings) == (True, [], [])
+        with rasterio.open(source / "lr_dataset" / aoi / "L2A" / f"{aoi}-1-L2A_data.tiff") as revisit:
+            bounds, crs = revisit.bounds, revisit.crs
+        with rasterio.open(path) as fused:
+            assert (fused.shape, fused.count, fused.crs) == ((200, 200), 3, crs)
+            pixel = (bounds.right - bounds.left) / 200
+            assert np.allclose(fused.bounds, bounds, rtol=0, atol=0.1 * pixel)
+            assert (fused.descriptions, fused.nodata) == (("red", "green", "blue"), 0)
+            assert (fused.dtypes[0], fused.scales) == ("uint16", (1e-4,) * 3)
+            assert fused.tags()["SATFUSION_AOI"] == aoi
+        with Image.open(outputs / f"{aoi}.png") as preview:
+            assert preview.size == (200, 200)
+
+
+def test_no_data_stays_no_data(outputs: Path, aois: list[str]) -> None:
+    for aoi, bordered in zip(aois, (False, True, False, False), strict=True):
+        with rasterio.open(outputs / f"{aoi}.tif") as fused:
+            image = fused.read()
+        assert bool((image == 0).any()) == bordered
+        if bordered:
+            empty = (image == 0).all(axis=0)
+            assert empty[:20, :5].all()  # two of 80 px, at 2.5 px each
+            assert not empty[:, 8:].any()
+            assert not empty[190:].any()
+
+
+def test_the_sidecar_says_where_it_comes_from(outputs: Path, aois: list[str], source: Path, run: str) -> None:
+    sidecar = json.loads((outputs / f"{aois[0]}.json").read_text())
+    name = f"{aois[0]}_pan.tiff"
+    pan = (source / "hr_dataset" / aois[0] / name).read_bytes()
+    assert sidecar["input"]["sources"][name] == hashlib.sha256(pan).hexdigest()
+    assert len(sidecar["input"]["revisits"]) == 2
+    assert sidecar["input"]["revisits"][0]["date"]
+    assert sidecar["weights"]["model"]["encoder"] == "srcnn"
+    assert sidecar["file"]["sha256"] == digests(outputs)[f"{aois[0]}.tif"]
+
+
+def test_a_dataset_gives_the_same_as_its_source(
+    run: str, source: Path, outputs: Path, aois: list[str], tmp_path: Path
+) -> None:
+    shard_folder(source, open_storage(tmp_path / "data"), ShardOptions(SMALL))
+    report = predict_run(run, "best", str(tmp_path / "data"), str(tmp_path / "out"), PredictOptions())
+    assert sorted(report.made) == sorted((*aois[:2], aois[3]))  # the third, without target, is in no dataset
+    for name, digest in digests(tmp_path / "out").items():
+        assert name.endswith(".json") or digest == digests(outputs)[name]
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(
+    run: str, source: Path, outputs: Path, aois: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LocalStorage.upload
+    uploads = []
+
+    def killed(self: LocalStorage, key: str, path: Path) -> None:
+        uploads.append(key)
+        if len(uploads) == 2:
+            raise KeyboardInterrupt  # sidecar and preview are written, the GeoTIFF is not
+        whole(self, key, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "upload", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict_run(run, "best", str(source), str(tmp_path), PredictOptions())
+    assert len([path for path in tmp_path.iterdir() if path.suffix == ".tif"]) == 1
+    report = predict_run(run, "best", str(source), str(tmp_path), PredictOptions())
+    assert (len(report.made), len(report.kept)) == (3, 1)
+    assert digests(tmp_path) == digests(outputs)
+    damaged = tmp_path / f"{aois[0]}.tif"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert predict_run(run, "best", str(source), str(tmp_path), PredictOptions()).made == [aois[0]]
+    assert digests(tmp_path) == digests(outputs)
+
+
+def test_other_outputs_are_not_replaced(run: str, source: Path, outputs: Path, aois: list[str], tmp_path: Path) -> None:
+    shutil.copytree(outputs, tmp_path / "out")
+    floats = PredictOptions(pixels="float32")
+    only = {"aois": aois[1:2]}
+    with pytest.raises(UserError, match="give --overwrite to replace it"):
+        predict_run(run, "best", str(source), str(tmp_path / "out"), floats, **only)
+    assert digests(tmp_path / "out") == digests(outputs)
+    predict_run(run, "best", str(source), str(tmp_path / "out"), replace(floats, overwrite=True), **only)
+    with rasterio.open(tmp_path / "out" / f"{aois[1]}.tif") as fused, rasterio.open(outputs / f"{aois[1]}.tif") as old:
+        image, steps = fused.read(), old.read()
+    assert image.dtype == np.float32
+    assert (np.isnan(image) == (steps == 0)).all()
+    seen = steps > 1
+    assert np.abs(image[seen] - steps[seen] * 1e-4).max() <= 0.51e-4
+    for name in (f"{aois[0]}.tif", f"{aois[0]}.json"):
+        mine = tmp_path / name.rpartition(".")[2]
+        mine.mkdir()
+        (mine / name).write_text("of mine")
+        with pytest.raises(UserError, match="was not written by predict"):
+            predict_run(run, "best", str(source), str(mine), replace(floats, overwrite=True), aois=aois[:1])
+        assert [path.name for path in mine.iterdir()] == [name]
+
+
+def test_scenes_on_s3(run: str, source: Path, outputs: Path, aois: list[str], s3: S3) -> None:
+    place = open_storage(s3.prefix())
+    predict_run(run, "best", str(source), place.uri, PredictOptions(), aois=aois[:1])
+    assert {stored.key for stored in place.list()} == {aois[0] + suffix for suffix in predict.SUFFIXES}
+    assert hashlib.sha256(place.read(f"{aois[0]}.tif")).hexdigest() == digests(outputs)[f"{aois[0]}.tif"]
+
+
+def test_the_command(run: str, source: Path, outputs: Path, aois: list[str], tmp_path: Path) -> None:
+    options = ["--input", str(source), "--output", str(tmp_path / "out")]
+    ended = satfusion("predict", run, *options, "--aoi", *aois[:2])
+    assert ended.returncode == 0, ended.stderr
+    assert f"2 made, 0 kept, 0 skipped: {tmp_path / 'out'}" in ended.stdout
+    assert digests(tmp_path / "out").items() <= digests(outputs).items()
+    ended = satfusion("predict", run, *options, "--aoi", aois[0], "--precision", "bf16", "--overwrite")
+    assert ended.returncode == 0, ended.stderr
+    sidecar = json.loads((tmp_path / "out" / f"{aois[0]}.json").read_text())
+    assert sidecar["options"]["precision"] == "bf16"
+
+
+def test_bad_input_is_refused(run: str, source: Path, aois: list[str], small_uri: str, tmp_path: Path) -> None:
+    without_pan = tmp_path / "source"
+    shutil.copytree(source, without_pan)
+    (without_pan / "hr_dataset" / aois[0] / f"{aois[0]}_pan.tiff").unlink()
+    output = ["--output", str(tmp_path / "out")]
+    cases = [
+        ([run, "--input", str(without_pan), "--aoi", aois[0]], ["cannot be fused", f"{aois[0]}_pan.tiff is missing"]),
+        ([run, "--input", str(source), "--aoi", "Amnesty POI-2-2-1"], ["--aoi", f"did you mean '{aois[1]}'"]),
+        ([run, "--input", str(source), "--split", "test"], ["--split test is for a dataset"]),
+        ([run, "--input", str(tmp_path / "none")], ["is no folder", "hr_dataset"]),
+        (["--input", str(source)], ["needs the run folder RUN, or --published-checkpoint FILE"]),
+        ([run, "--input", str(source), "--model", "srcnn+pnn"], ["--model is only for --published-checkpoint"]),
+    ]
+    for arguments, words in cases:
+        sentence = refused("predict", *arguments, *output)
+        for word in words:
+            assert word in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unusable_aoi_is_skipped(run: str, source: Path, aois: list[str], tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "hr_dataset" / aois[0] / f"{aois[0]}_pan.tiff").unlink()
+    report = predict_run(run, "best", str(tmp_path / "source"), str(tmp_path / "out"), PredictOptions())
+    assert [aoi for aoi, _ in report.skipped] == [aois[0]]
+    assert report.lines()[-1].startswith("3 made, 0 kept, 1 skipped")
