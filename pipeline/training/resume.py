@@ -16,11 +16,14 @@ from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.schema import Sha256, decode
+from sharding.storage import Storage
 from sharding.storage.lock import Lock
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+_NAMES = ("checkpoints/", "events/", "images/", "metrics.csv", "batches.csv")
+"""Beginnings of the keys that a run writes, beside CONFIG_FILE, which it writes first."""
 SPLIT = "train"
 """The split that runs train on."""
 ORDER_KEYS = {
@@ -42,19 +45,33 @@ def claimed(run: RunFolder, world: World) -> Iterator[Lock | None]:
         The lock on rank 0, None on the others.
 
     Raises:
-        UserError: On every rank, if another job writes to the run folder or it cannot be written to.
+        UserError: On every rank, if another job writes to the run folder, it cannot be written to, or files of other
+            programs are where the run's will be.
     """
     with contextlib.ExitStack() as stack:
         lock, refusal = None, None
         if world.is_main:
             try:
                 lock = stack.enter_context(Lock(run.storage, "train"))
+                _refuse_foreign(run.storage)
             except UserError as error:
                 refusal = error
         refusal = world.gather_objects(refusal)[0]
         if refusal is not None:
             raise refusal
         yield lock
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """Refuse a place that has files under a run's names and no record of a run."""
+    if storage.exists(CONFIG_FILE):
+        return
+    found = next((item.key for name in _NAMES for item in storage.list(name)), None)
+    if found is not None:
+        raise UserError(
+            f"output.uri = {storage.uri!r} holds {found!r} and no {CONFIG_FILE}, so it is not a run of this program:"
+            " nothing was changed; move these files away, or name another output.uri"
+        )
 
 
 def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, world: World) -> Checkpoint | None:

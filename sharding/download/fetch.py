@@ -113,13 +113,22 @@ class _Part:
     """The received bytes of a file, their digest, and the version that they belong to."""
 
     def __init__(self, server: Server, target: Path, file: BinaryIO) -> None:
-        """Load the part of an earlier call; drop bytes of an unknown version."""
+        """Load the part of an earlier call.
+
+        Raises:
+            UserError: The part has bytes whose note is missing or damaged: they may be the user's.
+        """
         self.server, self.name, self.path, self.file = server, target.name, part_path(target), file
         self.folder, self.note = LocalStorage(target.parent), f"{self.path.name}.json"
         self.version: Version | None = None
         with contextlib.suppress(UserError, ValueError, TypeError):
             self.version = Version(**json.loads(self.folder.read(self.note)))
         self.length = os.fstat(file.fileno()).st_size
+        if self.version is None and self.length:
+            raise UserError(
+                f"{self.path} holds {self.length} bytes that nothing says are of this download: move it away, or "
+                "remove it to start from byte 0"
+            )
         if self.version is None or self.length > self.version.size:
             self._restart()
         else:

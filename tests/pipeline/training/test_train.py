@@ -197,6 +197,11 @@ def test_a_run_folder_that_another_job_writes_to_is_refused(
         run_training(make_config(tmp_path, "train.max_steps=1"))
     assert [item.key for item in storage.list()] == [".lock/000001.json"]
     storage.delete(".lock/000001.json")
+    storage.write("events/mine.txt", b"mine")
+    with pytest.raises(UserError, match=r"holds 'events/mine\.txt' and no config\.json"):
+        run_training(make_config(tmp_path, "train.max_steps=1"))
+    assert [item.key for item in storage.list()] == ["events/mine.txt"]
+    storage.delete("events/mine.txt")
     assert run_training(make_config(tmp_path, "train.max_steps=1")).step == 1
     assert not (tmp_path / ".lock").exists()
 

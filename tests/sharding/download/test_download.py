@@ -282,8 +282,13 @@ def test_a_damaged_part_is_found(mirror: Mirror, tmp_path: Path) -> None:
     assert (tmp_path / NAME).read_bytes() == BODY
 
 
-def test_a_part_of_nothing_known_is_dropped(mirror: Mirror, tmp_path: Path) -> None:
-    (tmp_path / f"{NAME}.part").write_bytes(b"!" * 10_000)
+def test_a_part_of_nothing_known_is_refused_and_stays(mirror: Mirror, tmp_path: Path) -> None:
+    part = tmp_path / f"{NAME}.part"
+    part.write_bytes(b"!" * 10_000)
+    with pytest.raises(UserError, match=r"\.part holds 10000 bytes that nothing says are of this download"):
+        get(mirror, tmp_path)
+    assert part.read_bytes() == b"!" * 10_000
+    part.unlink()
     get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
     assert mirror.ranges_asked() == [None]
