@@ -47,6 +47,8 @@ class DataConfig:
     simulate: str = "off"
     """Revisits simulated from the target (`pipeline.data.simulate`): ``sensor`` or ``shifts``, in training, validation
     and test, as the published training does; ``off`` reads the revisits of the dataset."""
+    simulated_revisits: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """Revisits of a chip that are simulated; 0 simulates as many as the dataset holds."""
     shuffle_window: Annotated[int, Meta(ge=1, le=10**6)] = 4
     """Shards whose chips are shuffled together, >= 1."""
     lanes: Annotated[int, Meta(ge=1, le=10**6)] = 8
@@ -73,6 +75,8 @@ class DataConfig:
         check_uri("data.uri", self.uri)
         check_ranges(self, lambda item: f"data.{item.name} =")
         require_one_of("data.simulate", self.simulate, SIMULATIONS)
+        count, off = self.simulated_revisits, self.simulate == "off"
+        require(not (count and off), "data.simulated_revisits", count, "0, since data.simulate is off")
         require_one_of("data.damaged", self.damaged, ("stop", "quarantine"))
         absolute = not self.cache_dir or Path(self.cache_dir).is_absolute()
         require(absolute, "data.cache_dir", self.cache_dir, "an absolute path, of a folder on each node")

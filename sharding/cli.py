@@ -1,4 +1,4 @@
-"""The verbs `download`, `shard`, `verify`, `inspect` and `prune`."""
+"""The verbs `download`, `describe`, `shard`, `verify`, `inspect` and `prune`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sharding.run.plan import PlanOptions
 from sharding.run.prune import prune, unneeded
 from sharding.run.workers import processes
 from sharding.schema import check_range
+from sharding.sources.options import SourceOptions
 from sharding.storage import Storage, StorageOptions, open_storage
 from sharding.storage.names import local_path
 from sharding.terminal import say
@@ -31,8 +32,9 @@ MAX_DEFAULT_WORKERS = 8
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `download`, `shard`, `verify`, `inspect` and `prune` to the command."""
+    """Add `download`, `describe`, `shard`, `verify`, `inspect` and `prune` to the command."""
     _add_download(verbs)
+    _add_describe(verbs)
     _add_shard(verbs)
     _add_verify(verbs)
     _add_inspect(verbs)
@@ -42,18 +44,31 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "shard",
-        help="make a dataset of WebDataset shards from WorldStrat rasters",
-        description="Prepare every AOI of a WorldStrat folder, or of its zips in place, and write shards and an index "
-        "to a folder or bucket. The same command resumes after an interruption and repairs damaged shards.",
+        help="make a dataset of WebDataset shards from WorldStrat or your own rasters",
+        description="Prepare every scene of a source, and write shards and an index to a folder or bucket. "
+        "The same command resumes after an interruption and repairs damaged shards.",
     )
     add_options(verb, ShardJob)
     add_options(verb, ShardOptions)
+    add_options(verb.add_argument_group("source"), SourceOptions)
     sample = verb.add_argument_group("samples")
     add_options(sample, SampleOptions)
     sample.add_argument("--native", action="store_true", help="keep the grids of the sources; their sizes differ")
     add_options(verb.add_argument_group("splits and shards"), PlanOptions)
     add_options(verb.add_argument_group("s3:// output"), StorageOptions)
     verb.set_defaults(run=lambda args: run_shard(shard_job(args)))
+
+
+def _add_describe(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "describe",
+        help="write a scenes.toml for your own GeoTIFFs from what they tell",
+        description="Look at a folder of GeoTIFFs, and print what they are as a scenes.toml; open questions are "
+        "comments. Save it in the folder, answer them, then run `satfusion shard --source scenes`.",
+    )
+    verb.add_argument("folder", type=partial(local_path, "FOLDER"), metavar="FOLDER", help="folder of the GeoTIFFs")
+    verb.add_argument("--write", action="store_true", help="write FOLDER/scenes.toml; an existing one is kept")
+    verb.set_defaults(run=run_describe)
 
 
 def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -190,8 +205,30 @@ def run_verify(args: argparse.Namespace) -> int:
     found = verify(open_storage(args.uri), args.deep, args.input, args.num_aois, args.seed)
     for problem in found.problems:
         say(f"{problem.shard}: {problem.detail}")
+    for leak in found.leaks:
+        say(f"leak between splits: {leak}")
     say(found.summary())
     return 1 if found.problems else 0
+
+
+def run_describe(args: argparse.Namespace) -> int:
+    """Run `describe`."""
+    from sharding.sources.scenes.describe import describe_folder  # needs rasterio, and other verbs must run without it
+
+    text = describe_folder(args.folder)
+    if not args.write:
+        print(text, end="")
+        return 0
+    path = args.folder / "scenes.toml"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): move it away, or run without --write to print the draft"
+        ) from error
+    print(f"written: {path}; check the lines with a question mark")
+    return 0
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -202,7 +239,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         check_sheet(args.png)
     if args.aoi is not None:
         split, shard, entry = find(index, args.aoi)
-        lines = describe_sample(split, shard, fetch_sample(storage, shard, entry))
+        lines = describe_sample(split, shard, fetch_sample(storage, shard, entry), index.facts.bands.lr_rgb)
     else:
         lines = describe(index, storage)
     for line in lines:

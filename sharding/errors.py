@@ -16,11 +16,17 @@ Reason = Literal[
     "unreadable",
     "wrong-bands",
     "wrong-type",
+    "no-georeference",
+    "no-overlap",
+    "wrong-ratio",
     "size-mismatch",
     "not-finite",
     "no-data",
+    "implausible",
     "degenerate",
     "too-cloudy",
+    "no-date",
+    "disagrees",
 ]
 """Reason why an AOI is skipped, in the order of the checks."""
 

@@ -128,9 +128,9 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
             for image in (lr, hr, pan):
                 image[chosen] = turn_and_flip(image[chosen], turns, flip)
     if simulator := SIMULATORS.get(simulate):
-        revisits, *_, rows, columns = stored.layout.lr
+        stored_revisits, *_, rows, columns = stored.layout.lr
         made = [
-            simulator(target, revisits, (rows, columns), chip_generator(*draw, chip))
+            simulator(target, stored.layout.revisits or stored_revisits, (rows, columns), chip_generator(*draw, chip))
             for target, chip in zip(hr, stored.chips, strict=True)
         ]
         lr = torch.stack(made)

@@ -68,6 +68,10 @@ class ChipLayout:
     """Reflectance of a stored step."""
     offset: float = 0.0
     """Reflectance of a stored 0."""
+    native: bool = False
+    """True if samples differ in the ratio of their grids: an HR window is then placed by the sample's own ratio."""
+    revisits: int = 0
+    """Revisits to simulate; 0 for as many as are stored."""
 
     @cached_property
     def _parts(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
@@ -97,11 +101,14 @@ class StoredChips:
         # A numpy array, because its slices cost a fifth of torch's.
         self.rows: Memory = memory.numpy()
         """[N, chip_bytes], each chip as bytes."""
+        self._native = layout.native
         self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
         """LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W], views of the rows."""
 
     def crop(self, slot: int, scene: Sequence[Stored], window: Window) -> None:
         """Copy a window of a scene's LR, HR and PAN."""
+        if self._native:
+            window = centred(window, scene[0].shape[-2:], scene[1].shape[-2:])
         x, y, size, hr_x, hr_y, hr_size = window
         lr, hr, pan = self.images
         lr[slot] = scene[0][:, :, y : y + size, x : x + size]
@@ -120,6 +127,16 @@ def make_window(x: int, y: int, scale: float, size: int = WORLDSTRAT_CHIPS.size)
     return Window(x, y, size, round(x * scale), round(y * scale), round(size * scale))
 
 
+def centred(window: Window, lr: Sequence[int], hr: Sequence[int]) -> Window:
+    """Return a window whose HR part has the same middle as its LR part in a scene of these (rows, columns)."""
+    middle_x, middle_y = (start + window.size / 2 for start in (window.x, window.y))
+    hr_x = round(middle_x * hr[1] / lr[1] - window.hr_size / 2)
+    hr_y = round(middle_y * hr[0] / lr[0] - window.hr_size / 2)
+    return window._replace(
+        hr_x=max(0, min(hr_x, hr[1] - window.hr_size)), hr_y=max(0, min(hr_y, hr[0] - window.hr_size))
+    )
+
+
 def training_draws(num_chips: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
     """Return the random words [num_chips, 5] of an epoch's variants; a chip's are a function of (seed, epoch, chip)."""
     return random_words(5 * num_chips, seed, epoch, "variant").reshape(num_chips, 5)
@@ -129,7 +146,7 @@ def training_variant(
     chip: int,
     draws: npt.NDArray[np.uint64],
     *,
-    lr_size: int,
+    lr_size: tuple[int, int],
     scale: float,
     revisits: int,
     windows: bool,
@@ -141,7 +158,7 @@ def training_variant(
     Args:
         chip: Chip number, chips of a scene * sample + window.
         draws: [5] random words of the chip in this epoch, see `training_draws`.
-        lr_size: Side of the scene's LR grid, pixels.
+        lr_size: Rows and columns of the LR grid that all scenes have, pixels.
         scale: HR pixels per LR pixel.
         revisits: Revisits of a scene.
         windows: Replace the chip's window by a random one of the scene.
@@ -150,11 +167,11 @@ def training_variant(
     """
     x, y, turn, flip, revisit = draws.tolist()
     if windows:
-        places = lr_size - grid.size + 1
-        window = make_window(x % places, y % places, scale, grid.size)
+        rows, columns = lr_size
+        window = make_window(x % (columns - grid.size + 1), y % (rows - grid.size + 1), scale, grid.size)
         # If start and size are both rounded up, the last window would reach a pixel beyond the scene.
-        last = round(lr_size * scale) - window.hr_size
-        window = window._replace(hr_x=min(window.hr_x, last), hr_y=min(window.hr_y, last))
+        last_y, last_x = (round(side * scale) - window.hr_size for side in lr_size)
+        window = window._replace(hr_x=min(window.hr_x, last_x), hr_y=min(window.hr_y, last_y))
     else:
         window = chip_window(chip, scale, grid)
     return Variant(window, turn % 4 if turns else 0, turns and flip % 2 == 1, revisit % revisits)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +28,12 @@ from pipeline.data.scene_cache import SceneCache
 from pipeline.data.scene_layout import CutScenes, WholeScenes, clearest
 from pipeline.order import evaluation_slots
 from sharding.errors import UserError
+from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import SPLITS, Index
+from sharding.format.layout import smallest
 from sharding.storage import open_storage
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_DRAW = (0, 0)
 """Seed and epoch of the revisits simulated for evaluation: every run and every evaluation uses the same."""
@@ -59,9 +66,8 @@ class ChipDataset(Dataset[Batch]):
         self.config = config
         self._refuse_repeats()
         self.grid = self.index.facts.chips
-        self.lr_size, hr_size = self._sizes()
-        self.scale = hr_size / self.lr_size
-        self.revisits = self.index.preparation.revisits
+        self.lr_size, self.scale = self._sizes()
+        self.revisits = config.simulated_revisits or self.index.preparation.revisits
         self._open_scenes()
         self._choose(split)
 
@@ -86,17 +92,39 @@ class ChipDataset(Dataset[Batch]):
         vars(self).update(state)
         self._open_scenes()
 
-    def _sizes(self) -> tuple[int, int]:
-        """Return the sides of both grids; raise a `UserError` if nine chips do not fit."""
-        preparation, needed = self.index.preparation, max(self.grid.extent)
-        if self.index.facts.ratio is None or self.index.facts.ratio[1] < needed:
-            given = "--native" if preparation.lr_size is None else f"--lr-size {preparation.lr_size}"
+    def _sizes(self) -> tuple[tuple[int, int], float]:
+        """Return rows and columns of the LR grid that all samples have, and the HR pixels per LR pixel."""
+        layouts = list({id(entry.layout): entry.layout for _, entry in self._all_samples()}.values())
+        sides = smallest(layouts)
+        if sides is None:
             raise UserError(
-                f"{self.storage.uri} was sharded with {given}, and {self.chips_per_scene} chips of {self.grid.size} px "
-                f"need scenes of at least {needed} px, all of one size: shard again with --lr-size {needed} or more"
+                f"{self.storage.uri} is an older dataset of --native, whose index does not tell the sizes of its "
+                "samples: shard it again"
             )
-        hr_size, lr_size = self.index.facts.ratio
-        return lr_size, hr_size
+        if self.index.facts.ratio is not None:
+            high, low = self.index.facts.ratio
+            return sides, high / low
+        ratios = [
+            high / low
+            for layout in layouts
+            for high, low in zip(layout["hr"].shape[-2:], layout["lr"].shape[-2:], strict=True)
+            if high and low
+        ]
+        scale = statistics.median(ratios)
+        lag = max(abs(ratio / scale - 1) for ratio in ratios) * self.grid.size / 2
+        logger.info(
+            "%s: the grids of samples have ratios from %.3f to %.3f: chips take %.3f, and are off by up to %.2f LR "
+            "pixels at their edges",
+            self.storage.uri,
+            min(ratios),
+            max(ratios),
+            scale,
+            lag,
+        )
+        return sides, scale
+
+    def _all_samples(self) -> Iterator[tuple[ShardEntry, SampleEntry]]:
+        return itertools.chain.from_iterable(self.index.samples(split) for split in SPLITS)
 
     def _refuse_repeats(self) -> None:
         """Refuse a dataset with an AOI that occurs twice, so that no split is scored on what another one trained."""
@@ -138,7 +166,7 @@ class ChipDataset(Dataset[Batch]):
         if bands != len(names.hr):
             raise UserError(
                 f"{uri} holds {bands} bands of its revisits and {len(names.hr)} of its targets, and a model returns "
-                "the bands of its input: shard again with --bands true_color"
+                "the bands of its input: shard again with the same bands of both (WorldStrat: --bands true_color)"
             )
         if bands != model.bands:
             raise UserError(f"model.bands = {model.bands}, but {uri} holds {bands} bands: set model.bands={bands}")
@@ -158,11 +186,13 @@ class ChipDataset(Dataset[Batch]):
         """Return the layout of a chip in memory."""
         facts, window = self.index.facts, self.window(0)
         return ChipLayout(
-            lr=(self.revisits, len(facts.bands.lr), window.size, window.size),
+            lr=(self.index.preparation.revisits, len(facts.bands.lr), window.size, window.size),
             hr=(len(facts.bands.hr), window.hr_size, window.hr_size),
             dtype=getattr(torch, self.index.preparation.dtype),
             unit=facts.radiometry.scale,
             offset=facts.radiometry.offset,
+            native=facts.ratio is None,
+            revisits=self.revisits,
         )
 
     @property
@@ -209,6 +239,11 @@ class ChipDataset(Dataset[Batch]):
     def aoi(self, chip: int) -> str:
         """Return the name of the chip's AOI."""
         return self._places[chip // self.chips_per_scene][1].aoi
+
+    def agreement(self, chip: int) -> float | None:
+        """Return the correlation of the revisits of the chip's AOI with its target; None if the index has none."""
+        content = self._places[chip // self.chips_per_scene][1].content
+        return content.correlation if content else None
 
     def variant(self, chip: int, draws: npt.NDArray[np.uint64]) -> Variant:
         """Return the training variant of ``chip``; ``draws`` are the epoch's (`pipeline.data.chips.training_draws`)."""

@@ -214,10 +214,15 @@ def _score(
             chip = batch.chips[0]
             for method in methods:
                 metrics = image_metrics(images[method], batch.hr, registration)
-                place = {"aoi": dataset.aoi(chip), "chip": chip % dataset.chips_per_scene, "method": method}
+                place: dict[str, object] = {
+                    "aoi": dataset.aoi(chip),
+                    "chip": chip % dataset.chips_per_scene,
+                    "method": method,
+                    "agreement": dataset.agreement(chip),
+                }
                 rows.append(place | {column: metrics[column].item() for column in COLUMNS})
             if number < panels:
-                _write_panel(folder, f"panel-{number:03d}.png", batch, images[FUSED], dataset.chip_id(chip))
+                _write_panel(folder, f"panel-{number:03d}.png", batch, images[FUSED], dataset)
     if not rows:
         raise UserError(
             f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: repair the dataset with"
@@ -252,9 +257,10 @@ def baselines(batch: Batch) -> dict[str, Tensor]:
     return {"bicubic_clearest": bicubic(clearest), "bicubic_median": bicubic(median)}
 
 
-def _write_panel(folder: Storage, name: str, batch: Batch, fused: Tensor, title: str) -> None:
+def _write_panel(folder: Storage, name: str, batch: Batch, fused: Tensor, dataset: ChipDataset) -> None:
     buffer = io.BytesIO()
-    Image.fromarray(panel(batch, fused, title)).save(buffer, format="PNG")
+    picture = panel(batch, fused, dataset.chip_id(batch.chips[0]), dataset.index.facts.bands.hr_rgb)
+    Image.fromarray(picture).save(buffer, format="PNG")
     folder.write(name, buffer.getvalue())
 
 
@@ -263,7 +269,8 @@ def _write_csvs(folder: Storage, rows: list[dict[str, object]]) -> None:
     for key in dict.fromkeys((row["aoi"], row["method"]) for row in rows):
         own = [row for row in rows if (row["aoi"], row["method"]) == key]
         means = {column: _mean([row[column] for row in own]) for column in COLUMNS}
-        by_aoi.append({"aoi": key[0], "method": key[1], "chips": len(own)} | means)
+        place = {"aoi": key[0], "method": key[1], "chips": len(own), "agreement": own[0]["agreement"]}
+        by_aoi.append(place | means)
     folder.write("chips.csv", _csv(rows))
     folder.write("aois.csv", _csv(by_aoi))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
@@ -25,19 +27,20 @@ def num_panels(config: OutputConfig, step: int, steps_per_epoch: int, total_step
     return config.panels if draws or step == total_steps else 0
 
 
-def panel(batch: Batch, fused: Tensor, title: str) -> npt.NDArray[np.uint8]:
+def panel(batch: Batch, fused: Tensor, title: str, rgb: Sequence[int]) -> npt.NDArray[np.uint8]:
     """Draw the first chip of ``batch`` and its ``fused`` image [B, C, H, W] as one picture [h, w, 3].
 
     From the left: the revisit under ``title``, PAN, fused, HR, absolute error.
 
-    Revisit, fused and HR share one contrast stretch, so that their radiometry can be compared by eye. With more than
-    three bands the first three are drawn.
+    Revisit, fused and HR share one contrast stretch, so that their radiometry can be compared by eye. ``rgb`` are
+    the positions of the bands that are drawn.
     """
-    hr = batch.hr[0, :3].cpu().numpy()
+    bands = list(rgb)
+    hr = batch.hr[0, bands].cpu().numpy()
     high = robust_high(hr)
-    revisit = batch.lr[0, int(batch.revisit[0]), :3].cpu().numpy()
+    revisit = batch.lr[0, int(batch.revisit[0]), bands].cpu().numpy()
     pan = batch.pan[0].cpu().numpy()
-    result = fused[0, :3].float().cpu().numpy()
+    result = fused[0, bands].float().cpu().numpy()
     tiles = [
         (title, to_rgb8(revisit, high=high)),
         ("PAN", to_rgb8(pan)),

@@ -62,7 +62,7 @@ def validate(
         chip = batch.chips[0]
         rows[chip] = _values(images, batch, config)
         if chip < (config.output.panels if panels is None else panels):
-            drawn[chip] = panel(batch, images.fused, dataset.chip_id(chip))
+            drawn[chip] = panel(batch, images.fused, dataset.chip_id(chip), dataset.index.facts.bands.hr_rgb)
     everyone = _merged(world.gather_objects(rows))
     if not everyone:
         raise UserError(

@@ -33,6 +33,27 @@ class BandStatistics(TypedDict):
     """Values per percentage, ``"1"`` to ``"99"``."""
 
 
+Degrees = Annotated[float, Meta(ge=-1000, le=1000)]
+Correlation = Annotated[float, Meta(ge=-1, le=1)]
+
+
+@dataclass(frozen=True)
+class Content:
+    """Findings on what a sample shows."""
+
+    correlation: Correlation | None
+    """Correlation of the revisits' median with the target on the LR grid, the mean over bands; None if unknown."""
+
+    distance: Annotated[float, Meta(ge=0, le=1e9)] | None
+    """Median absolute difference of the two, reflectance; None if unknown."""
+
+    revisits: tuple[Correlation | None, ...]
+    """Correlation of each revisit with the target."""
+
+    land: tuple[Degrees, Degrees, Degrees, Degrees] | None
+    """West, south, east, north in EPSG:4326; None if unknown."""
+
+
 @dataclass(frozen=True)
 class SampleEntry:
     """Place of one sample in its shard."""
@@ -57,6 +78,9 @@ class SampleEntry:
 
     layout: SampleLayout
     """Layout of its arrays."""
+
+    content: Content | None = None
+    """Findings on what it shows; None in older datasets."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +131,16 @@ class Layouts:
 
 def shard_to_json(shard: ShardEntry, layouts: Layouts) -> dict[str, Any]:
     """Convert a shard's entry to a table for JSON; its layouts are added to ``layouts``."""
-    samples = [{**vars(sample), "layout": layouts.number(sample.layout)} for sample in shard.samples]
-    return {**vars(shard), "samples": samples}
+    return {**vars(shard), "samples": [_sample_to_json(sample, layouts) for sample in shard.samples]}
+
+
+def _sample_to_json(sample: SampleEntry, layouts: Layouts) -> dict[str, Any]:
+    table = {**vars(sample), "layout": layouts.number(sample.layout)}
+    if sample.content is None:
+        del table["content"]
+    else:
+        table["content"] = asdict(sample.content)
+    return table
 
 
 class StoredSample(msgspec.Struct):
@@ -122,6 +154,7 @@ class StoredSample(msgspec.Struct):
     members: dict[str, ByteRange]
     layout: Natural = 0
     """Number in the table of layouts; format 2 has a single one."""
+    content: Content | None = None
 
 
 class StoredShard(msgspec.Struct):
@@ -157,4 +190,4 @@ def _sample_from_json(item: StoredSample, layouts: Sequence[SampleLayout]) -> Sa
         refuse_members(item.members, layout, item.size)
     except ValueError as error:
         raise ValueError(f"sample {item.key!r}: {error}") from None
-    return SampleEntry(item.key, item.aoi, item.offset, item.size, item.crc32, item.members, layout)
+    return SampleEntry(item.key, item.aoi, item.offset, item.size, item.crc32, item.members, layout, item.content)

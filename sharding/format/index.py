@@ -99,6 +99,7 @@ class Index:
             for shard in itertools.chain.from_iterable(splits.values()):
                 for sample in shard["samples"]:
                     del sample["layout"]
+                    sample.pop("content", None)
         else:
             table |= {"facts": asdict(self.facts), "layouts": layouts.to_json()}
         return json.dumps(table, sort_keys=True, separators=(",", ":")).encode()

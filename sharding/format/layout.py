@@ -6,7 +6,7 @@ Format 3 stores both in the index. A dataset of format 2 is WorldStrat's, so its
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -63,6 +63,16 @@ SampleLayout = Mapping[str, ArrayLayout]
 """Layout of each array of a sample, by its name: ``lr``, ``clm`` ..."""
 
 
+def rgb_positions(names: Sequence[str | None]) -> tuple[int, int, int]:
+    """Return the 0-based positions of red, green and blue; without these names, of the first three bands."""
+    try:
+        red, green, blue = (list(names).index(band) for band in ("red", "green", "blue"))
+    except ValueError:
+        last = len(names) - 1
+        red, green, blue = (min(position, last) for position in range(3))
+    return red, green, blue
+
+
 @dataclass(frozen=True)
 class Bands:
     """Names of bands, in the order in which they are stored."""
@@ -72,6 +82,16 @@ class Bands:
 
     hr: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=1000)]
     """Bands of the target."""
+
+    @property
+    def lr_rgb(self) -> tuple[int, int, int]:
+        """Positions of red, green and blue in the revisits."""
+        return rgb_positions(self.lr)
+
+    @property
+    def hr_rgb(self) -> tuple[int, int, int]:
+        """Positions of red, green and blue in the target."""
+        return rgb_positions(self.hr)
 
 
 @dataclass(frozen=True)
@@ -139,14 +159,63 @@ class Facts:
     """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data."""
 
 
-def worldstrat_facts(options: SampleOptions) -> Facts:
-    """Return the facts of a dataset of WorldStrat samples."""
+CHIP = 50
+"""Side and stride of the chips of other sources than WorldStrat, LR pixels, where the samples are as large."""
+
+
+def fitted_facts(
+    source: str,
+    bands: Bands,
+    ratio: tuple[int, int] | None,
+    options: SampleOptions,
+    layouts: Iterable[SampleLayout],
+    chip: int = CHIP,
+) -> Facts:
+    """Return the facts of a dataset whose chips fit its samples: a sample smaller than a chip is one chip.
+
+    Args:
+        source: Kind of source.
+        bands: Names of the bands.
+        ratio: HR and LR pixels along the same side.
+        options: Options of the samples.
+        layouts: Layouts of all samples; all have the chips of the smallest.
+        chip: Side of a chip, LR pixels.
+    """
+    return Facts(
+        source=source,
+        bands=bands,
+        ratio=ratio,
+        chips=fitted_chips(smallest(layouts) or (chip, chip), chip),
+        radiometry=Radiometry(options.step),
+        masks=("clm",),
+    )
+
+
+def fitted_chips(sides: tuple[int, int], chip: int) -> ChipGrid:
+    """Return as many chips side by side as fit into the smallest sample, one if it is smaller than a chip."""
+    height, width = sides
+    size = min(chip, height, width)
+    return ChipGrid(size, size, 1 + (width - size) // size, 1 + (height - size) // size)
+
+
+def smallest(layouts: Iterable[SampleLayout]) -> tuple[int, int] | None:
+    """Return the least height and width of the LR grids; None if they are not known."""
+    sides = {layout["lr"].shape[-2:] for layout in layouts}
+    heights, widths = [rows for rows, _ in sides], [columns for _, columns in sides]
+    if not sides or None in heights or None in widths:
+        return None
+    return min(rows for rows in heights if rows), min(columns for columns in widths if columns)
+
+
+def worldstrat_facts(options: SampleOptions, layouts: Iterable[SampleLayout] = ()) -> Facts:
+    """Return the facts of a dataset of WorldStrat samples; its chips are the published ones if they fit."""
     lr, hr = options.lr_size, options.hr_size
+    sides = smallest(layouts) or ((lr, lr) if lr is not None else WORLDSTRAT_CHIPS.extent)
     return Facts(
         source="worldstrat",
         bands=Bands(tuple(BAND_NAMES[options.level][number - 1] for number in options.band_numbers), _HR_BANDS),
         ratio=(hr, lr) if lr is not None and hr is not None else None,
-        chips=WORLDSTRAT_CHIPS,
+        chips=WORLDSTRAT_CHIPS if min(sides) >= max(WORLDSTRAT_CHIPS.extent) else fitted_chips(sides, CHIP),
         radiometry=Radiometry(options.step),
         masks=("clm",),
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
 from sharding.format.checks import key_of
-from sharding.format.entries import JSON_SUFFIX, ByteRange, SampleEntry, ShardEntry
+from sharding.format.entries import JSON_SUFFIX, ByteRange, Content, SampleEntry, ShardEntry
 from sharding.format.layout import ArrayLayout, Dtype
 
 OWNER = "bigdata"
@@ -37,6 +37,9 @@ class NewSample:
 
     meta: Mapping[str, object]
     """Content of the sample's JSON."""
+
+    content: Content | None = None
+    """Findings on what it shows."""
 
     bytes_in: int = 0
     """Size of the source files that were read for it."""
@@ -80,7 +83,9 @@ class ShardWriter:
                 crc = crc32(part, crc)
                 self._write(part)
         layout = {name: ArrayLayout(image.shape, cast(Dtype, image.dtype.str)) for name, image in sample.images.items()}
-        self._samples.append(SampleEntry(key, sample.aoi, start, self._size - start, crc, ranges, layout))
+        self._samples.append(
+            SampleEntry(key, sample.aoi, start, self._size - start, crc, ranges, layout, sample.content)
+        )
 
     def finish(self, name: str) -> ShardEntry:
         """Write the end of the tar and return its index entry with the key ``name``."""

@@ -120,7 +120,7 @@ def read_input(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
 def _read(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
     scene = read_scene(aoi, options, target=False)
     chosen = choose_revisits(scene, options)
-    check_pictures(scene, chosen.revisits, options)
+    check_pictures(scene, chosen.revisits)
     lr, pan = prepare_inputs(scene, chosen.revisits, options)
     images, _ = stored_images({"lr": lr, "pan": pan}, options)
     return SceneInput(

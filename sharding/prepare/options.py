@@ -47,8 +47,8 @@ class SampleOptions:
     revisits: Annotated[int, Meta(ge=1, le=1000)] = field(default=8, metadata={"metavar": "R"})
     """Revisits of a sample; AOIs with fewer are skipped."""
 
-    select: Literal["first", "clearest"] = "first"
-    """Choice of revisits: the ``first`` in numeric order, or the ``clearest`` of all."""
+    select: Literal["first", "clearest", "nearest"] = "first"
+    """Choice of revisits: the ``first`` in order, or of all the ``clearest``, or the ``nearest`` in date."""
 
     hr: Literal["ps", "rgbn"] = "ps"
     """SPOT raster of the targets: ``ps`` (1.5 m, pansharpened) or ``rgbn`` (6 m)."""
@@ -86,9 +86,10 @@ class SampleOptions:
         return STEP if self.dtype == "uint16" else 1.0
 
     @property
-    def rgb(self) -> list[int]:
+    def rgb(self) -> tuple[int, int, int]:
         """0-based positions of red, green and blue among the bands."""
-        return [self.band_numbers.index(band) for band in RGB_BANDS]
+        red, green, blue = (self.band_numbers.index(band) for band in RGB_BANDS)
+        return red, green, blue
 
     @property
     def sample_bytes(self) -> int:

@@ -10,24 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import RevisitError, UnusableError
+from sharding.format.entries import Content
 from sharding.format.writer import NewSample
+from sharding.prepare.agreement import agreement_of
+from sharding.prepare.checks import check_plausible, unusual_values
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.scene import Prepared, choose_revisits, prepare, quantise
-from sharding.sources.worldstrat.layout import AoiFiles, check_files
-from sharding.sources.worldstrat.rasters import NO_CLM, SPOT_RGB, Scene, read_scene
-
-GEOREFERENCE = "bounds of the Sentinel-2 rasters divided by each grid's size; the SPOT rasters carry none"
+from sharding.sources.source import NO_CLM, Scene, SceneFiles
 
 Seen = NDArray[np.bool_]
 
 
-def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
+def make_sample(aoi: SceneFiles, options: SampleOptions) -> NewSample:
     """Make an AOI's sample. The same files and options give the same sample.
 
     A revisit that shows nothing, or whose size is not that of most, is passed over if enough others remain.
 
     Args:
-        aoi: Its files, which pass ``check_files``.
+        aoi: Its files, which pass ``check``.
         options: Options of the sample.
 
     Raises:
@@ -41,15 +41,16 @@ def make_sample(aoi: AoiFiles, options: SampleOptions) -> NewSample:
             passed.append(error)
             aoi = aoi.without(error.number)
             try:
-                check_files(aoi, options)  # a revisit that takes its place may lack a file
+                aoi.check(options)  # a revisit that takes its place may lack a file
             except UnusableError:
                 raise passed[0] from None
 
 
-def _make(aoi: AoiFiles, options: SampleOptions) -> NewSample:
-    scene = read_scene(aoi, options)
+def _make(aoi: SceneFiles, options: SampleOptions) -> NewSample:
+    scene = aoi.read(options)
     chosen = choose_revisits(scene, options)
-    seen = check_pictures(scene, chosen.revisits, options)
+    seen = check_pictures(scene, chosen.revisits)
+    check_plausible(scene, chosen.revisits)
     clouds = [cloud_percent(scene, index) for index in chosen.revisits]
     cloud = _mean(clouds)
     if options.max_cloud is not None and cloud is not None and cloud > options.max_cloud:
@@ -60,8 +61,7 @@ def _make(aoi: AoiFiles, options: SampleOptions) -> NewSample:
     images, saturated = stored_images({"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}, options)
     meta = {
         "aoi": scene.aoi,
-        "level": options.level,
-        "bands": list(options.band_numbers),
+        **scene.facts,
         "step": options.step,
         "clearest": chosen.clearest,
         "cloud_percent": cloud,
@@ -73,15 +73,25 @@ def _make(aoi: AoiFiles, options: SampleOptions) -> NewSample:
         "crs": scene.crs,
         "bounds": list(scene.bounds),
         **_transforms(scene, prepared),
-        "georeference": GEOREFERENCE,
+        "georeference": scene.georeference,
         "saturated": saturated,
         "nodata_fraction": {name: _share(~where) for name, where in seen.items()},
         "sources": dict(scene.sources),
+        **unusual_values(scene, chosen.revisits),
     }
-    return NewSample(scene.aoi, {**images, "clm": prepared.clm}, meta, scene.bytes_in)
+    return NewSample(scene.aoi, {**images, "clm": prepared.clm}, meta, _content(scene, prepared), scene.bytes_in)
 
 
-def check_pictures(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> dict[str, Seen]:
+def _content(scene: Scene, prepared: Prepared) -> Content:
+    """Compare the prepared revisits with the prepared target, band by band if they have the same, else in colours."""
+    same = prepared.lr.shape[1] == prepared.hr.shape[0]
+    bands = (range(len(prepared.hr)),) * 2 if same else (scene.rgb, range(len(prepared.hr)))
+    clear = (prepared.lr != 0).any(axis=1, keepdims=True) & (prepared.clm != 1)
+    seen = (prepared.hr != 0).any(axis=0)
+    return agreement_of(prepared.lr, clear, prepared.hr, seen, bands, scene.land)
+
+
+def check_pictures(scene: Scene, chosen: Sequence[int]) -> dict[str, Seen]:
     """Refuse a scene with an image that shows nothing: no data, or a band that is constant wherever it has data.
 
     Returns:
@@ -90,20 +100,19 @@ def check_pictures(scene: Scene, chosen: Sequence[int], options: SampleOptions) 
     Raises:
         UnusableError: ``no-data`` or ``degenerate``; a RevisitError if it is a revisit.
     """
-    seen = {name: _seen(image) for name, image in (("hr", scene.hr), ("pan", scene.pan)) if len(image)}
-    if "hr" in seen:
-        _check_picture(f"the SPOT {options.hr} raster", scene.hr, seen["hr"], SPOT_RGB)
-    _check_picture("the SPOT pan raster", scene.pan, seen["pan"], (1,))
+    seen = {"hr": scene.hr_valid, "pan": scene.pan_valid} if len(scene.hr) else {"pan": scene.pan_valid}
+    for image, mask in seen.items():
+        _check_picture(scene.titles[image], getattr(scene, image), mask, scene.labels[image])
     for index in chosen:
         number = scene.revisits[index].number
         try:
-            _check_picture(f"revisit {number}", scene.lr[index], scene.valid[index][0], options.band_numbers)
+            _check_picture(f"revisit {number}", scene.lr[index], scene.valid[index][0], scene.labels["lr"])
         except UnusableError as error:
             raise RevisitError(error.reason, error.detail, number) from None
     return seen
 
 
-def _check_picture(name: str, image: NDArray[Any], where: Seen, numbers: Sequence[int]) -> None:
+def _check_picture(name: str, image: NDArray[Any], where: Seen, names: Sequence[str]) -> None:
     if not where.any():
         raise UnusableError("no-data", f"{name} holds no data")
     row, column = np.unravel_index(where.argmax(), where.shape)
@@ -113,14 +122,7 @@ def _check_picture(name: str, image: NDArray[Any], where: Seen, numbers: Sequenc
         raise UnusableError("no-data", f"{name} is all zero")
     if not varied.all():
         band = int(varied.argmin())
-        raise UnusableError("degenerate", f"band {numbers[band]} of {name} is {value[band]:g} wherever it has data")
-
-
-def _seen(image: NDArray[np.uint16]) -> Seen:
-    """Return the mask [h, w] of a SPOT image's pixels with data."""
-    if image.min() > 0:
-        return np.ones(image.shape[-2:], np.bool_)
-    return np.asarray((image != 0).any(axis=0))
+        raise UnusableError("degenerate", f"band {names[band]} of {name} is {value[band]:g} wherever it has data")
 
 
 def cloud_percent(scene: Scene, index: int) -> float | None:

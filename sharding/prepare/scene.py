@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from sharding.errors import UnusableError
+from sharding.prepare.median import median_of
 from sharding.prepare.options import STEP, SampleOptions
-from sharding.sources.worldstrat.rasters import Scene
+from sharding.sources.source import Scene
 
-SPOT_SCALE = 10_000
 # Scene classes that do not show the ground: no data, saturated, cloud shadow, clouds, cirrus. Snow (11) is not masked:
 # it is visible, and the comparison with the other revisits shows if it is usual there.
 SCL_MASKED = (0, 1, 3, 8, 9, 10)
 
+HALF = np.float32(0.5)
+"""Share of pixels with data that a resized pixel needs."""
+
 Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,10 @@ class Prepared:
     """[R, 1, h, w] cloud masks."""
 
     hr: Array
-    """[3, H, W] reflectance in [0, 1]."""
+    """[C, H, W] reflectance."""
 
     pan: Array
-    """[1, H, W] reflectance in [0, 1]."""
+    """[1, H, W] reflectance."""
 
 
 def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
@@ -54,9 +61,15 @@ def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
 
     Only these three bands count, so that the choice does not depend on the stored bands.
     """
-    ranked = rank_revisits(scene.lr[:, options.rgb], _usable(scene))
-    revisits = tuple(sorted(ranked[: options.revisits]) if options.select == "clearest" else range(options.revisits))
-    return Chosen(revisits, revisits.index(ranked[0]))
+    ranked = rank_revisits(scene.lr[:, list(scene.rgb)], _usable(scene))
+    order: Sequence[int] = range(len(ranked))
+    if options.select == "clearest":
+        order = ranked
+    elif options.select == "nearest":
+        order = _nearest_in_date(scene)
+    # A source may let a scene with too few revisits through: they are then repeated.
+    revisits = tuple(sorted(order[number % len(order)] for number in range(options.revisits)))
+    return Chosen(revisits, min(range(len(revisits)), key=lambda place: ranked.index(revisits[place])))
 
 
 def rank_revisits(lr: Array, usable: NDArray[np.bool_]) -> list[int]:
@@ -72,7 +85,7 @@ def rank_revisits(lr: Array, usable: NDArray[np.bool_]) -> list[int]:
     Returns:
         0-based indices; revisits without a usable pixel come last.
     """
-    median = _median(lr, usable)
+    median = median_of(lr, usable)
     differences = [_median_difference(image, median, mask) for image, mask in zip(lr, usable, strict=True)]
     return [int(index) for index in np.argsort(differences, kind="stable")]
 
@@ -80,21 +93,25 @@ def rank_revisits(lr: Array, usable: NDArray[np.bool_]) -> list[int]:
 def prepare(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> Prepared:
     """Resize a scene to the training grid: images antialiased and bilinear, masks by the nearest pixel.
 
-    Sentinel-2 reflectance is not rescaled. SPOT counts are divided by 10000, resized and clamped to [0, 1], as in
-    the published pipeline. Without sizes in the options nothing is resized.
+    Target and PAN are then clamped to the scene's limit. Without sizes in the options nothing is resized.
     """
     lr, pan = prepare_inputs(scene, chosen, options)
     return Prepared(
         lr=lr,
         clm=_nearest(scene.clm[list(chosen)], options.lr_size),
-        hr=_spot(scene.hr, options.hr_size),
+        hr=_clamped(scene.hr, options.hr_size, scene.limit, scene.hr_valid if scene.masked else None),
         pan=pan,
     )
 
 
 def prepare_inputs(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> tuple[Array, Array]:
     """Return revisits [R, C, h, w] and PAN [1, H, W] as `prepare` does, without masks and target."""
-    return _resized(scene.lr[list(chosen)], options.lr_size), _spot(scene.pan, options.hr_size)
+    picked = list(chosen)
+    valid, seen = (scene.valid[picked], scene.pan_valid) if scene.masked else (None, None)
+    return (
+        _resized(scene.lr[picked], options.lr_size, valid),
+        _clamped(scene.pan, options.hr_size, scene.limit, seen),
+    )
 
 
 def quantise(image: Array) -> tuple[NDArray[np.uint16], int]:
@@ -124,30 +141,6 @@ def _usable(scene: Scene) -> NDArray[np.bool_]:
     return usable
 
 
-def _median(lr: Array, usable: NDArray[np.bool_]) -> Array:
-    """Return the per-pixel median [C, h, w] of usable revisits; 0 where no revisit is usable.
-
-    It is a sorting network of whole images: the few values of a pixel lie far apart in memory, and numpy's median
-    with gaps takes twenty times as long.
-    """
-    ordered: Array = np.where(usable, lr, np.float32(np.inf))
-    least = np.empty_like(ordered[0])
-    for turn in range(len(ordered)):
-        for left in range(turn % 2, len(ordered) - 1, 2):
-            low, high = ordered[left], ordered[left + 1]
-            np.minimum(low, high, out=least)
-            np.maximum(low, high, out=high)
-            low[:] = least
-    count = usable.sum(axis=0)
-    median: Array = np.zeros_like(least)
-    for number in range(1, len(ordered) + 1):
-        here = count == number
-        if here.any():
-            middle = (ordered[(number - 1) // 2] + ordered[number // 2]) / 2
-            np.copyto(median, middle, where=here)
-    return median
-
-
 def _median_difference(image: Array, median: Array, usable: NDArray[np.bool_]) -> float:
     """Return the median of |image - median| over usable pixels of all bands; infinity if there is none."""
     count = len(image) * int(np.count_nonzero(usable))
@@ -160,17 +153,40 @@ def _median_difference(image: Array, median: Array, usable: NDArray[np.bool_]) -
     return float((below + above) / 2)
 
 
-def _spot(image: NDArray[np.uint16], size: int | None) -> Array:
-    reflectance = image.astype(np.float32)
-    reflectance /= np.float32(SPOT_SCALE)
-    resized: Array = _resized(reflectance[None], size)[0]
-    np.clip(resized, 0, 1, out=resized)
-    return resized
+def _clamped(image: Array, size: int | None, limit: float | None, valid: Mask | None) -> Array:
+    resized: Array = _resized(image[None], size, valid if valid is None else valid[None, None])[0]
+    return resized if limit is None else np.clip(resized, 0, limit, out=resized)
 
 
-def _resized(image: Array, size: int | None) -> Array:
+def _nearest_in_date(scene: Scene) -> list[int]:
+    """Return the revisits, the nearest in date to the target first; those without a date come last.
+
+    Raises:
+        UnusableError: If the target has no date.
+    """
+    taken = _day(scene.hr_date)
+    if taken is None:
+        raise UnusableError("no-date", "its target has no date, which --select nearest needs")
+    days = [_day(revisit.date) for revisit in scene.revisits]
+    distances = [abs(day - taken) if day is not None else math.inf for day in days]
+    return sorted(range(len(days)), key=lambda index: (distances[index], index))
+
+
+def _day(text: str | None) -> int | None:
+    try:
+        return date.fromisoformat((text or "")[:10]).toordinal()
+    except ValueError:
+        return None
+
+
+def _resized(image: Array, size: int | None, valid: Mask | None = None) -> Array:
+    """Resize images [N, C, h, w]; pixels outside a mask [N, 1, h, w] take no part, and become 0."""
     if size is None:
         return image
+    if valid is not None and not valid.all():
+        share = _resized(valid.astype(np.float32), size)
+        total = _resized(np.where(valid, image, np.float32(0)), size)
+        return np.where(share >= HALF, total / np.maximum(share, HALF), np.float32(0))
     resized = functional.interpolate(torch.from_numpy(image), (size, size), mode="bilinear", antialias=True)
     return np.asarray(resized.numpy(), dtype=np.float32)
 

@@ -19,6 +19,7 @@ from sharding.format.entries import Layouts, ShardEntry, Skipped, StoredShard, s
 from sharding.format.index import GONE, Measured, damage_of
 from sharding.format.layout import (
     ArrayLayout,
+    Facts,
     SampleLayout,
     refuse_layout,
     worldstrat_facts,
@@ -31,7 +32,8 @@ from sharding.prepare.sample import make_sample
 from sharding.prepare.scene import quantise
 from sharding.schema import Sha256, decode
 from sharding.scratch import scratch_folder
-from sharding.sources.worldstrat.layout import AoiFiles
+from sharding.sources.options import SourceOptions
+from sharding.sources.source import SceneFiles
 from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
 
 SHARD_VERSION = 2
@@ -55,7 +57,7 @@ class ShardTask:
     name: str
     """Its key in ``output``."""
 
-    aois: tuple[AoiFiles, ...]
+    aois: tuple[SceneFiles, ...]
     """AOIs of the shard, in order."""
 
     options: SampleOptions
@@ -67,6 +69,12 @@ class ShardTask:
     output: Storage
     """Destination of the shard: the folder of its generation, which only the holder of the dataset's lock writes to."""
 
+    facts: Facts
+    """Facts of the dataset, as far as they are known before sharding; its samples agree with them."""
+
+    limits: SourceOptions
+    """Limits of samples: their agreement, and their pixels without data."""
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that determines the shard's bytes, except the content of the source files.
@@ -75,6 +83,10 @@ class ShardTask:
         """
         files = [[aoi.name, *([file.name, file.size] for file in aoi.used(self.options))] for aoi in self.aois]
         described = [SHARD_VERSION, self.split, self.name, asdict(self.options), files]
+        recipes = [aoi.recipe for aoi in self.aois]
+        limits = [self.limits.min_agreement, self.limits.max_nodata]
+        if any(recipes) or limits != [None, None]:
+            described.append([recipes, limits])
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def substitutes(self, skipped: Sequence[Skipped], passed: Sequence[str]) -> str:
@@ -90,9 +102,7 @@ class ShardTask:
         files = []
         for aoi in self.aois:
             if aoi.name in names or any(line.startswith(_passed_over(aoi.name)) for line in passed):
-                used = {file.name for file in aoi.used(self.options)}
-                every = (file for revisit in aoi.revisits.values() for file in revisit.values())
-                files += [[file.name, file.size] for file in every if file.name not in used]
+                files += [[file.name, file.size] for file in aoi.spare(self.options)]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ""
 
 
@@ -137,7 +147,7 @@ def build_shard(task: ShardTask) -> ShardResult:
     Raises:
         UserError: When an AOI cannot be read and the task is strict, the disk is full, or the storage refuses.
     """
-    fingerprint, earlier = read_sidecar(task.output, task.name, task.options) or ("", None)
+    fingerprint, earlier = read_sidecar(task.output, task.name, task.options, task.facts) or ("", None)
     damage = None
     same = earlier is not None and fingerprint == task.fingerprint
     if earlier is not None and same and earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed):
@@ -186,6 +196,7 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
             for aoi in task.aois:
                 try:
                     sample = make_sample(aoi, task.options)
+                    _check_limits(sample, task)
                 except UnusableError as error:
                     skipped.append(skip(aoi.name, error, task.strict))
                     continue
@@ -205,6 +216,18 @@ def _pack(task: ShardTask, path: Path) -> ShardResult:
     return ShardResult(
         task.name, entry, histograms, tuple(skipped), tuple(passed), bytes_in=bytes_in, bytes_out=entry.bytes
     )
+
+
+def _check_limits(sample: NewSample, task: ShardTask) -> None:
+    least, most = task.limits.min_agreement, task.limits.max_nodata
+    found = sample.content.correlation if sample.content else None
+    if least is not None and found is not None and found < least:
+        raise UnusableError(
+            "disagrees", f"its revisits correlate with its target by {found:.3f}, the least is {least:g}"
+        )
+    missing = 100 * max(cast(Mapping[str, float], sample.meta["nodata_fraction"]).values())
+    if most is not None and missing > most:
+        raise UnusableError("no-data", f"{missing:.1f} % of its target or PAN hold no data, the most is {most:g}")
 
 
 def _count(sample: NewSample, histograms: dict[Measured, Histogram]) -> None:
@@ -274,13 +297,16 @@ class _Sidecar(msgspec.Struct):
     """`ShardTask.substitutes` of the task."""
 
 
-def read_sidecar(output: Storage, name: str, options: SampleOptions | None = None) -> tuple[str, ShardResult] | None:
+def read_sidecar(
+    output: Storage, name: str, options: SampleOptions | None = None, facts: Facts | None = None
+) -> tuple[str, ShardResult] | None:
     """Read a shard's sidecar: the fingerprint of the task that built the shard, and its result.
 
     Args:
         output: Place of the dataset.
         name: Name of the shard.
         options: Options of its samples; the layouts and histograms of others are refused.
+        facts: Facts of the dataset; None for WorldStrat's.
 
     Returns:
         None if the sidecar is missing, damaged or foreign.
@@ -290,7 +316,7 @@ def read_sidecar(output: Storage, name: str, options: SampleOptions | None = Non
         layouts = found.layouts or (worldstrat_layout(options or _ANY_SIZES),)
         histograms = {image: Histogram.from_text(text) for image, text in found.histograms.items()}
         if options is not None:
-            _refuse_others(options, layouts, histograms)
+            _refuse_others(options, facts or worldstrat_facts(options), layouts, histograms)
         result = ShardResult(
             name=name,
             entry=shard_from_json(found.shard, layouts) if found.shard else None,
@@ -309,10 +335,9 @@ def read_sidecar(output: Storage, name: str, options: SampleOptions | None = Non
 
 
 def _refuse_others(
-    options: SampleOptions, layouts: Sequence[SampleLayout], histograms: Mapping[Measured, Histogram]
+    options: SampleOptions, facts: Facts, layouts: Sequence[SampleLayout], histograms: Mapping[Measured, Histogram]
 ) -> None:
     """Refuse layouts and histograms that are not of samples with these options."""
-    facts = worldstrat_facts(options)
     for layout in layouts:
         refuse_layout(layout, facts, options.revisits, options.dtype)
     bands: dict[Measured, int] = {"lr": len(facts.bands.lr), "hr": len(facts.bands.hr), "pan": 1}

@@ -1,4 +1,4 @@
-"""Dataset from a WorldStrat source: plan, shards, index.
+"""Dataset from a source: plan, shards, index.
 
 The plan is pure: it assigns each AOI to a split and a shard. A shard is built by any process that sees source and
 output: it is written to a temporary file, digested on the way, described by a sidecar, then published under its name,
@@ -20,18 +20,18 @@ from pathlib import Path
 from sharding.errors import UnusableError, UserError
 from sharding.format.entries import ShardEntry, Skipped
 from sharding.format.index import INDEX_NAME, SPLITS, Index, Measured
-from sharding.format.layout import worldstrat_facts
 from sharding.format.statistics import Histogram
 from sharding.prepare.sample import make_sample
 from sharding.progress import progress
 from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
+from sharding.run.groups import groups_of
 from sharding.run.job import ShardOptions
 from sharding.run.output import check_space, generation_of, keys_of, look
 from sharding.run.plan import Plan, make_plan
 from sharding.run.splits import TooFewError, describe_split, natural_key
 from sharding.run.workers import processes
-from sharding.sources.worldstrat.files import open_source
-from sharding.sources.worldstrat.layout import AoiFiles, check_files, find_aois, read_split_file
+from sharding.sources.registry import open_source
+from sharding.sources.source import SceneFiles
 from sharding.storage import Storage
 from sharding.storage.lock import Lock
 
@@ -124,10 +124,10 @@ def shard_folder(
     runner: Runner | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Make a dataset from a WorldStrat folder, or resume an interrupted run.
+    """Make a dataset from a folder of scenes, or resume an interrupted run.
 
     Args:
-        folder: Source, with ``hr_dataset`` and ``lr_dataset``, or the published zips.
+        folder: The source.
         output: Destination of shards and index. Files there that this program did not write are refused and stay.
         options: Options of the dataset.
         workers: Processes that build shards in parallel; their number does not change a byte.
@@ -149,14 +149,16 @@ class _Sharding:
     def __init__(self, folder: Path, output: Storage, options: ShardOptions, say: Callable[[str], None]) -> None:
         self.start = time.monotonic()
         self.output, self.options = output, options
-        self.source = open_source(folder, options.sample.level)
-        self.found = _chosen(find_aois(self.source), options.aois)
-        self.rows = None if options.plan.splits == "seeded" else read_split_file(self.source)
+        self.source = open_source(folder, options.sample, options.source)
+        self.found = _chosen(self.source.scenes, options.aois)
+        self.rows = None if options.plan.splits == "seeded" else self.source.split_rows()
         self.usable, self.skipped = _sift(self.found, options)
+        groups = groups_of(list(self.usable.values()))
+        self.groups = groups if any(group != name for name, group in groups.items()) else None
         self.notes: list[str] = []
         self._say = say
-        for path in self.source.strays:
-            self._note(f"{path!r} points outside its folder, and was not read")
+        for line in self.source.notes:
+            self._note(line)
 
     def run(self, runner: Runner, overwrite: bool) -> Report:
         plan, tasks = self._plan(self.usable)  # refuses a source with too few AOIs before anything is written
@@ -208,22 +210,26 @@ class _Sharding:
         if not overwrite and self.there.holds_another(_digest(tasks), prints):
             self.there.refuse_another(self.options.sample, plan.rule, self.options.plan.seed)
         missing = [task for task in tasks if _below(folder, task.name) not in self.there.ours]
-        check_space(self.output, sum(len(task.aois) for task in missing) * self.options.sample.sample_bytes)
+        size = self.source.sample_bytes(self.options.sample)
+        check_space(self.output, size * sum(len(task.aois) for task in missing))
         for line in describe_split(plan.split):
             self._note(line)
         output = self.output.child(folder) if folder else self.output
         return folder, [replace(task, output=output) for task in tasks]
 
-    def _plan(self, usable: Mapping[str, AoiFiles]) -> tuple[Plan, list[ShardTask]]:
+    def _plan(self, usable: Mapping[str, SceneFiles]) -> tuple[Plan, list[ShardTask]]:
         names = [aoi.name for aoi in self.found]
         sample, strict = self.options.sample, self.options.strict
+        size = self.source.sample_bytes(sample)
         try:
-            plan = make_plan(list(usable), names, self.rows, sample.sample_bytes, self.options.plan)
+            plan = make_plan(list(usable), names, self.rows, size, self.options.plan, self.groups)
         except TooFewError as error:
             raise TooFewAoisError(str(error), self.skipped) from None
+        facts = self.source.facts(sample, ())
         tasks = [
-            ShardTask(shard.split, shard.name, tuple(usable[aoi] for aoi in shard.aois), sample, strict, self.output)
+            ShardTask(shard.split, shard.name, aois, sample, strict, self.output, facts, self.options.source)
             for shard in plan.shards
+            for aois in [tuple(usable[aoi] for aoi in shard.aois)]
         ]
         return plan, tasks
 
@@ -247,7 +253,7 @@ class _Sharding:
         self.skipped += [item for item in index.skipped if item.aoi in left_out]
         return plan, tasks
 
-    def _unread(self, aoi: AoiFiles) -> Skipped | None:
+    def _unread(self, aoi: SceneFiles) -> Skipped | None:
         """Return the index entry of an AOI that cannot be prepared, else None."""
         try:
             make_sample(aoi, self.options.sample)
@@ -303,7 +309,10 @@ class _Sharding:
             splits=splits,
             statistics={name: histogram.statistics() for name, histogram in counted.items()},
             skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
-            facts=worldstrat_facts(self.options.sample),
+            facts=self.source.facts(
+                self.options.sample,
+                (sample.layout for shards in splits.values() for shard in shards for sample in shard.samples),
+            ),
         )
 
     def _publish(self, index: Index, folder: str, lock: Lock) -> Index:
@@ -358,7 +367,7 @@ def _same(one: Index, other: Index) -> bool:
     return content(one) == content(other)
 
 
-def _chosen(found: Sequence[AoiFiles], wanted: Sequence[str] | None) -> list[AoiFiles]:
+def _chosen(found: Sequence[SceneFiles], wanted: Sequence[str] | None) -> list[SceneFiles]:
     if wanted is None:
         return list(found)
     missing = sorted(set(wanted) - {aoi.name for aoi in found}, key=natural_key)
@@ -368,23 +377,20 @@ def _chosen(found: Sequence[AoiFiles], wanted: Sequence[str] | None) -> list[Aoi
     return [aoi for aoi in found if aoi.name in set(wanted)]
 
 
-def _sift(found: Sequence[AoiFiles], options: ShardOptions) -> tuple[dict[str, AoiFiles], list[Skipped]]:
+def _sift(found: Sequence[SceneFiles], options: ShardOptions) -> tuple[dict[str, SceneFiles], list[Skipped]]:
     """Separate the AOIs with complete files from the others.
 
     Raises:
         UserError: If none is complete, and all lack only targets that another option does not need.
     """
-    usable: dict[str, AoiFiles] = {}
+    usable: dict[str, SceneFiles] = {}
     skipped = []
     for aoi in found:
         try:
-            check_files(aoi, options.sample)
+            aoi.check(options.sample)
             usable[aoi.name] = aoi
         except UnusableError as error:
-            item = skip(aoi.name, error, options.strict)
-            if options.sample.hr == "ps" and "ps" not in aoi.hr and "rgbn" in aoi.hr:
-                item = replace(item, detail=f"{item.detail}; `--hr rgbn` takes all targets from the 6 m rasters")
-            skipped.append(item)
+            skipped.append(skip(aoi.name, error, options.strict))
     if not usable and skipped and all("--hr rgbn" in item.detail for item in skipped):
         raise UserError(f"AOI {skipped[0].aoi!r} and all others cannot be used: {skipped[0].detail}")
     return usable, skipped

@@ -6,7 +6,8 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +18,8 @@ from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import SPLITS, Index
 from sharding.format.sample import Sample, fetch_sample
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
-from sharding.prepare.options import SampleOptions
+from sharding.prepare.shifts import revisit_shifts
+from sharding.run.groups import leaks
 from sharding.run.named_file import SOFTWARE, write_file
 from sharding.storage import Storage
 
@@ -29,6 +31,8 @@ _NO_DATA = 255
 """No-data value of a cloud mask; see `sharding.format.sample.Sample`."""
 
 SHEET_ROWS = 12
+LEAST = 3
+"""Samples with the least agreement that are named."""
 TILE_PX = 200
 
 
@@ -40,10 +44,14 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
     yield f"index   sha256 {index.digest}"
     lr, hr = (f"{size} px" if size else "native" for size in (preparation.lr_size, preparation.hr_size))
     stored = f"integers of {preparation.step:g}" if preparation.dtype == "uint16" else preparation.dtype
-    yield (
-        f"samples {preparation.select} {preparation.revisits} revisits of {preparation.level}, bands "
-        f"{', '.join(map(str, preparation.band_numbers))}, LR {lr}, HR {hr} from _{preparation.hr}, {stored}"
-    )
+    if index.facts.source == "worldstrat":
+        yield (
+            f"samples {preparation.select} {preparation.revisits} revisits of {preparation.level}, bands "
+            f"{', '.join(map(str, preparation.band_numbers))}, LR {lr}, HR {hr} from _{preparation.hr}, {stored}"
+        )
+    else:
+        ratio = f", {index.facts.ratio[0]}/{index.facts.ratio[1]} PAN pixels per LR pixel" if index.facts.ratio else ""
+        yield f"samples {preparation.select} {preparation.revisits} revisits{ratio}, {stored}"
     chips = index.facts.chips
     yield (
         f"format  {index.format_version}, {index.facts.source}: bands {', '.join(index.facts.bands.lr)}, of targets "
@@ -51,6 +59,9 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
     )
     for repeat in index.repeats:
         yield f"WRONG   {repeat}: shard the dataset again"
+    for leak in leaks(index):
+        yield f"LEAK    {leak}"
+    yield from _agreement(index)
     yield f"split   {index.split_rule}{seed}"
     for split in SPLITS:
         shards = index.splits[split]
@@ -76,6 +87,23 @@ def describe(index: Index, storage: Storage) -> Iterator[str]:
         yield f"  {item.aoi}  {item.reason}: {item.detail}"
 
 
+def _agreement(index: Index) -> Iterator[str]:
+    """Yield a histogram of the correlation of revisits and target, and the samples with the least."""
+    found = [
+        (entry.content.correlation, entry.aoi)
+        for split in SPLITS
+        for _, entry in index.samples(split)
+        if entry.content is not None and entry.content.correlation is not None
+    ]
+    if not found:
+        return
+    counts = Counter(min(9, max(-1, int(value * 10 // 1))) for value, _ in found)
+    parts = (f"{'below 0' if step < 0 else f'{step / 10:.1f}'}: {counts[step]}" for step in sorted(counts))
+    yield f"agreement of revisits with the target, correlation from: {', '.join(parts)}"
+    for value, aoi in sorted(found)[:LEAST]:
+        yield f"  {value:.3f}  {aoi}"
+
+
 def find(index: Index, aoi: str) -> tuple[str, ShardEntry, SampleEntry]:
     """Return split, shard and sample entry of an AOI.
 
@@ -94,10 +122,15 @@ def find(index: Index, aoi: str) -> tuple[str, ShardEntry, SampleEntry]:
     raise UserError(f"--aoi {aoi!r} is not in this dataset{nearest(aoi, names)}")
 
 
-def describe_sample(split: str, shard: ShardEntry, sample: Sample) -> Iterator[str]:
+def describe_sample(split: str, shard: ShardEntry, sample: Sample, rgb: Sequence[int]) -> Iterator[str]:
     """Yield lines for the user on the place and the content of one sample."""
     yield f"AOI {sample.aoi!r} in {split}, {shard.name}, key {sample.key!r}"
     yield f"  lr {list(sample.lr.shape)}, hr {list(sample.hr.shape)}, pan {list(sample.pan.shape)}, {sample.hr.dtype}"
+    content = next((entry.content for entry in shard.samples if entry.key == sample.key), None)
+    if content is not None:
+        yield f"  agreement: {json.dumps(asdict(content))}"
+    shifts = [shift and tuple(round(value, 2) for value in shift) for shift in revisit_shifts(sample.lr, rgb)]
+    yield f"  shifts of the revisits against the others, LR px down and right: {json.dumps(shifts)}"
     for name, value in sample.meta.items():
         if name not in ("aoi", "sources"):
             yield f"  {name}: {json.dumps(value)}"
@@ -111,7 +144,7 @@ def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> 
     """
     entries = [find(index, aoi)] if aoi else [(split, *pair) for split in SPLITS for pair in index.samples(split)]
     rows = [
-        _row(split, fetch_sample(storage, shard, entry), index.preparation)
+        _row(split, fetch_sample(storage, shard, entry), index)
         for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
     ]
     page, data, info = sheet(rows, tile_size=TILE_PX), io.BytesIO(), PngInfo()
@@ -120,9 +153,9 @@ def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> 
     write_file("--png", path, data.getvalue())
 
 
-def _row(split: str, sample: Sample, preparation: SampleOptions) -> list[Tile]:
-    step, rgb = preparation.step, preparation.rgb
-    hr = sample.hr * step
+def _row(split: str, sample: Sample, index: Index) -> list[Tile]:
+    step, rgb = index.preparation.step, list(index.facts.bands.lr_rgb)
+    hr = sample.hr[list(index.facts.bands.hr_rgb)] * step
     white = robust_high(hr)
     # One stretch for the whole row: it keeps differences of brightness between the sensors visible.
     revisits = zip(sample.lr, sample.clm, cast(list[dict[str, object]], sample.meta["revisits"]), strict=True)

@@ -16,6 +16,7 @@ from sharding.prepare.options import SampleOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import MOST_WORKERS
 from sharding.schema import decode_strictly
+from sharding.sources.options import SourceOptions
 from sharding.storage import StorageOptions
 from sharding.storage.names import absolute_uri, check_uri, local_path
 
@@ -39,11 +40,18 @@ class ShardOptions:
     plan: PlanOptions = field(default_factory=PlanOptions)
     """Options of splits and shards."""
 
+    source: SourceOptions = field(default_factory=SourceOptions)
+    """Options of the source."""
+
     aois: tuple[str, ...] | None = field(default=None, metadata={"metavar": "FILE", "parse": _read_names})
     """Use only the AOIs that FILE names, one per line. None uses all."""
 
     strict: bool = False
     """Refuse an input with an unusable AOI. Otherwise the AOI is skipped."""
+
+    def __post_init__(self) -> None:
+        if self.source.source != "worldstrat":  # images of other sources are cut into tiles, never resized
+            object.__setattr__(self, "sample", self.source.without_sizes(self.sample))
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class ShardJob:
     """One run of `shard`."""
 
     input: Path = field(metadata={"metavar": "DIR"})
-    """Folder that holds hr_dataset/ and lr_dataset/, or their zips."""
+    """Folder of the source: hr_dataset/ and lr_dataset/ or their zips, a scenes.toml, or HDF5 files."""
 
     output: str = field(metadata={"metavar": "URI"})
     """Local folder or s3://BUCKET/PREFIX."""

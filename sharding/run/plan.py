@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ from msgspec import Meta
 from sharding.arguments import check_values
 from sharding.errors import UserError
 from sharding.format.index import SPLITS
+from sharding.run.groups import grouped_split
 from sharding.run.splits import FRACTIONS, SPLIT_SEED, Split, published_split, seeded_split
 from sharding.schema import Seed
 
@@ -98,6 +99,7 @@ def make_plan(
     rows: Sequence[tuple[str, str]] | None,
     sample_bytes: int,
     options: PlanOptions,
+    groups: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide splits and shards.
 
@@ -107,12 +109,15 @@ def make_plan(
         rows: Rows (AOI, split) of the published split file; None without the file.
         sample_bytes: Expected size of a sample in a shard.
         options: Rule, seed and sizes.
+        groups: Group of each AOI; a seeded split takes whole groups. None makes each AOI a group.
 
     Raises:
         UserError: If the published split is requested and its file is missing, or the AOIs are too few.
     """
     rule = ("seeded" if rows is None else "published") if options.splits == "auto" else options.splits
-    if rule == "seeded":
+    if rule == "seeded" and groups and any(groups[aoi] != aoi for aoi in aois):
+        split = grouped_split(aois, groups, options.seed, options.fractions)
+    elif rule == "seeded":
         split = seeded_split(aois, options.seed, options.fractions, found)
     elif rows is not None:
         split = published_split(aois, rows)
@@ -121,7 +126,7 @@ def make_plan(
     shards = []
     for name in SPLITS:
         members = list(split.splits[name])
-        if rule == "published":  # it is in natural order, which groups neighbours; the seeded split is shuffled already
+        if rule == "published" or groups:
             random.Random(f"{options.seed}:{name}").shuffle(members)  # noqa: S311 - repeatable, no secret
         ranks = options.for_ranks if name == "train" else 1
         parts = evenly(members, _number_of_shards(len(members), sample_bytes, options.shard_bytes, ranks))

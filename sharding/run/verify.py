@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from sharding.format.index import GONE, INDEX_NAME, SPLITS, Index, damage_of
 from sharding.format.sample import Sample, decode_sample, fetch_sample
 from sharding.format.writer import NewSample
 from sharding.progress import progress
+from sharding.run.groups import leaks
+from sharding.sources.options import SourceOptions
 from sharding.storage import CorruptedError, Storage
 
 PARALLEL = 4
@@ -52,6 +55,9 @@ class Verified:
 
     problems: tuple[Problem, ...]
     """All differences."""
+
+    leaks: tuple[str, ...] = ()
+    """Pairs of samples that show the same land in different splits, in words."""
 
     def summary(self) -> str:
         """Return the result as one line."""
@@ -92,6 +98,7 @@ def verify(
         samples=sum(len(shard.samples) for shard in shards) if deep else 0,
         prepared=tuple(entry.aoi for _, entry in prepared),
         problems=tuple(problems),
+        leaks=tuple(leaks(index)),
     )
 
 
@@ -119,17 +126,18 @@ def _compare_with_source(
 ) -> list[Problem]:
     # Here, not above: only this needs rasterio.
     from sharding.prepare.sample import make_sample
-    from sharding.sources.worldstrat.files import open_source
-    from sharding.sources.worldstrat.layout import find_aois
+    from sharding.sources.registry import open_source
 
-    options = index.preparation
-    found = {aoi.name: aoi for aoi in find_aois(open_source(folder, options.level))}
+    options, kind = index.preparation, SourceOptions(source=cast(Any, index.facts.source))
+    found = {aoi.name: aoi for aoi in open_source(folder, options, kind).scenes}
     problems = []
     with progress(len(pairs), "preparing again", "AOI") as shown:
         for shard, entry in pairs:
             try:
                 if entry.aoi not in found:
-                    raise UnusableError("missing-file", "the source no longer has it")
+                    raise UnusableError(
+                        "missing-file", "the source no longer has it, or other options such as --tile made it"
+                    )
                 stored = fetch_sample(storage, shard, entry)
                 different = _differences(stored, make_sample(found[entry.aoi], options))
             except (UnusableError, CorruptedError) as error:

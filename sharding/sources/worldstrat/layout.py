@@ -18,7 +18,9 @@ from sharding.errors import Reason, UnusableError, UserError
 from sharding.files import read_text
 from sharding.prepare.options import SampleOptions
 from sharding.run.splits import natural_key
+from sharding.sources.source import Scene
 from sharding.sources.worldstrat.files import Source, SourceFile
+from sharding.sources.worldstrat.rasters import read_scene
 
 SPLIT_FILE = "stratified_train_val_test_split.csv"
 
@@ -42,6 +44,15 @@ class AoiFiles:
     flaw: tuple[Reason, str] | None = None
     """Reason why none of them may be read."""
 
+    scale: float = 1.0
+    """Reflectance of a value of 1 in the revisits."""
+
+    offset: float = 0.0
+    """Reflectance of a value of 0 in them."""
+
+    few_revisits: str = "drop"
+    """``drop`` or ``repeat``, see `sharding.sources.options.SourceOptions`."""
+
     def candidates(self, options: SampleOptions) -> dict[int, Mapping[str, SourceFile]]:
         """Return the revisits from which a sample with these options is chosen."""
         numbers = list(self.revisits)
@@ -52,6 +63,36 @@ class AoiFiles:
     def without(self, number: int) -> AoiFiles:
         """Return the AOI without one of its revisits."""
         return replace(self, revisits={key: files for key, files in self.revisits.items() if key != number})
+
+    def spare(self, options: SampleOptions) -> tuple[SourceFile, ...]:
+        """Return the files of revisits that a sample with these options does not read."""
+        used = {file.name for file in self.used(options)}
+        every = (file for revisit in self.revisits.values() for file in revisit.values())
+        return tuple(file for file in every if file.name not in used)
+
+    @property
+    def group(self) -> str:
+        """Name of the group that goes into one split: the AOI itself."""
+        return self.name
+
+    @property
+    def footprint(self) -> None:
+        """None: only the Sentinel-2 rasters, which are not read before, tell where an AOI is."""
+        return None
+
+    @property
+    def recipe(self) -> str:
+        """Text of what decides the pixels beside files and options: usually nothing."""
+        usual = (self.few_revisits, self.scale, self.offset) == ("drop", 1.0, 0.0)
+        return "" if usual else f"{self.few_revisits} {self.scale!r} {self.offset!r}"
+
+    def check(self, options: SampleOptions) -> None:
+        """Check the files, see `check_files`."""
+        check_files(self, options)
+
+    def read(self, options: SampleOptions) -> Scene:
+        """Read the rasters, see `read_scene`."""
+        return read_scene(self, options)
 
     def used(self, options: SampleOptions) -> tuple[SourceFile, ...]:
         """Return the files that a sample with these options reads, sorted by name: the same for folders and zips."""
@@ -111,8 +152,11 @@ def check_files(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) -
         raise UnusableError(*aoi.flaw)
     for suffix in (options.hr, "pan") if target else ("pan",):
         if suffix not in aoi.hr:
-            raise UnusableError("missing-file", f"{aoi.name}_{suffix}.tiff is missing")
-    if len(aoi.revisits) < options.revisits:
+            advice = (
+                "; `--hr rgbn` takes all targets from the 6 m rasters" if suffix == "ps" and "rgbn" in aoi.hr else ""
+            )
+            raise UnusableError("missing-file", f"{aoi.name}_{suffix}.tiff is missing{advice}")
+    if len(aoi.revisits) < (1 if aoi.few_revisits == "repeat" else options.revisits):
         raise UnusableError("too-few-revisits", f"{len(aoi.revisits)} revisits where {options.revisits} are needed")
     # The L1C product has no cloud masks; other sources may have none at all, or scene classes only.
     masked = options.level == "l2a" and any("CLM" in revisit for revisit in aoi.revisits.values())

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import rasterio
@@ -24,83 +24,53 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 
 from sharding.errors import RevisitError, UnusableError
-from sharding.prepare.options import SampleOptions
+from sharding.prepare.options import BAND_NAMES, SampleOptions
+from sharding.sources.source import NO_CLM, Bounds, Revisit, Scene
+from sharding.sources.worldstrat.facts import bands_by_name, check_place, clear_nodata, land_of
 from sharding.sources.worldstrat.files import MAX_BYTES, SourceFile
-from sharding.sources.worldstrat.layout import AoiFiles
 
 # Bands of the SPOT rasters from 1: red, green, blue, near infrared.
 SPOT_RGB = (1, 2, 3)
-NO_CLM = 255
-"""Value of a cloud mask where nothing is known."""
+SPOT_SCALE = 10_000
+"""SPOT counts per reflectance of 1."""
 
 _IN_MEMORY = re.compile(r"/vsimem/[\w./-]+")
 
-Georeference = tuple[str, tuple[float, float, float, float]]
+GEOREFERENCE = "bounds of the Sentinel-2 rasters divided by each grid's size; the SPOT rasters carry none"
+
+Georeference = tuple[str | None, tuple[float, float, float, float]]
 """Coordinate system, and west, south, east, north in it."""
 
 
-@dataclass(frozen=True)
-class Revisit:
-    """Metadata of one Sentinel-2 image."""
+class Files(Protocol):
+    """Files of one AOI, see `sharding.sources.worldstrat.layout.AoiFiles`."""
 
-    number: int
-    """Its number in the source."""
+    @property
+    def name(self) -> str:
+        """Name of the AOI."""
+        ...
 
-    date: str | None
-    """Day of acquisition, ``YYYY-MM-DD``."""
+    @property
+    def hr(self) -> Mapping[str, SourceFile]:
+        """SPOT rasters by name."""
+        ...
 
-    cloud_cover: float | None
-    """Cloud cover in percent, from the source's metadata."""
+    @property
+    def scale(self) -> float:
+        """Reflectance of a value of 1 in the revisits."""
+        ...
 
-    has_clm: bool
-    """True if the source has a cloud mask of it."""
+    @property
+    def offset(self) -> float:
+        """Reflectance of a value of 0 in them."""
+        ...
 
-
-@dataclass(frozen=True)
-class Scene:
-    """Rasters of one AOI, on the sources' grids."""
-
-    aoi: str
-    """Its name."""
-
-    lr: NDArray[np.float32]
-    """[R, C, h, w] Sentinel-2 reflectance of the candidate revisits."""
-
-    clm: NDArray[np.uint8]
-    """[R, 1, h, w] cloud masks: 0 clear, 1 cloud, 255 no data, also where the source has no mask."""
-
-    scl: tuple[NDArray[np.uint8] | None, ...]
-    """Scene classification [1, h, w] per revisit; None if the source has none."""
-
-    valid: NDArray[np.bool_]
-    """[R, 1, h, w] mask of pixels with data."""
-
-    hr: NDArray[np.uint16]
-    """[3, H, W] SPOT red, green, blue in 1/10000; 0 is no data. [0, H, W] in a scene that was read without target."""
-
-    pan: NDArray[np.uint16]
-    """[1, H, W] SPOT panchromatic in 1/10000; 0 is no data."""
-
-    revisits: tuple[Revisit, ...]
-    """Metadata of each image of ``lr``."""
-
-    hr_date: str | None
-    """Day of the SPOT image."""
-
-    crs: str
-    """Coordinate system of ``bounds``, such as ``EPSG:4326``."""
-
-    bounds: tuple[float, float, float, float]
-    """West, south, east, north of the Sentinel-2 rasters."""
-
-    sources: Mapping[str, str]
-    """SHA-256, in hex, of every file that was read, by file name."""
-
-    bytes_in: int
-    """Total size of these files."""
+    def candidates(self, options: SampleOptions, /) -> Mapping[int, Mapping[str, SourceFile]]:
+        """Return the revisits from which a sample is chosen."""
+        ...
 
 
-def read_scene(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) -> Scene:
+def read_scene(aoi: Files, options: SampleOptions, *, target: bool = True) -> Scene:
     """Read an AOI's SPOT images and the candidate revisits of its sample.
 
     Args:
@@ -116,14 +86,15 @@ def read_scene(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) ->
     files = list(candidates.values())
     with _gdal():
         images = {number: item[options.data_layer] for number, item in candidates.items()}
-        lr, (crs, bounds) = _read_lr(reader, images, options.band_numbers)
+        lr, (crs, bounds), masked = _read_lr(reader, images, options, aoi)
         size = lr.shape[-2:]
 
         def masks(layer: str) -> list[NDArray[np.uint8] | None]:
             return [reader.mask(item[layer], size) if layer in item else None for item in files]
 
         clm, scl, data = masks("CLM"), masks("SCL"), masks("dataMask")
-        hr, pan = _read_spot(reader, aoi.hr[options.hr] if target else None, aoi.hr["pan"], options.hr)
+        spot = _Spot(reader, crs, bounds)
+        hr, pan = _read_spot(spot, aoi.hr[options.hr] if target else None, aoi.hr["pan"], options.hr)
     metadata = [reader.metadata(item.get("metadata")) for item in files]
     unknown = np.full((1, *size), NO_CLM, np.uint8)
     valid = [
@@ -135,8 +106,17 @@ def read_scene(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) ->
         clm=np.stack([unknown if mask is None else mask for mask in clm]),
         scl=tuple(scl),
         valid=np.stack(valid),
-        hr=hr,
-        pan=pan,
+        hr=_reflectance(hr),
+        hr_valid=_seen(hr),
+        pan=_reflectance(pan),
+        pan_valid=_seen(pan),
+        rgb=options.rgb,
+        labels={
+            "lr": tuple(map(str, options.band_numbers)),
+            "hr": tuple(map(str, SPOT_RGB)),
+            "pan": ("1",),
+        },
+        titles={"hr": f"the SPOT {options.hr} raster", "pan": "the SPOT pan raster"},
         revisits=tuple(
             _revisit(number, item, mask is not None)
             for number, item, mask in zip(candidates, metadata, clm, strict=True)
@@ -144,8 +124,13 @@ def read_scene(aoi: AoiFiles, options: SampleOptions, *, target: bool = True) ->
         hr_date=_text(metadata[0], "highres_date", "target_date"),
         crs=crs,
         bounds=bounds,
+        land=land_of(crs, bounds),
+        georeference=GEOREFERENCE,
+        facts={"level": options.level, "bands": list(options.band_numbers)},
         sources=dict(sorted(reader.digests.items())),
         bytes_in=reader.bytes_in,
+        limit=1.0,  # as in the published pipeline
+        masked=masked or spot.masked,
     )
 
 
@@ -221,23 +206,32 @@ def _gdal() -> Iterator[None]:
 
 
 def _read_lr(
-    reader: _Reader, files: Mapping[int, SourceFile], bands: Sequence[int]
-) -> tuple[NDArray[np.float32], Georeference]:
-    """Read the revisits' images [R, C, h, w] and their georeference.
+    reader: _Reader, files: Mapping[int, SourceFile], options: SampleOptions, aoi: Files
+) -> tuple[NDArray[np.float32], Georeference, bool]:
+    """Read the revisits' images [R, C, h, w], their georeference, and whether a nodata tag cleared pixels.
 
     Raises:
         RevisitError: For the first image of another size than most.
     """
-    georeference = None
+    bands, georeference, masked = options.band_numbers, None, False
+    names = [BAND_NAMES[options.level][number - 1] for number in bands]
+    scaled = (aoi.scale, aoi.offset) != (1.0, 0.0)
     images: list[NDArray[np.float32]] = []
     for file in files.values():
         with reader.open(file, bands, georeference=georeference is None) as raster:
-            if np.dtype(raster.dtypes[0]).kind != "f":
-                raise UnusableError("wrong-type", f"{file.name} holds {raster.dtypes[0]}, reflectance is float32")
-            image = np.asarray(raster.read(list(bands)), dtype=np.float32)
+            if np.dtype(raster.dtypes[0]).kind != "f" and not scaled:
+                raise UnusableError(
+                    "wrong-type",
+                    f"{file.name} holds {raster.dtypes[0]}, reflectance is float32: give --scale, such as 0.0001",
+                )
+            stored = raster.read(list(bands_by_name(file.name, raster, bands, names)))
+            masked |= clear_nodata(raster, stored)
+            image = np.asarray(stored, dtype=np.float32)
+            if scaled:
+                image = np.where(image != 0, image * np.float32(aoi.scale) + np.float32(aoi.offset), np.float32(0))
             if georeference is None:
                 west, south, east, north = raster.bounds
-                georeference = str(raster.crs), (west, south, east, north)
+                georeference = str(raster.crs) if raster.crs else None, (west, south, east, north)
         _range(file, image)
         images.append(image)
     assert georeference is not None
@@ -248,23 +242,32 @@ def _read_lr(
             if image.shape != usual:
                 detail = f"{file.name} is {_by(image.shape)}, {like.name} is {_by(usual)}"
                 raise RevisitError("size-mismatch", detail, number)
-    return np.stack(images), georeference
+    return np.stack(images), georeference, masked
+
+
+class _Spot:
+    """Reader of the SPOT rasters, which may have a georeference that must meet the revisits'."""
+
+    def __init__(self, reader: _Reader, crs: str | None, bounds: Bounds) -> None:
+        self._reader, self._crs, self._bounds = reader, crs, bounds
+        self.masked = False
+
+    def read(self, file: SourceFile, bands: Sequence[int], names: Sequence[str]) -> NDArray[np.uint16]:
+        with self._reader.open(file, bands, georeference=True) as raster:
+            if raster.dtypes[0] != "uint16":
+                raise UnusableError("wrong-type", f"{file.name} holds {raster.dtypes[0]}, SPOT rasters are uint16")
+            check_place(file.name, raster, self._crs, self._bounds)
+            image: NDArray[np.uint16] = raster.read(list(bands_by_name(file.name, raster, bands, names)))
+            self.masked |= clear_nodata(raster, image)
+        return image
 
 
 def _read_spot(
-    reader: _Reader, hr_file: SourceFile | None, pan_file: SourceFile, hr_source: str
+    reader: _Spot, hr_file: SourceFile | None, pan_file: SourceFile, hr_source: str
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """Read target and PAN. They cover the same land: 4 pixels of PAN per pixel of ``_rgbn``, 1 per pixel of ``_ps``."""
-
-    def read(file: SourceFile, bands: Sequence[int]) -> NDArray[np.uint16]:
-        with reader.open(file, bands) as raster:
-            if raster.dtypes[0] != "uint16":
-                raise UnusableError("wrong-type", f"{file.name} holds {raster.dtypes[0]}, SPOT rasters are uint16")
-            image: NDArray[np.uint16] = raster.read(list(bands))
-        return image
-
-    hr = read(hr_file, SPOT_RGB) if hr_file else None
-    pan = read(pan_file, (1,))
+    hr = reader.read(hr_file, SPOT_RGB, ("red", "green", "blue")) if hr_file else None
+    pan = reader.read(pan_file, (1,), ("pan",))
     if hr is None or hr_file is None:
         return pan[:0], pan
     expected = 4 if hr_source == "rgbn" else 1
@@ -274,6 +277,19 @@ def _read_spot(
                 "size-mismatch", f"{pan_file.name} is {_by(pan.shape)}, {hr_file.name} is {_by(hr.shape)}"
             )
     return hr, pan
+
+
+def _reflectance(counts: NDArray[np.uint16]) -> NDArray[np.float32]:
+    reflectance = counts.astype(np.float32)
+    reflectance /= np.float32(SPOT_SCALE)
+    return reflectance
+
+
+def _seen(image: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Return the mask [h, w] of a SPOT image's pixels with data."""
+    if image.size and image.min() > 0:
+        return np.ones(image.shape[-2:], np.bool_)
+    return np.asarray((image != 0).any(axis=0))
 
 
 def _range(file: SourceFile, image: NDArray[np.generic]) -> tuple[float, float]:

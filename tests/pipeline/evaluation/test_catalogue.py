@@ -33,7 +33,7 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
 
 
 def test_what_cannot_take_the_size_has_dashes() -> None:
-    assert cells(entry(ModelConfig("trnet", "innformer"), 4, 7))[2:] == ("-", "-", "-", "-")
+    assert cells(entry(ModelConfig("trnet", "innformer"), 4, 7))[2:] == ("-", "-", "-", "-", "yes")
     assert cells(entry(ModelConfig("none", "pnn"), 4, 7))[2] == "74,435"
 
 

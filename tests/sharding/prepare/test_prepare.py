@@ -35,7 +35,7 @@ def test_native_keeps_every_grid(world: World) -> None:
     assert np.array_equal(prepared.clm, scene.clm[[1, 4]])
     assert prepared.pan.shape == (1, 264, 264)
     assert prepared.hr.shape == (3, 66, 66)
-    assert np.array_equal(prepared.hr, scene.hr.astype(np.float32) / 10_000)
+    assert np.array_equal(prepared.hr, np.clip(scene.hr, 0, 1))
 
 
 def test_bands_are_red_green_blue(world: World) -> None:

@@ -12,12 +12,14 @@ import pytest
 from benchmarks.sharding_memory import watch
 from benchmarks.trees import plant
 from sharding.format.index import INDEX_NAME, SPLITS
+from sharding.format.layout import worldstrat_facts
 from sharding.format.sample import fetch_sample
 from sharding.format.statistics import VALUES
 from sharding.prepare.options import SampleOptions
 from sharding.run.build import ShardTask, build_shard
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.run.plan import PlanOptions
+from sharding.sources.options import SourceOptions
 from sharding.storage import open_storage
 from tests.sharding.conftest import TINY, Dataset, World, aois_of
 
@@ -40,7 +42,8 @@ def test_the_plan_names_a_folder_once_and_results_name_none(tiny: World, tmp_pat
     aois = aois_of(tiny.folder)
     folder = str(tiny.folder).encode()
     assert pickle.dumps(aois[0]).count(folder) == 2  # of the SPOT rasters, of the revisits
-    task = ShardTask("train", "train-00000.tar", tuple(aois), TINY.sample, False, open_storage(tmp_path))
+    facts, limits = worldstrat_facts(TINY.sample), SourceOptions()
+    task = ShardTask("train", "train-00000.tar", tuple(aois), TINY.sample, False, open_storage(tmp_path), facts, limits)
     result = build_shard(task)
     assert result.entry
     assert folder not in pickle.dumps(replace(result, histograms={}))

@@ -1,0 +1,110 @@
+"""Options of sources: the kind of source, and how its scenes become samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sharding.arguments import check_values
+from sharding.errors import UserError
+from sharding.format.layout import CHIP
+from sharding.prepare.options import SampleOptions
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Options of a source. Only `scenes` cuts tiles; the other kinds refuse these options.
+
+    Raises:
+        UserError: For an invalid value; it names the option, the value and the valid ones.
+    """
+
+    source: Literal["worldstrat", "scenes", "pancollection"] = "worldstrat"
+    """Kind of source: ``worldstrat``, ``scenes`` (GeoTIFFs beside a scenes.toml) or ``pancollection`` (HDF5 files)."""
+
+    few_revisits: Literal["drop", "repeat"] = "drop"
+    """AOIs with fewer revisits than --revisits: ``drop`` skips them, ``repeat`` uses their revisits several times."""
+
+    scale: float = 1.0
+    """Reflectance of a value of 1 in WorldStrat's revisits; other sources have it in scenes.toml or by --bits."""
+
+    offset: float = 0.0
+    """Reflectance of a value of 0 there, such as -0.1."""
+
+    min_agreement: float | None = field(default=None, metadata={"metavar": "R"})
+    """Skip samples whose revisits have a lower correlation with the target than this, -1 to 1. None skips none."""
+
+    max_nodata: float | None = field(default=None, metadata={"metavar": "PERCENT"})
+    """Skip samples whose target or PAN have more pixels without data than this, in percent. None skips none."""
+
+    tile: int | None = field(default=None, metadata={"metavar": "PX"})
+    """Side of a tile of larger scenes, PAN pixels. None makes tiles of about 150 LR pixels."""
+
+    overlap: int = field(default=0, metadata={"metavar": "PX"})
+    """PAN pixels that neighbouring tiles share."""
+
+    chip: int = field(default=CHIP, metadata={"metavar": "PX"})
+    """Side and stride of chips, LR pixels; a smaller sample is one chip."""
+
+    bits: int | None = field(default=None, metadata={"metavar": "N"})
+    """Bits of a value of ``pancollection``, whose largest becomes 1. None takes those of a file's sensor."""
+
+    split_by: Literal["scene", "block"] = "scene"
+    """Unit of the split: ``scene`` (with overlapping ones), or ``block`` of --block-km, which divides scenes."""
+
+    block_km: float = field(default=1.0, metadata={"metavar": "KM"})
+    """Side of a block of --split-by block, km."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.tile is not None and not 1 <= self.tile <= 20_000:
+            raise UserError(f"--tile {self.tile} is out of range: it must be from 1 to 20000 px")
+        if self.bits is not None and not 1 <= self.bits <= 32:
+            raise UserError(f"--bits {self.bits} is out of range: it must be from 1 to 32")
+        if not 1 <= self.chip <= 4096:
+            raise UserError(f"--chip {self.chip} is out of range: it must be from 1 to 4096 px")
+        if not 0 < self.scale <= 1e6:
+            raise UserError(f"--scale {self.scale:g} is out of range: it must be above 0 and at most 1000000")
+        if not -1e6 <= self.offset <= 1e6:
+            raise UserError(f"--offset {self.offset:g} is out of range: it must be from -1000000 to 1000000")
+        if self.source != "worldstrat" and (self.scale, self.offset) != (1.0, 0.0):
+            raise UserError(f"--scale and --offset are of WorldStrat, and --source is {self.source}: drop them")
+        if self.min_agreement is not None and not -1 <= self.min_agreement <= 1:
+            raise UserError(f"--min-agreement {self.min_agreement:g} is out of range: it must be from -1 to 1")
+        if self.max_nodata is not None and not 0 <= self.max_nodata <= 100:
+            raise UserError(f"--max-nodata {self.max_nodata:g} is out of range: it must be from 0 to 100 percent")
+        if not 0 <= self.overlap <= 10_000:
+            raise UserError(f"--overlap {self.overlap} is out of range: it must be from 0 to 10000 px")
+        if self.overlap and self.split_by == "block":
+            raise UserError(f"--overlap {self.overlap} would show one split the land of another: drop it or --split-by")
+        if not 0 < self.block_km <= 10_000:
+            raise UserError(f"--block-km {self.block_km:g} is out of range: it must be above 0 and at most 10000 km")
+
+    def without_sizes(self, sample: SampleOptions) -> SampleOptions:
+        """Return the options of samples whose images keep their own pixels.
+
+        Raises:
+            UserError: For an option that only WorldStrat has.
+        """
+        usual = SampleOptions()
+        for name, option in _ONLY_WORLDSTRAT.items():
+            if getattr(sample, name) not in (getattr(usual, name), None):
+                raise UserError(f"{option} is an option of WorldStrat, and --source is {self.source}: drop it")
+        sample = replace(sample, lr_size=None, hr_size=None)
+        if self.source != "pancollection":
+            return sample
+        if sample.revisits not in (1, usual.revisits):
+            raise UserError(
+                f"--revisits {sample.revisits}: patches of pancollection have one image: drop it, and train with "
+                f"data.simulate=sensor data.simulated_revisits={sample.revisits}"
+            )
+        return replace(sample, revisits=1)
+
+
+_ONLY_WORLDSTRAT = {
+    "level": "--level",
+    "bands": "--bands",
+    "hr": "--hr",
+    "lr_size": "--lr-size",
+    "hr_size": "--hr-size",
+}

@@ -1,0 +1,142 @@
+"""Scenes whose headers are read and compared: which bands of which files, where, and in which units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sharding.errors import UnusableError
+from sharding.sources.bands import SYNONYMS, check_same, choose_bands
+from sharding.sources.scenes.description import Description, Images
+from sharding.sources.scenes.layout import File, FoundScene
+from sharding.sources.scenes.place import Place, place_scene, scene_ratio
+from sharding.sources.scenes.raster import Header, Radiometry, read_header
+
+Names = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An image of a scene, ready to be read."""
+
+    header: Header
+    """Its header."""
+    bands: tuple[int, ...]
+    """Bands that are read, from 1."""
+    names: Names
+    """Common names of these bands; None if unknown."""
+    radiometry: Radiometry
+    """Conversion to reflectance."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A revisit, ready to be read."""
+
+    number: int
+    """Its number in the scene, from 1."""
+    layer: Layer
+    """Its image."""
+    mask: Header | None
+    """Its cloud mask."""
+    date: str | None
+    """Its day."""
+
+    @property
+    def files(self) -> list[File]:
+        """Its files."""
+        return [self.layer.header.file, *([self.mask.file] if self.mask else [])]
+
+
+@dataclass(frozen=True)
+class OpenedScene:
+    """A scene whose headers are read."""
+
+    name: str
+    """Its name."""
+    visits: tuple[Visit, ...]
+    """Its revisits, in order."""
+    pan: Layer
+    """Its panchromatic image."""
+    target: Layer
+    """Its target."""
+    place: Place
+    """Its place on land."""
+    ratio: Fraction
+    """PAN pixels per LR pixel."""
+    pan_date: str | None
+    """Day of its panchromatic image."""
+    cloud: tuple[int, ...]
+    """Values of its masks that are cloud or shadow."""
+    unknown: tuple[int, ...]
+    """Values of its masks that say nothing."""
+
+
+def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) -> OpenedScene:
+    """Read the headers of a scene, and compare them with each other and with the first scene's.
+
+    Raises:
+        UnusableError: If they do not fit together.
+    """
+    if found.pan is None or found.target is None or not found.revisits:
+        lacking = "a panchromatic image" if found.pan is None else "a target" if found.target is None else "revisits"
+        raise UnusableError("missing-file", f"it has no {lacking.removeprefix('a ')}: see scenes.toml")
+    headers = [read_header(visit.image) for visit in found.revisits]
+    pan_header, target_header = read_header(found.pan), read_header(found.target)
+    wanted, theirs = told.revisits.bands, told.target.bands
+    if wanted is None and theirs is None:
+        wanted = theirs = _common(headers[0], told.revisits, target_header, told.target)
+    layers = [_layer(header, told.revisits, wanted) for header in headers]
+    target = _layer(target_header, told.target, theirs)
+    for layer in layers[1:]:
+        check_same(layer.header.title, layer.names, layers[0].header.title, layers[0].names)
+    check_same(target.header.title, target.names, layers[0].header.title, layers[0].names)
+    pan = _layer(pan_header, told.pan, told.pan.bands)
+    if len(pan.bands) != 1:
+        raise UnusableError("wrong-bands", f"{pan.header.title} has {len(pan.bands)} bands: choose one by pan.bands")
+    place = place_scene(pan.header, target.header, headers)
+    scene = OpenedScene(
+        name=found.name,
+        visits=tuple(
+            Visit(
+                number,
+                layer,
+                read_header(visit.mask) if visit.mask else None,
+                _date(visit.date, told.revisits, layer),
+            )
+            for number, (visit, layer) in enumerate(zip(found.revisits, layers, strict=True), start=1)
+        ),
+        pan=pan,
+        target=target,
+        place=place,
+        ratio=scene_ratio(place.measured, told.ratio or (float(first.ratio) if first else None)),
+        pan_date=_date(found.pan_date, told.pan, pan),
+        cloud=told.masks.cloud,
+        unknown=told.masks.unknown,
+    )
+    if first is not None:
+        check_same(found.name, layers[0].names, first.name, first.visits[0].layer.names)
+    return scene
+
+
+def _layer(header: Header, told: Images, wanted: Sequence[int | str] | None) -> Layer:
+    bands, names = choose_bands(header.title, header.names, told.order, wanted)
+    if told.nodata is not None and len(told.nodata) not in (1, len(header.names)):
+        raise UnusableError(
+            "wrong-bands", f"{header.title} has {len(header.names)} bands, and `nodata` has {len(told.nodata)} values"
+        )
+    return Layer(header, bands, names, Radiometry(told.scale, told.offset, told.nodata))
+
+
+def _common(header: Header, told: Images, target: Header, theirs: Images) -> tuple[str, ...] | None:
+    """Return the bands that revisits and target share by name; None if one does not name all its bands."""
+    mine = choose_bands(header.title, header.names, told.order, None)[1]
+    yours = choose_bands(target.title, target.names, theirs.order, None)[1]
+    if not all(name in SYNONYMS for name in (*mine, *yours)):
+        return None
+    return tuple(name for name in mine if name in yours) or None  # type: ignore[misc]
+
+
+def _date(found: str | None, told: Images, layer: Layer) -> str | None:
+    return found or told.date or layer.header.date

@@ -1,0 +1,167 @@
+"""WorldStrat's layout with other contents: taken for what the files say, or refused with the reason."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from numpy.typing import NDArray
+from rasterio.transform import Affine
+
+from sharding.errors import UnusableError
+from sharding.format.writer import NewSample
+from sharding.prepare.options import SampleOptions
+from sharding.prepare.sample import make_sample
+from sharding.sources.options import SourceOptions
+from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.sources.worldstrat.source import WorldStratSource
+
+OPTIONS = SampleOptions(revisits=2, lr_size=36, hr_size=120)
+NATIVE = SampleOptions(revisits=2, lr_size=None, hr_size=None)
+SPOT, LR = "hr_dataset/*/*_{}.tiff", "lr_dataset/*/L2A/*-L2A_data.tiff"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("worldstrat")
+    write_worldstrat(folder, 1, 7, revisits=2, hr_side=240)
+    return folder
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "in"))
+
+
+def change(
+    folder: Path, pattern: str, edit: Callable[[NDArray[np.generic]], NDArray[np.generic]], **more: object
+) -> None:
+    """Change the pixels and the profile of files; `names` are the bands' descriptions."""
+    names = more.pop("names", None)
+    for path in folder.glob(pattern):
+        with rasterio.open(path) as file:
+            image, profile = edit(file.read()), dict(file.profile)
+        profile.update(count=len(image), dtype=image.dtype.name, height=image.shape[1], width=image.shape[2])
+        profile.update(more)
+        path.unlink()
+        with rasterio.open(path, "w", **profile) as file:
+            file.write(image)
+            if names:
+                file.descriptions = names
+
+
+def made(folder: Path, sample: SampleOptions = OPTIONS, **options: object) -> NewSample:
+    source = WorldStratSource(folder, sample, SourceOptions(**options))  # type: ignore[arg-type]
+    (aoi,) = source.scenes
+    aoi.check(sample)
+    return make_sample(aoi, sample)
+
+
+def test_digital_numbers_are_refused_with_the_factor_that_fits(folder: Path) -> None:
+    change(folder, LR, lambda x: (x * 10_000 + 1000).astype(np.float32))
+    with pytest.raises(UnusableError, match=r"implausible: half of revisit 1 .* a scale of 0\.0001 would make it"):
+        made(folder)
+
+
+def test_digital_numbers_are_right_with_their_scale(base: Path, folder: Path) -> None:
+    change(folder, LR, lambda x: np.round(x * 10_000 + 1000).astype(np.uint16))
+    with pytest.raises(UnusableError, match=r"wrong-type: .* holds uint16, reflectance is float32: give --scale"):
+        made(folder)
+    lr, usual = (
+        made(place, **more).images["lr"] for place, more in ((folder, {"scale": 1e-4, "offset": -0.1}), (base, {}))
+    )
+    assert np.abs(lr.astype(int) - usual.astype(int)).max() <= 3  # of 3e-5: the rounding of the counts
+
+
+def test_reflectance_below_zero_is_refused(folder: Path) -> None:
+    change(folder, LR, lambda x: x - np.float32(0.4))
+    with pytest.raises(UnusableError, match="implausible: half of revisit 1 is below 0"):
+        made(folder)
+
+
+def test_some_negative_values_are_counted(folder: Path) -> None:
+    def dip(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        x[3, 5, 5:8] = -0.01
+        return x
+
+    change(folder, LR, dip)
+    assert made(folder).meta["negative"] == {"lr": 6}
+
+
+@pytest.mark.parametrize("kind", ["lr", "hr"])
+def test_a_nodata_tag_is_honoured_and_not_smeared(base: Path, folder: Path, kind: str) -> None:
+    def corner(x: NDArray[np.generic], value: float, side: int) -> NDArray[np.generic]:
+        x[:, :side, :side] = value
+        return x
+
+    if kind == "lr":
+        change(folder, LR, lambda x: corner(x, -9999, 10), nodata=-9999)
+        for path in folder.glob("lr_dataset/*/L2A/*dataMask*"):
+            path.unlink()
+    else:
+        change(folder, SPOT.format("ps"), lambda x: corner(x, 65535, 40), nodata=65535)
+    sample, usual = made(folder), made(base)
+    mine, theirs = (item.images[kind].astype(int)[..., 0, :, :] for item in (sample, usual))
+    side = mine.shape[-1] * (10 / 36 if kind == "lr" else 40 / 240)
+    assert (mine[..., : int(side) - 1, : int(side) - 1] == 0).all()
+    beyond = int(side) + 2
+    assert (mine[..., beyond:, :] == theirs[..., beyond:, :]).all()
+    near = mine[mine > 0]
+    assert near.min() >= 0.8 * theirs.min()  # nothing between black and land
+    assert near.max() <= 1.01 * theirs.max()
+
+
+def test_bands_are_taken_by_name(base: Path, folder: Path) -> None:
+    change(folder, SPOT.format("ps"), lambda x: x[[2, 1, 0, 3]], names=("blue", "green", "red", "nir"))
+    change(folder, LR, lambda x: x[[1, 2, 3, 7]], names=("B02", "B03", "B04", "B08"))
+    mine, theirs = made(folder), made(base)
+    for name in ("lr", "hr"):
+        assert np.array_equal(mine.images[name], theirs.images[name])
+
+
+def test_a_band_that_is_missing_by_name_is_refused(folder: Path) -> None:
+    change(folder, LR, lambda x: x[[1, 2, 4, 7]], names=("B02", "B03", "B05", "B08"))
+    with pytest.raises(UnusableError, match=r"wrong-bands: .* has no band 'red': it has blue, green, rededge071, nir"):
+        made(folder)
+
+
+def test_rasters_that_lie_elsewhere_are_refused_with_the_distance(folder: Path) -> None:
+    change(folder, SPOT.format("ps"), lambda x: x, crs="EPSG:4326", transform=Affine(1.5e-5, 0, 10, 0, -1.5e-5, 50))
+    change(folder, LR, lambda x: x, transform=Affine(1e-4, 0, 11, 0, -1e-4, 50))
+    with pytest.raises(UnusableError, match=r"no-overlap: .*_ps\.tiff lies 71\.[0-9] km from the revisits"):
+        made(folder)
+
+
+def test_no_coordinate_system_is_none(folder: Path) -> None:
+    change(folder, LR, lambda x: x, crs=None, transform=Affine.identity())
+    assert made(folder).meta["crs"] is None
+
+
+def test_the_nearest_revisit_in_date_is_chosen(base: Path) -> None:
+    one = SampleOptions(revisits=1, select="nearest", lr_size=36, hr_size=120)
+    (aoi,) = WorldStratSource(base, one, SourceOptions()).scenes
+    meta = make_sample(aoi, one).meta
+    days = [revisit["date"] for revisit in make_sample(aoi, OPTIONS).meta["revisits"]]  # type: ignore[attr-defined]
+    day = np.datetime64(meta["hr_date"])  # type: ignore[call-overload]
+    nearest = min(days, key=lambda text: abs(np.datetime64(text) - day))
+    assert [revisit["date"] for revisit in meta["revisits"]] == [nearest]  # type: ignore[attr-defined]
+
+
+def test_agreement_tells_which_revisit_shows_other_land(folder: Path) -> None:
+    usual = made(folder, NATIVE).content
+    assert usual is not None
+    assert usual.correlation is not None
+    assert usual.correlation > 0.8
+    assert len(usual.revisits) == 2
+    assert usual.land is not None
+    change(folder, "lr_dataset/*/L2A/*-2-L2A_data.tiff", lambda x: np.ascontiguousarray(x[:, ::-1, ::-1]))
+    content = made(folder, NATIVE).content
+    assert content is not None
+    first, second = content.revisits
+    assert first == usual.revisits[0]
+    assert second is not None
+    assert second < 0.5
