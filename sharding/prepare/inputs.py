@@ -48,8 +48,8 @@ class SceneInput:
     clearest: int
     """Clearest revisit, 0-based."""
 
-    crs: str
-    """Coordinate system, such as ``EPSG:4326``."""
+    crs: str | None
+    """Coordinate system, such as ``EPSG:4326``; None if unknown."""
 
     transform: tuple[float, ...]
     """(a, b, c, d, e, f) from a pixel of PAN to the CRS."""

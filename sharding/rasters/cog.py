@@ -47,7 +47,7 @@ class RasterFacts:
     """Columns."""
     bands: Sequence[str]
     """Name of each band."""
-    crs: str
+    crs: str | None
     """Coordinate system, such as ``EPSG:4326``."""
     transform: Sequence[float]
     """(a, b, c, d, e, f) from pixel to CRS."""

@@ -31,7 +31,9 @@ def test_sharding_again_keeps_shards_and_index(tiny: World, tmp_path: Path, opti
     before = digests(output)
     old = Index.load(output)
     assert (old.format_version, old.digest) == (2, hashlib.sha256(data).hexdigest())
-    assert (old.facts, old.plan, old.statistics) == (new.facts, new.plan, new.statistics)
+    # Format 2 does not tell the sizes of native samples, and so not how many chips fit.
+    facts = replace(new.facts, chips=old.facts.chips) if options == NATIVE else new.facts
+    assert (old.facts, old.plan, old.statistics) == (facts, new.plan, new.statistics)
     report = shard_folder(tiny.folder, output, options)
     assert set(report.shards) == {"kept"}
     assert report.index.digest == old.digest
