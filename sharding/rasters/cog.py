@@ -146,7 +146,7 @@ def _profile(facts: RasterFacts) -> dict[str, object]:
         "width": facts.width,
         "dtype": facts.pixels,
         "nodata": 0 if facts.pixels == "uint16" else float("nan"),
-        "crs": CRS.from_string(facts.crs),
+        "crs": CRS.from_string(facts.crs) if facts.crs else None,
         "transform": Affine(*facts.transform),
         "interleave": "band",
         "bigtiff": "if_safer",
