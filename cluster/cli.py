@@ -19,8 +19,8 @@ from cluster.logs import configure_logging
 from pipeline.signals import sigterm_as_interrupt
 from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
+from sharding.names import local_path, refuse_secrets
 from sharding.storage import open_storage
-from sharding.storage.names import local_path, refuse_secrets
 from sharding.terminal import escaped
 
 if TYPE_CHECKING:

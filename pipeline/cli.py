@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
+from sharding.names import local_path
 from sharding.schema import check_range
-from sharding.storage.names import local_path
 from sharding.terminal import say
 
 if TYPE_CHECKING:

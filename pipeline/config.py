@@ -22,8 +22,8 @@ from models.registry import ABSENT, check_config
 from pipeline.quality.losses import LossConfig
 from sharding.errors import UserError, nearest
 from sharding.files import read_text
+from sharding.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
 from sharding.schema import Seed, check_ranges
-from sharding.storage.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
 
 T = TypeVar("T")
 Section = dict[str, str | int | float | bool]
@@ -94,7 +94,7 @@ class TrainConfig:
     """Chips per optimizer step over all ranks, >= 1."""
     micro_batch: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Chips per forward pass of one rank; 0 means global_batch / ranks (no accumulation)."""
-    learning_rate: Annotated[float, Meta(gt=0, le=1000)] = 1e-4
+    learning_rate: Annotated[float, Meta(gt=0, le=1e30)] = 1e-4
     """Peak learning rate, > 0."""
     encoder_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor of the learning rate for the encoder and the upsampler, > 0."""

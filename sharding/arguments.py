@@ -24,8 +24,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sharding.errors import UserError
+from sharding.names import local_path
 from sharding.schema import check_ranges
-from sharding.storage.names import local_path
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

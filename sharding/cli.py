@@ -12,17 +12,16 @@ from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.format.index import Index
 from sharding.format.sample import fetch_sample
+from sharding.names import local_path
 from sharding.prepare.options import SampleOptions
 from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
 from sharding.run.job import ShardJob, ShardOptions
 from sharding.run.named_file import check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
-from sharding.run.prune import prune, unneeded
 from sharding.run.workers import processes
 from sharding.schema import check_range
 from sharding.sources.options import SourceOptions
 from sharding.storage import Storage, StorageOptions, open_storage
-from sharding.storage.names import local_path
 from sharding.terminal import say
 
 if TYPE_CHECKING:
@@ -187,10 +186,7 @@ def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
         say(line)
     if job.report:
         write_report(job.report, report.to_json())
-    if job.prune:
-        _prune(storage)
-    elif hint := unneeded(storage):
-        say(hint)
+    _prune_or_hint(storage, job.prune)
     return 0
 
 
@@ -252,10 +248,12 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_prune(args: argparse.Namespace) -> int:
     """Run `prune`."""
-    _prune(open_storage(args.uri))
+    _prune_or_hint(open_storage(args.uri), True)
     return 0
 
 
-def _prune(storage: Storage) -> None:
-    for line in prune(storage).lines():
+def _prune_or_hint(storage: Storage, removes: bool) -> None:
+    from sharding.run.prune import prune, unneeded  # slow: imports torch
+
+    for line in prune(storage).lines() if removes else filter(None, [unneeded(storage)]):
         say(line)

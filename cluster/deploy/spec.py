@@ -11,7 +11,7 @@ from cluster.jobs.submit import JobRequest, build_request
 from cluster.jobs.train_job import Placement
 from pipeline.config import RunConfig, build_config, load_config, require
 from sharding.errors import UserError
-from sharding.storage.names import refuse_secret
+from sharding.names import refuse_secret
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _SECRET_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")

@@ -25,8 +25,8 @@ from cluster.jobs.train_job import Job, Placement
 from cluster.logs import PACKAGES
 from cluster.token import MODE_VARIABLE, PATH_VARIABLE, authorization, token_file
 from sharding.errors import UserError
+from sharding.names import refuse_secret
 from sharding.scratch import scratch_folder
-from sharding.storage.names import refuse_secret
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -146,8 +146,7 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
 
     ray.init(address="auto", logging_level=logging.WARNING)
     _ask_stores(job.config)
-    # Numbers of jobs begin again in each cluster.
-    announced = _Announced(rank_function, f"{ray.get_runtime_context().get_job_id()} of Ray, {uuid.uuid4().hex[:12]}")
+    announced = _Announced(rank_function, f"on Ray, {uuid.uuid4().hex[:12]}")
     for failures in range(job.placement.max_failures + 1):
         _await_room(job.placement)
         try:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.errors import UserError
-from sharding.storage.names import path_below
+from sharding.names import path_below
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from pipeline.reporting.segments import without_segment
 from pipeline.signals import dies_with_parent
 from sharding.errors import UserError
+from sharding.names import path_below
 from sharding.scratch import scratch_folder
 from sharding.storage import LocalStorage, Storage, open_storage
-from sharding.storage.names import path_below
 
 logger = logging.getLogger(__name__)
 

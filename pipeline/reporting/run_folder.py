@@ -11,9 +11,9 @@ from typing import Self
 
 from pipeline.reporting.growing import GrowingFile
 from sharding.errors import UserError
+from sharding.names import path_below
 from sharding.scratch import ScratchFolder
 from sharding.storage import LocalStorage, open_storage
-from sharding.storage.names import path_below
 
 logger = logging.getLogger(__name__)
 

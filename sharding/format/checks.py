@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote
 
 from sharding.format.layout import SampleLayout
-from sharding.storage.names import climbs, holds_control
+from sharding.names import climbs, holds_control
 
 ByteRanges = Mapping[str, tuple[int, int]]
 

@@ -12,13 +12,13 @@ from msgspec import Meta
 from sharding.arguments import check_values
 from sharding.errors import UserError
 from sharding.files import read_text
+from sharding.names import absolute_uri, check_uri, local_path
 from sharding.prepare.options import SampleOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import MOST_WORKERS
 from sharding.schema import decode_strictly
 from sharding.sources.options import SourceOptions
 from sharding.storage import StorageOptions
-from sharding.storage.names import absolute_uri, check_uri, local_path
 
 
 def _read_names(path: str) -> tuple[str, ...]:

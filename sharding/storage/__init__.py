@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from sharding.errors import UserError
+from sharding.names import check_uri, expanded, is_file_uri
 from sharding.storage.base import (
     BucketNotFoundError,
     CorruptedError,
@@ -20,7 +21,6 @@ from sharding.storage.base import (
     StoredObject,
 )
 from sharding.storage.local import LocalStorage
-from sharding.storage.names import check_uri, expanded, is_file_uri
 from sharding.storage.options import StorageOptions
 from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.store import S3Storage

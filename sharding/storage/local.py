@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sharding.errors import UserError
+from sharding.names import path_below
 from sharding.storage.base import PIECE, Fill, NotFoundError, StoredObject
-from sharding.storage.names import path_below
 from sharding.storage.retries import RetryCounter
 
 # Files that are being written; a killed writer may leave one, so no listing shows them.

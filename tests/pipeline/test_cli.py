@@ -140,7 +140,11 @@ def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tm
 def test_files_that_hold_more_or_less_than_weights_are_refused(dataset_uri: str, weights: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "config": Path("anything")}, tmp_path / "code.ckpt")
     (tmp_path / "cut.ckpt").write_bytes(weights.read_bytes()[:100_000])
-    for name, words in (("code.ckpt", "holds pickled code"), ("cut.ckpt", "is cut short"), ("no.ckpt", "No such file")):
+    for name, words in (
+        ("code.ckpt", "holds no state dict"),
+        ("cut.ckpt", "is cut short"),
+        ("no.ckpt", "No such file"),
+    ):
         options = ["--data", dataset_uri, "--model", "srcnn+pnn", "--output", str(tmp_path / "figures")]
         sentence = refused("evaluate", "--published-checkpoint", str(tmp_path / name), *options)
         assert words in sentence

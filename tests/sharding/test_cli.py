@@ -167,7 +167,7 @@ def test_inspect_shows_one_place(tiny: World, tmp_path: Path, capsys: pytest.Cap
     aoi = index.samples("test")[0][1].aoi
     capsys.readouterr()
     assert run("inspect", tmp_path / "out", "--aoi", aoi, "--png", tmp_path / "one.png") == 0
-    assert f"AOI {aoi!r} in test, test-00000.tar" in capsys.readouterr().out
+    assert f"AOI {aoi!r} in test, {index.splits['test'][0].name}" in capsys.readouterr().out
     with Image.open(tmp_path / "one.png") as image:
         assert 200 < image.height < 300
     with pytest.raises(UserError, match="--aoi 'Nowhere' is not in this dataset"):

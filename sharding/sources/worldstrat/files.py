@@ -21,7 +21,7 @@ from typing import BinaryIO
 from zlib_ng.zlib_ng import crc32
 
 from sharding.errors import Reason, UnusableError, UserError
-from sharding.storage.names import climbs
+from sharding.names import climbs
 
 HR_FOLDER, LR_FOLDER = "hr_dataset", "lr_dataset"
 MAX_BYTES = 256 << 20

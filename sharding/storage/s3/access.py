@@ -8,7 +8,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 from sharding.errors import UserError
-from sharding.storage.names import refuse_secret
+from sharding.names import refuse_secret
 
 if TYPE_CHECKING:
     from botocore.model import OperationModel

@@ -450,7 +450,7 @@ def test_a_failed_up_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_node_that_does_not_start_says_why(folder: Path) -> None:
     # Ray refuses a store larger than the machine.
     with pytest.raises(UserError, match=r"127\.0\.0\.2 did not start") as caught:
-        local.up(NodeOptions(nodes=1, object_store_mb=10**9), folder / "c")
+        local.up(NodeOptions(nodes=1, object_store_mb=10**7), folder / "c")
     assert len(str(caught.value)) < 1500
     assert not (folder / "c").exists()
 
@@ -459,7 +459,7 @@ def test_a_node_that_does_not_start_says_why(folder: Path) -> None:
     "options", [{"nodes": 0}, {"nodes": 999}, {"cpus_per_node": 0}, {"gpus_per_node": -1}, {"object_store_mb": 10}]
 )
 def test_sizes_that_cannot_be_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} is"):
+    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} .* is out of range"):
         NodeOptions(**options)
 
 

@@ -54,7 +54,7 @@ def asks_for(shard: ShardEntry, entry: SampleEntry) -> str:
 
 
 def asked_for(request: Request) -> str:
-    return f"{request.path.rpartition('/')[2]} {request.headers.get('range')}"
+    return f"{'/'.join(request.path.split('/')[-2:])} {request.headers.get('range')}"
 
 
 def same(batches: Sequence[Batch], expected: Sequence[Batch]) -> bool:

@@ -45,7 +45,10 @@ def test_a_runs_events_are_uploaded_once_and_read_as_one_curve(s3: S3, tmp_path:
         assert curve(tmp_path / folder, "train/loss") == list(range(1, steps + 1))
 
 
-def test_segments_of_a_killed_and_a_resumed_process_are_one_curve(tmp_path: Path) -> None:
+def test_segments_of_a_killed_and_a_resumed_process_are_one_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "WAIT_SHARE", 1e9)  # no event waits long enough by itself
     killed = EventFile(tmp_path, 1, segmented=True)
     for step in range(1, 9):
         killed.add(step, Summary(value=[Summary.Value(tag="a", simple_value=step)]))

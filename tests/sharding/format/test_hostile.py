@@ -124,6 +124,7 @@ def test_an_aoi_in_two_places_is_reported_and_not_trained_on(
     table = json.loads(dataset.index.data)
     damage(table)
     for shard in {shard["name"] for shards in table["splits"].values() for shard in shards}:
+        (tmp_path / shard).parent.mkdir(exist_ok=True)
         (tmp_path / shard).symlink_to(dataset.folder / shard)
     (tmp_path / INDEX_NAME).write_text(json.dumps(table))
     assert main(["verify", str(tmp_path)]) == 1

@@ -192,7 +192,7 @@ def test_a_missing_product_is_too_few_revisits(tiny: World) -> None:
 def test_a_native_grid_is_all_or_nothing() -> None:
     with pytest.raises(UserError, match="--native keeps both grids"):
         SampleOptions(lr_size=None)
-    with pytest.raises(UserError, match=r"--max-cloud 101 is no percentage"):
+    with pytest.raises(UserError, match=r"--max-cloud 101 is out of range"):
         SampleOptions(max_cloud=101)
     with pytest.raises(UserError, match=r"--level 'l3' is unknown: it may be l2a, l1c"):
         SampleOptions(level="l3")

@@ -291,7 +291,7 @@ class Breaking(LocalStorage):
 
 def test_an_interrupted_overwriting_leaves_the_dataset_as_it_was(tiny: World, tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
-    index = shard_folder(tiny.folder, storage, TINY).index
+    index = shard_folder(tiny.folder, storage, TINY)
     before = digests(storage)
     other = replace(TINY, sample=SampleOptions(revisits=2))
     with pytest.raises(UserError, match="no space left"):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import UserError
+from sharding.names import absolute_uri, expanded, path_below, refuse_secret, refuse_secrets
 from sharding.storage import open_storage
-from sharding.storage.names import absolute_uri, expanded, path_below, refuse_secret, refuse_secrets
 
 FOLDER = Path("/folder")
 
