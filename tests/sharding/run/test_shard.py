@@ -278,14 +278,17 @@ def test_fewer_than_three_usable_aois_are_refused(tmp_path: Path) -> None:
 class Breaking(LocalStorage):
     """Fails at the n-th upload, as a full disk or a lost network would."""
 
-    def __init__(self, root: Path, uploads: int) -> None:
+    def __init__(self, root: Path, uploads: list[int]) -> None:
         super().__init__(root)
         self.left = uploads
 
+    def child(self, name: str) -> LocalStorage:
+        return Breaking(Path(self.uri) / name, self.left)
+
     def upload(self, key: str, path: Path) -> None:
-        if self.left == 0:
+        if self.left[0] == 0:
             raise UserError("no space left")
-        self.left -= 1
+        self.left[0] -= 1
         super().upload(key, path)
 
 
@@ -295,7 +298,7 @@ def test_an_interrupted_overwriting_leaves_the_dataset_as_it_was(tiny: World, tm
     before = digests(storage)
     other = replace(TINY, sample=SampleOptions(revisits=2))
     with pytest.raises(UserError, match="no space left"):
-        shard_folder(tiny.folder, Breaking(tmp_path, 1), other, overwrite=True)
+        shard_folder(tiny.folder, Breaking(tmp_path, [1]), other, overwrite=True)
     assert before.items() <= digests(storage).items()
     assert Index.load(storage).digest == index.digest
     assert verify(storage, deep=True).problems == ()
