@@ -213,6 +213,7 @@ class RunConfig:
         both = ABSENT not in (self.model.encoder, self.model.head)
         frozen = self.train.freeze
         require(not frozen or both, "train.freeze", frozen, "empty for a model of one stage")
+        require(not frozen or self.train.init != "", "train.freeze", frozen, "empty without train.init: random weights")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by section, as JSON and TOML hold them."""

@@ -155,6 +155,8 @@ def absolute_uri(uri: str, folder: Path) -> str:
 
 def _holds_secret(uri: re.Match[str]) -> bool:
     # A password may hold a slash, so that its @ stands in what looks like a path; an S3 key may be called a@b.
+    if is_file_uri(uri[0]) and not uri["rest"].partition("/")[0].count("@"):
+        return False  # a local path has no login
     named = uri["rest"].partition("/")[0] if uri["scheme"].lower() == "s3" else uri["rest"]
     is_s3_login = uri["scheme"].lower() == "s3" and ":" in named
     return "@" in named or is_s3_login or _SIGNED.search(uri["rest"]) is not None

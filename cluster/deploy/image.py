@@ -54,7 +54,7 @@ def dockerfile(spec: DeploySpec) -> str:
         f"{_run([_STEPS[5], f'install --directory --owner=1000 {_FOLDER}/extensions'])}"
         "USER 1000\n"
         # With a driver present it compiles nothing; on CPU nodes the first training need not wait for it.
-        "RUN python -m pipeline.training.build_op\n"
+        "RUN python -m pipeline.engines.build_op\n"
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.deploy import aws, image, kuberay, slurm
 from cluster.deploy.crds import check_documents
-from cluster.deploy.spec import DeploySpec
+from cluster.deploy.spec import DeploySpec, places
 from cluster.deploy.text import MARK
 from cluster.jobs.submit import JOB_FILE
 from pipeline.config import require
@@ -17,7 +18,8 @@ from sharding.errors import UserError
 
 def _job(spec: DeploySpec) -> str:
     """Return the job's file, which the driver reads."""
-    return json.dumps({"about": MARK, **json.loads(spec.request().job.to_json())}, indent=1) + "\n"
+    job = json.loads(replace(spec.request().job, about=MARK).to_json())
+    return json.dumps({"about": job.pop("about"), **job}, indent=1) + "\n"  # at the top, where it is looked for
 
 
 TARGETS: Mapping[str, Mapping[str, Callable[[DeploySpec], str]]] = {
@@ -77,8 +79,7 @@ def write(texts: Mapping[str, str], folder: Path) -> None:
 
 
 def _require_s3(spec: DeploySpec, target: str) -> None:
-    config = spec.config()
-    for option, uri in (("data.uri", config.data.uri), ("output.uri", config.output.uri)):
+    for option, uri in places(spec.config()).items():
         require(uri.startswith("s3://"), f"run.overrides: {option}", uri, f"s3://BUCKET/PREFIX for --target {target}")
 
 

@@ -277,7 +277,7 @@ class DeploySpec:
             UserError: Like `load_config`, or for a relative path, which names no folder on another machine.
         """
         config = load_config(self.run.config, self.run.overrides)
-        for option, uri in (("data.uri", config.data.uri), ("output.uri", config.output.uri)):
+        for option, uri in places(config).items():
             wanted = "s3://BUCKET/PREFIX, or an absolute path that every node sees"
             require(uri.startswith(("s3://", "/")), f"run.overrides: {option}", uri, wanted)
         return config
@@ -340,3 +340,9 @@ def _name_of_secret(option: str, value: str) -> None:
         raise UserError(
             f"{option} is no name of a Kubernetes object: give its name, of a-z, 0-9, '-' and '.', no value"
         )
+
+
+def places(config: RunConfig) -> dict[str, str]:
+    """Return the URIs of a run that its nodes read or write, by key."""
+    found = {"data.uri": config.data.uri, "output.uri": config.output.uri, "train.init": config.train.init}
+    return {option: uri for option, uri in found.items() if uri}

@@ -75,6 +75,8 @@ class Job:
     """The resolved run configuration, `RunConfig.to_dict`."""
     placement: Placement
     """Ranks and their resources."""
+    about: str = ""
+    """Remark for a reader of the file; it has no effect."""
 
     def to_json(self) -> str:
         """Return the JSON that `from_json` reads back unchanged."""
@@ -146,7 +148,7 @@ def run_job(job: Job, rank_function: Callable[[ConfigValues], None] = train_rank
 
     ray.init(address="auto", logging_level=logging.WARNING)
     _ask_stores(job.config)
-    announced = _Announced(rank_function, f"on Ray, {uuid.uuid4().hex[:12]}")
+    announced = _Announced(rank_function, os.environ.get(JOB_VARIABLE) or f"on Ray, {uuid.uuid4().hex[:12]}")
     for failures in range(job.placement.max_failures + 1):
         _await_room(job.placement)
         try:

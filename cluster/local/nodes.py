@@ -200,6 +200,8 @@ def _claim(state: Path) -> None:
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_foreign(state)
+        if not (state / _STATE).exists():
+            _refuse_files(state)
         (state / _STATE).touch(mode=0o600, exist_ok=False)
     except FileExistsError as error:
         raise UserError(f"another `satfusion cluster up` is running in {state}: wait for it") from error
@@ -207,6 +209,17 @@ def _claim(state: Path) -> None:
         raise UserError(
             f"cannot write the state of the cluster to {state} ({error}): choose another --state"
         ) from error
+
+
+def _refuse_files(state: Path) -> None:
+    """Refuse a folder with files under the names that a cluster uses, which `down` would remove."""
+    names = (_RAY, _LOGS, _TEMPORARY, _TOKEN, "loopback.so", f"{_STATE}.new")
+    found = [name for name in names if os.path.lexists(state / name)]
+    if found:
+        raise UserError(
+            f"--state {state} holds {found[0]!r}, which no cluster of this program is known to have made: move it away,"
+            " or choose another --state"
+        )
 
 
 def _refuse_foreign(state: Path) -> None:

@@ -24,6 +24,7 @@ from pipeline.quality.metrics import ADJUSTED, METRICS, image_metrics
 from pipeline.quality.registration import Mode
 from pipeline.reporting.panels import panel
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
+from pipeline.training.validation import resolution_ratio
 from sharding.errors import UserError
 from sharding.progress import progress
 from sharding.storage import Storage, open_storage
@@ -213,7 +214,7 @@ def _score(
             images |= baselines(batch)
             chip = batch.chips[0]
             for method in methods:
-                metrics = image_metrics(images[method], batch.hr, registration)
+                metrics = image_metrics(images[method], batch.hr, registration, resolution_ratio(dataset))
                 place: dict[str, object] = {
                     "aoi": dataset.aoi(chip),
                     "chip": chip % dataset.chips_per_scene,

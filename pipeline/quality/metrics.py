@@ -17,11 +17,13 @@ ADJUSTED = "_adjusted"
 
 SSIM_TAPS = 11
 RESOLUTION_RATIO = 1 / 4
-"""ERGAS's ratio of pixel sizes, high resolution to low, as published for WorldStrat."""
+"""ERGAS's ratio of pixel sizes, high resolution to low, as published for WorldStrat (its grids have 0.32)."""
 
 
 @torch.no_grad()
-def image_metrics(prediction: Tensor, target: Tensor, registration: Mode = "centred") -> dict[str, Tensor]:
+def image_metrics(
+    prediction: Tensor, target: Tensor, registration: Mode = "centred", ratio: float = RESOLUTION_RATIO
+) -> dict[str, Tensor]:
     """Compare fused images with the target.
 
     Each set of metrics registers the images again: removing a bias may change the best shift. Averages over samples are
@@ -31,6 +33,7 @@ def image_metrics(prediction: Tensor, target: Tensor, registration: Mode = "cent
         prediction: Fused images [B, C, H, W], reflectance.
         target: High-resolution images of the same shape.
         registration: As in :func:`pipeline.quality.registration.register`.
+        ratio: Size of a high-resolution pixel in low-resolution ones, for ERGAS.
 
     Returns:
         A tensor [B] for each name of ``METRICS``, and for each with the suffix ``_adjusted``. PSNR is
@@ -42,12 +45,12 @@ def image_metrics(prediction: Tensor, target: Tensor, registration: Mode = "cent
     """
     with torch.autocast(prediction.device.type, enabled=False):
         prediction, target = widen(prediction), widen(target)
-        raw = _compare(prediction, target, registration)
-        adjusted = _compare(bias_adjust(prediction, target), target, registration)
+        raw = _compare(prediction, target, registration, ratio)
+        adjusted = _compare(bias_adjust(prediction, target), target, registration, ratio)
     return raw | {name + ADJUSTED: value for name, value in adjusted.items()}
 
 
-def _compare(prediction: Tensor, target: Tensor, registration: Mode) -> dict[str, Tensor]:
+def _compare(prediction: Tensor, target: Tensor, registration: Mode, ratio: float) -> dict[str, Tensor]:
     pair = register(prediction, target, registration)
     difference = pair.prediction - pair.target
     mse = difference.square().mean(dim=(1, 2, 3))
@@ -58,11 +61,11 @@ def _compare(prediction: Tensor, target: Tensor, registration: Mode) -> dict[str
         "psnr": -10 * mse.log10(),
         "ssim": ssim_map(pair.prediction, pair.target, SSIM_TAPS, mirror=False).mean(dim=(1, 2, 3)),
         "sam": angle.mean(dim=(1, 2)),
-        "ergas": _ergas(difference, pair.target),
+        "ergas": _ergas(difference, pair.target, ratio),
     }
 
 
-def _ergas(difference: Tensor, target: Tensor) -> Tensor:
+def _ergas(difference: Tensor, target: Tensor, ratio: float) -> Tensor:
     """Return the relative error over bands (Wald, "Quality of high resolution synthesised images", 2000), percent."""
     relative = difference.square().mean(dim=(2, 3)) / (target.mean(dim=(2, 3)).square() + 1e-8)
-    return 100 * RESOLUTION_RATIO * relative.mean(dim=1).sqrt()
+    return 100 * ratio * relative.mean(dim=1).sqrt()

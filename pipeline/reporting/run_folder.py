@@ -14,6 +14,7 @@ from sharding.errors import UserError
 from sharding.names import path_below
 from sharding.scratch import ScratchFolder
 from sharding.storage import LocalStorage, open_storage
+from sharding.storage.lock import LockLostError
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class RunFolder:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if isinstance(error, LockLostError):  # the folder is another job's now
+            self._scratch.cleanup()
+            return
         try:
             self.sync(final=True)
         except UserError as unsent:

@@ -24,6 +24,11 @@ def load_initial(network: SatFusion, config: TrainConfig) -> None:
     Raises:
         UserError: The weights cannot be read, none fits, or a published checkpoint is not of this model.
     """
+    _load(network, config)
+    network.at_step(0)
+
+
+def _load(network: SatFusion, config: TrainConfig) -> None:
     if Path(config.init).is_file():
         _load_published(network, config.init)
         return

@@ -89,7 +89,9 @@ def run_training(config: RunConfig, report: Report | None = None) -> TrainResult
     train = ChipDataset(config.data.uri, "train", config.data)
     val = train.sibling("val")
     train.check_fits(config.model)
-    with RunFolder(config.output.uri, config.output.sync_seconds) as run, claimed(run, world) as lock:
+    run = RunFolder(config.output.uri, config.output.sync_seconds)
+    # The last upload comes before the lock is released.
+    with claimed(run, world) as lock, run:
         checkpoint = find_checkpoint(run, config, train, world)
         trainer = Trainer(config, world, plan, train, val, run, checkpoint, lock)
         return trainer.fit(report or (lambda metrics: None))
@@ -310,13 +312,13 @@ class Trainer:
         state = self.engine.state(self.step, moments=kind == "step")
         if self.average:
             state = replace(state, ema=self.average.state())
+        if self.lock:
+            self.lock.check()
         # Logs of the steps before must be in the store before the checkpoint that follows them.
         self.run.sync()
         generators = self.world.gather_objects(_generators(self.world))
         if not self.world.is_main:
             return
-        if self.lock:
-            self.lock.check()
         position = Position(self.step, self.best_loss, self.train_set.index.digest, self.world.size)
         name = f"{kind}-{self.step}"
         save_checkpoint(self.run.storage, name, self.config, position, state, generators)

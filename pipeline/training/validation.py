@@ -16,7 +16,7 @@ from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.data.batches import Batch
 from pipeline.engines.engine import Engine
 from pipeline.quality.losses import fusion_loss
-from pipeline.quality.metrics import image_metrics
+from pipeline.quality.metrics import RESOLUTION_RATIO, image_metrics
 from pipeline.reporting.panels import panel
 from pipeline.reporting.tags import VAL_TAGS
 from pipeline.world import World
@@ -60,7 +60,7 @@ def validate(
         if not counts:
             continue
         chip = batch.chips[0]
-        rows[chip] = _values(images, batch, config)
+        rows[chip] = _values(images, batch, config, resolution_ratio(dataset))
         if chip < (config.output.panels if panels is None else panels):
             drawn[chip] = panel(batch, images.fused, dataset.chip_id(chip), dataset.index.facts.bands.hr_rgb)
     everyone = _merged(world.gather_objects(rows))
@@ -79,10 +79,15 @@ def validate(
     )
 
 
-def _values(images: Fusion, batch: Batch, config: RunConfig) -> list[float]:
+def resolution_ratio(dataset: ChipDataset) -> float:
+    """Return the size of a high-resolution pixel in low-resolution ones, for ERGAS; WorldStrat's is the published."""
+    return RESOLUTION_RATIO if dataset.index.facts.source == "worldstrat" else 1 / dataset.scale
+
+
+def _values(images: Fusion, batch: Batch, config: RunConfig, ratio: float) -> list[float]:
     """Return the values of VAL_TAGS for a batch of one chip."""
     loss = fusion_loss(images, batch.hr, config.loss).total
-    metrics = image_metrics(images.fused, batch.hr, config.loss.registration)
+    metrics = image_metrics(images.fused, batch.hr, config.loss.registration, ratio)
     return [loss.item(), *(metrics[tag.removeprefix("val/")].item() for tag in VAL_TAGS[1:])]
 
 

@@ -18,6 +18,7 @@ from sharding.errors import UnusableError, UserError
 from sharding.format.entries import Layouts, ShardEntry, Skipped, StoredShard, shard_from_json, shard_to_json
 from sharding.format.index import GONE, Measured, damage_of
 from sharding.format.layout import (
+    CHIP,
     ArrayLayout,
     Facts,
     SampleLayout,
@@ -75,6 +76,9 @@ class ShardTask:
     limits: SourceOptions
     """Limits of samples: their agreement, and their pixels without data."""
 
+    published: bool = False
+    """True if the published index lists the shard: then only damage is a reason to build it again."""
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that determines the shard's bytes, except the content of the source files.
@@ -87,6 +91,8 @@ class ShardTask:
         limits = [self.limits.min_agreement, self.limits.max_nodata]
         if any(recipes) or limits != [None, None]:
             described.append([recipes, limits])
+        if self.limits.chip != CHIP:
+            described.append(["chip", self.limits.chip])
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def substitutes(self, skipped: Sequence[Skipped], passed: Sequence[str]) -> str:
@@ -150,7 +156,11 @@ def build_shard(task: ShardTask) -> ShardResult:
     fingerprint, earlier = read_sidecar(task.output, task.name, task.options, task.facts) or ("", None)
     damage = None
     same = earlier is not None and fingerprint == task.fingerprint
-    if earlier is not None and same and earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed):
+    if (
+        earlier is not None
+        and same
+        and (task.published or earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed))
+    ):
         damage = damage_of(task.output, earlier.entry) if earlier.entry else None
         if damage is None:
             for item in earlier.skipped:

@@ -215,7 +215,8 @@ class _Sharding:
         for line in describe_split(plan.split):
             self._note(line)
         output = self.output.child(folder) if folder else self.output
-        return folder, [replace(task, output=output) for task in tasks]
+        published = self.there.index is not None and self.there.index.plan == _digest(tasks)
+        return folder, [replace(task, output=output, published=published) for task in tasks]
 
     def _plan(self, usable: Mapping[str, SceneFiles]) -> tuple[Plan, list[ShardTask]]:
         names = [aoi.name for aoi in self.found]

@@ -14,7 +14,8 @@ from sharding.storage import LocalStorage
 
 SOFTWARE = "satfusion inspect"
 """Text ``Software`` of each contact sheet, by which it is recognised."""
-_REPORT_KEYS = {"index_sha256", "shards", "skipped_aois"}
+_REPORTS = ({"index_sha256", "shards", "skipped_aois"}, {"error", "skipped", "skipped_aois"})
+"""Keys of the report of a dataset, and of a source without enough usable AOIs."""
 _LARGEST_REPORT = 256 << 20
 
 
@@ -93,4 +94,4 @@ def _is_report(path: Path) -> bool:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(data, dict) and data.keys() >= _REPORT_KEYS
+    return isinstance(data, dict) and any(data.keys() >= keys for keys in _REPORTS)

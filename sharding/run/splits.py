@@ -41,7 +41,7 @@ class Split:
 
 def natural_key(name: str) -> tuple[str | int, ...]:
     """Return a sort key in which runs of digits compare as integers: ``a-2`` comes before ``a-10``."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name))
+    return tuple(int(part) if part.isascii() and part.isdigit() else part for part in re.split(r"([0-9]+)", name))
 
 
 def permutation(num_items: int, seed: int) -> list[int]:

@@ -110,7 +110,7 @@ class Holder:
                 raise ValueError(f"another type of {name}")
             if isinstance(value, str) and not value.isprintable():
                 raise ValueError(f"control characters in {name}")
-            if not isinstance(value, str) and not 0 <= value < 1e11:
+            if not isinstance(value, str) and not 0 <= value < (2**31 if name == "pid" else 1e11):
                 raise ValueError(f"{name} out of range")
         return cls(**values)
 
@@ -256,6 +256,9 @@ class Lock:
                 if not self._is_held():
                     return
                 self._storage.write(_key(self._term), replace(self._holder, beat=time.time()).to_bytes())
+                if self._terms()[-1:] != [self._term]:  # taken over between the two: the old term must not come back
+                    self._storage.delete(_key(self._term))
+                    return
             except UserError as error:
                 logger.warning("heartbeat not written to %s, will retry: %s", self._storage.uri, error)
 

@@ -83,6 +83,7 @@ def test_a_secret_is_refused_and_not_repeated(text: str) -> None:
         "a:b@c",
         "train.learning_rate=3e-4",
         "folder/token=1",
+        "file:///data/user@host/ds",
     ],
 )
 def test_what_holds_none_passes(text: str) -> None:

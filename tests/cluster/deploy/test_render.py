@@ -53,6 +53,20 @@ def test_every_target_has_its_files_and_every_file_the_mark(texts: dict[str, str
         assert max(map(len, text.splitlines())) < 200, name
 
 
+def test_the_modules_that_files_run_exist(texts: dict[str, str]) -> None:
+    modules = {
+        name for text in texts.values() for name in re.findall(r"python3? -m ((?:cluster|pipeline)[\w.]+)", text)
+    }
+    assert modules >= {"cluster.jobs.train_job", "pipeline.engines.build_op"}
+    assert all(util.find_spec(name) for name in modules), modules
+
+
+@pytest.mark.parametrize("target", ["slurm", "aws"])
+def test_the_job_that_is_mounted_is_read(tmp_path: Path, target: str) -> None:
+    text = render(spec_of(WHOLE, tmp_path), [target])["job.json"]
+    assert Job.from_json(text).config["output"]["uri"].startswith("s3://")
+
+
 def test_every_file_says_what_it_costs_and_exposes(texts: dict[str, str]) -> None:
     for name, text in texts.items():
         if name not in ("job.json", "Dockerfile.dockerignore"):

@@ -463,6 +463,14 @@ def test_sizes_that_cannot_be_are_refused(options: dict[str, int]) -> None:
         NodeOptions(**options)
 
 
+def test_files_of_others_in_a_state_folder_stay(folder: Path) -> None:
+    (folder / "logs").mkdir(mode=0o700)
+    (folder / "logs" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds 'logs', which no cluster of this program is known to have made"):
+        local.up(NodeOptions(nodes=1), folder)
+    assert [path.name for path in folder.rglob("*")] == ["logs", "mine.txt"]
+
+
 def test_a_state_folder_that_cannot_serve_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="too long"):
         local.up(NodeOptions(), folder / ("long" * 20))

@@ -83,3 +83,9 @@ def test_bfloat16_is_compared_in_float32_without_a_graph() -> None:
     expected = image_metrics(half.detach().float(), target)
     assert all(torch.equal(metrics[name], expected[name]) for name in expected)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_ergas_is_in_proportion_to_the_ratio_of_pixel_sizes() -> None:
+    prediction, target = golden_pair()
+    published = image_metrics(prediction, target)["ergas"]
+    torch.testing.assert_close(image_metrics(prediction, target, ratio=0.5)["ergas"], 2 * published)

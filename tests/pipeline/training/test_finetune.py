@@ -171,4 +171,6 @@ def test_invalid_keys_are_refused(make_config: MakeConfig, tmp_path: Path) -> No
     with pytest.raises(UserError, match="0 with ZeRO 3"):
         make_config(tmp_path, "train.ema=0.9", "train.zero_stage=3")
     with pytest.raises(UserError, match="empty for a model of one stage"):
-        make_config(tmp_path, "train.freeze=head", "model.encoder=none")
+        make_config(tmp_path, "train.freeze=head", "train.init=x", "model.encoder=none")
+    with pytest.raises(UserError, match=r"empty without train\.init"):
+        make_config(tmp_path, "train.freeze=head")

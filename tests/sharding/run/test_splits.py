@@ -30,6 +30,10 @@ def names(count: int) -> list[str]:
     return [f"Landcover-{i}" for i in range(count)]
 
 
+def test_digits_of_other_scripts_are_letters() -> None:
+    assert sorted(["Zone 10²", "Zone 9²"], key=natural_key) == ["Zone 9²", "Zone 10²"]
+
+
 def test_the_permutation_is_the_published_one(shared: Path) -> None:
     golden = json.loads((shared / "golden" / "chips.json").read_text())
     aois = sorted(golden["scene_order"], key=natural_key)
