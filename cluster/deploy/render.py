@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from cluster.deploy import aws, image, kuberay, slurm
@@ -18,8 +17,9 @@ from sharding.errors import UserError
 
 def _job(spec: DeploySpec) -> str:
     """Return the job's file, which the driver reads."""
-    job = json.loads(replace(spec.request().job, about=MARK).to_json())
-    return json.dumps({"about": job.pop("about"), **job}, indent=1) + "\n"  # at the top, where it is looked for
+    job = json.loads(spec.request().job.to_json())
+    del job["about"]
+    return json.dumps({"about": MARK, **job}, indent=1) + "\n"  # at the top, where it is looked for
 
 
 TARGETS: Mapping[str, Mapping[str, Callable[[DeploySpec], str]]] = {
