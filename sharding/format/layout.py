@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -157,6 +157,9 @@ class Facts:
 
     masks: tuple[Literal["clm"]]
     """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data."""
+
+    options: Mapping[Name, str | int | float] = field(default_factory=dict)
+    """Options of the source that differ from the usual ones, by name."""
 
 
 CHIP = 50

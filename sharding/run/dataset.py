@@ -302,6 +302,7 @@ class _Sharding:
             for split in SPLITS
         }
         not_listed = [Skipped(aoi, _NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
+        layouts = [sample.layout for shards in splits.values() for shard in shards for sample in shard.samples]
         return Index(
             preparation=self.options.sample,
             split_rule=plan.rule,
@@ -310,10 +311,7 @@ class _Sharding:
             splits=splits,
             statistics={name: histogram.statistics() for name, histogram in counted.items()},
             skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
-            facts=self.source.facts(
-                self.options.sample,
-                (sample.layout for shards in splits.values() for shard in shards for sample in shard.samples),
-            ),
+            facts=replace(self.source.facts(self.options.sample, layouts), options=self.options.source.given),
         )
 
     def _publish(self, index: Index, folder: str, lock: Lock) -> Index:

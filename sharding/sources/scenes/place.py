@@ -49,8 +49,9 @@ def place_scene(pan: Header, target: Header, revisits: Sequence[Header]) -> Plac
     others = [target, *revisits]
     for header in others:
         _check_placed(header, grid, pan)
-    boxes = {header.title: covered(header.over(grid), grid) for header in others}
-    _check_meet(grid, {header.title: header for header in others}, boxes)
+    # PAN too: one that is turned or in another coordinate system does not fill its grid.
+    boxes = {header.title: covered(header.over(grid), grid) for header in (pan, *others)}
+    _check_meet(grid, {header.title: header for header in (pan, *others)}, boxes)
     left, top = max(0, *(box[0] for box in boxes.values())), max(0, *(box[1] for box in boxes.values()))
     right = min(grid.width, *(box[2] for box in boxes.values()))
     bottom = min(grid.height, *(box[3] for box in boxes.values()))
