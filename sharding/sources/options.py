@@ -11,7 +11,6 @@ from sharding.errors import UserError
 from sharding.format.layout import CHIP
 from sharding.prepare.options import SampleOptions
 
-
 KINDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("level", "bands", "hr", "lr_size", "hr_size", "scale", "offset"), ("worldstrat",)),
     **dict.fromkeys(("tile", "overlap", "chip", "split_by", "block_km"), ("scenes",)),

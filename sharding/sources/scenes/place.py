@@ -36,6 +36,9 @@ class Place:
     anchor: tuple[float, float]
     """Column and row, in PAN pixels, of the first corner of a revisit's pixels."""
 
+    least: tuple[float, float]
+    """Least width and height of an image, PAN pixels."""
+
 
 def place_scene(pan: Header, target: Header, revisits: Sequence[Header]) -> Place:
     """Find the place of a scene's images.
@@ -61,7 +64,8 @@ def place_scene(pan: Header, target: Header, revisits: Sequence[Header]) -> Plac
     if area.width < 1 or area.height < 1:
         raise UnusableError("no-overlap", "its images have no land in common")
     first = revisits[0].over(grid)
-    return Place(grid, area, _ratio(first, grid), _anchor(first, grid))
+    least = min(box[2] - box[0] for box in boxes.values()), min(box[3] - box[1] for box in boxes.values())
+    return Place(grid, area, _ratio(first, grid), _anchor(first, grid), least)
 
 
 def pan_grid(pan: Header, revisit: Header) -> Grid:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -317,7 +318,7 @@ def _read(header: Header, bands: Sequence[int], radiometry: Radiometry, box: Win
     return image, saturated
 
 
-def _equals(stored: NDArray[np.generic], value: float) -> Mask:
+def _equals(stored: NDArray[Any], value: float) -> Mask:
     """Return the mask of pixels with a value; of none if their type cannot hold it, such as -9999 in uint16."""
     if stored.dtype.kind in "ui":
         limits = np.iinfo(stored.dtype)
