@@ -259,10 +259,13 @@ class ChipDataset(Dataset[Batch]):
         )
 
     def evaluation_batch(self, chip: int, device: torch.device = CPU) -> Batch:
-        """Return ``chip`` for evaluation: own window, not turned, the clearest revisit for heads without encoder."""
+        """Return ``chip`` for evaluation: own window, not turned, the clearest revisit for heads without encoder.
+
+        Simulated revisits are all of the target, and may be fewer than the stored ones: then it is their first.
+        """
         stored = StoredBatch(self.layout, 1)
         with self.scenes.use(*self._places[chip // self.chips_per_scene]) as scene:
-            revisit = clearest(scene) if scene else 0
+            revisit = clearest(scene) if scene and self.simulation == "off" else 0
             stored.begin([chip], [Variant(self.window(chip), 0, False, revisit)])
             stored.put(0, scene)
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)

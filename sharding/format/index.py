@@ -101,7 +101,10 @@ class Index:
                     del sample["layout"]
                     sample.pop("content", None)
         else:
-            table |= {"facts": asdict(self.facts), "layouts": layouts.to_json()}
+            facts = asdict(self.facts)
+            if not self.facts.options:  # as in the indexes of earlier versions
+                del facts["options"]
+            table |= {"facts": facts, "layouts": layouts.to_json()}
         return json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
 
     @cached_property

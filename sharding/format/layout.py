@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -158,6 +158,9 @@ class Facts:
     masks: tuple[Literal["clm"]]
     """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data."""
 
+    options: Mapping[Name, str | int | float] = field(default_factory=dict)
+    """Options of the source that differ from the usual ones, by name."""
+
 
 CHIP = 50
 """Side and stride of the chips of other sources than WorldStrat, LR pixels, where the samples are as large."""
@@ -196,6 +199,32 @@ def fitted_chips(sides: tuple[int, int], chip: int) -> ChipGrid:
     height, width = sides
     size = min(chip, height, width)
     return ChipGrid(size, size, 1 + (width - size) // size, 1 + (height - size) // size)
+
+
+def describe_chips(facts: Facts, chip: int, samples: Iterable[tuple[str, SampleLayout]]) -> list[str]:
+    """Return a line for the user if the smallest sample gives all others smaller or fewer chips than they could have.
+
+    Args:
+        facts: Facts of the dataset; only samples of ``scenes`` are cut to sizes that the user chooses.
+        chip: Wanted side of a chip, LR pixels.
+        samples: Name and layout of each sample.
+    """
+    sides = [(layout["lr"].shape[-2], layout["lr"].shape[-1], name) for name, layout in samples]
+    known = [(height, width, name) for height, width, name in sides if height and width]
+    fitted = [(fitted_chips((height, width), chip), height, width, name) for height, width, name in known]
+    if not fitted or facts.source != "scenes":
+        return []
+    chips = facts.chips
+    area = {name: grid.count * grid.size**2 for grid, _, _, name in fitted}
+    large, small = max(fitted, key=lambda item: area[item[-1]]), min(fitted, key=lambda item: area[item[-1]])
+    if area[large[-1]] <= chips.count * chips.size**2:
+        return []
+    _, height, width, name = small
+    return [
+        f"the smallest sample sets the chips of all: {name!r} has {width} x {height} LR px, so each sample has "
+        f"{chips.columns} x {chips.rows} chips of {chips.size} px, where the largest could have {large[0].columns} x "
+        f"{large[0].rows} of {large[0].size} px: leave it out by --aois, or cut all alike by a smaller --tile"
+    ]
 
 
 def smallest(layouts: Iterable[SampleLayout]) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from sharding.errors import UnusableError, UserError
 from sharding.format.entries import ShardEntry, Skipped
 from sharding.format.index import INDEX_NAME, SPLITS, Index, Measured
+from sharding.format.layout import describe_chips
 from sharding.format.statistics import Histogram
 from sharding.prepare.sample import make_sample
 from sharding.progress import progress
@@ -302,6 +303,10 @@ class _Sharding:
             for split in SPLITS
         }
         not_listed = [Skipped(aoi, _NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
+        samples = [(item.aoi, item.layout) for shards in splits.values() for shard in shards for item in shard.samples]
+        facts = self.source.facts(self.options.sample, (layout for _, layout in samples))
+        for line in describe_chips(facts, self.options.source.chip, samples):
+            self._note(line)
         return Index(
             preparation=self.options.sample,
             split_rule=plan.rule,
@@ -310,10 +315,7 @@ class _Sharding:
             splits=splits,
             statistics={name: histogram.statistics() for name, histogram in counted.items()},
             skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
-            facts=self.source.facts(
-                self.options.sample,
-                (sample.layout for shards in splits.values() for shard in shards for sample in shard.samples),
-            ),
+            facts=replace(facts, options=self.options.source.given),
         )
 
     def _publish(self, index: Index, folder: str, lock: Lock) -> Index:

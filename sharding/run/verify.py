@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from sharding.errors import UnusableError
+from sharding.errors import UnusableError, UserError
 from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import GONE, INDEX_NAME, SPLITS, Index, damage_of
 from sharding.format.sample import Sample, decode_sample, fetch_sample
 from sharding.format.writer import NewSample
 from sharding.progress import progress
 from sharding.run.groups import leaks
+from sharding.schema import convert
 from sharding.sources.options import SourceOptions
 from sharding.storage import CorruptedError, Storage
 
@@ -128,16 +128,14 @@ def _compare_with_source(
     from sharding.prepare.sample import make_sample
     from sharding.sources.registry import open_source
 
-    options, kind = index.preparation, SourceOptions(source=cast(Any, index.facts.source))
+    options, kind = index.preparation, _source_options(storage, index)
     found = {aoi.name: aoi for aoi in open_source(folder, options, kind).scenes}
     problems = []
     with progress(len(pairs), "preparing again", "AOI") as shown:
         for shard, entry in pairs:
             try:
                 if entry.aoi not in found:
-                    raise UnusableError(
-                        "missing-file", "the source no longer has it, or other options such as --tile made it"
-                    )
+                    raise UnusableError("missing-file", "the source no longer has it")
                 stored = fetch_sample(storage, shard, entry)
                 different = _differences(stored, make_sample(found[entry.aoi], options))
             except (UnusableError, CorruptedError) as error:
@@ -145,6 +143,17 @@ def _compare_with_source(
             problems += [Problem(shard.name, f"AOI {entry.aoi!r}: {text}") for text in different]
             shown.update()
     return problems
+
+
+def _source_options(storage: Storage, index: Index) -> SourceOptions:
+    """Return the options of the source by which a dataset was made."""
+    try:
+        return convert({**index.facts.options, "source": index.facts.source}, SourceOptions)
+    except (ValueError, UserError) as error:
+        raise UserError(
+            f"{storage.uri}: {INDEX_NAME} names options of its source that this program does not know ({error}): "
+            "verify without --input, or shard again"
+        ) from None
 
 
 def _differences(stored: Sample, again: NewSample) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Literal
 
 from sharding.arguments import check_values
@@ -10,10 +11,19 @@ from sharding.errors import UserError
 from sharding.format.layout import CHIP
 from sharding.prepare.options import SampleOptions
 
+KINDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("level", "bands", "hr", "lr_size", "hr_size", "scale", "offset"), ("worldstrat",)),
+    **dict.fromkeys(("tile", "overlap", "chip", "split_by", "block_km"), ("scenes",)),
+    **dict.fromkeys(("few_revisits", "select", "max_cloud"), ("worldstrat", "scenes")),
+    "bits": ("pancollection",),
+}
+"""Kinds of sources that use an option; all kinds use the others."""
+_TITLES = {"worldstrat": "WorldStrat"}
+
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Options of a source. Only `scenes` cuts tiles; the other kinds refuse these options.
+    """Options of a source. A kind refuses the options that it would ignore, see `KINDS`.
 
     Raises:
         UserError: For an invalid value; it names the option, the value and the valid ones.
@@ -67,8 +77,6 @@ class SourceOptions:
             raise UserError(f"--scale {self.scale:g} is out of range: it must be above 0 and at most 1000000")
         if not -1e6 <= self.offset <= 1e6:
             raise UserError(f"--offset {self.offset:g} is out of range: it must be from -1000000 to 1000000")
-        if self.source != "worldstrat" and (self.scale, self.offset) != (1.0, 0.0):
-            raise UserError(f"--scale and --offset are of WorldStrat, and --source is {self.source}: drop them")
         if self.min_agreement is not None and not -1 <= self.min_agreement <= 1:
             raise UserError(f"--min-agreement {self.min_agreement:g} is out of range: it must be from -1 to 1")
         if self.max_nodata is not None and not 0 <= self.max_nodata <= 100:
@@ -79,17 +87,28 @@ class SourceOptions:
             raise UserError(f"--overlap {self.overlap} would show one split the land of another: drop it or --split-by")
         if not 0 < self.block_km <= 10_000:
             raise UserError(f"--block-km {self.block_km:g} is out of range: it must be above 0 and at most 10000 km")
+        for name in self.given:
+            self._refuse_ignored(name)
+        if "block_km" in self.given and self.split_by != "block":
+            raise UserError(f"--block-km {self.block_km:g} needs --split-by block: give it, or drop --block-km")
+
+    @property
+    def given(self) -> dict[str, str | int | float]:
+        """Options that differ from the usual ones, without the kind of source."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "source"}
+        usual = {item.name: item.default for item in fields(self) if item.default is not MISSING}
+        return {name: value for name, value in values.items() if value != usual[name]}
 
     def without_sizes(self, sample: SampleOptions) -> SampleOptions:
         """Return the options of samples whose images keep their own pixels.
 
         Raises:
-            UserError: For an option that only WorldStrat has.
+            UserError: For an option that this kind would ignore.
         """
         usual = SampleOptions()
-        for name, option in _ONLY_WORLDSTRAT.items():
-            if getattr(sample, name) not in (getattr(usual, name), None):
-                raise UserError(f"{option} is an option of WorldStrat, and --source is {self.source}: drop it")
+        for item in fields(sample):
+            if getattr(sample, item.name) not in (getattr(usual, item.name), None):
+                self._refuse_ignored(item.name)
         sample = replace(sample, lr_size=None, hr_size=None)
         if self.source != "pancollection":
             return sample
@@ -100,11 +119,10 @@ class SourceOptions:
             )
         return replace(sample, revisits=1)
 
-
-_ONLY_WORLDSTRAT = {
-    "level": "--level",
-    "bands": "--bands",
-    "hr": "--hr",
-    "lr_size": "--lr-size",
-    "hr_size": "--hr-size",
-}
+    def _refuse_ignored(self, name: str) -> None:
+        """Refuse an option that this kind would ignore."""
+        kinds = KINDS.get(name, (self.source,))
+        if self.source not in kinds:
+            option = "--" + name.replace("_", "-")
+            owners = " and ".join(_TITLES.get(kind, kind) for kind in kinds)
+            raise UserError(f"{option} is an option of {owners}, and --source is {self.source}: drop it")

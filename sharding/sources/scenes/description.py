@@ -38,7 +38,7 @@ class Images:
     """Values without data: one for all bands, or one per band of the file."""
 
     date: str | None = None
-    """Day of acquisition, ``YYYY-MM-DD``."""
+    """Day of acquisition of the revisits or the PAN, ``YYYY-MM-DD``."""
 
     cloud: tuple[int, ...] = (1,)
     """Values of a mask that are cloud or shadow."""
@@ -146,8 +146,8 @@ def _images(table: Any, kind: str, path: str) -> Images:
     if not isinstance(table, dict):
         raise UserError(f"{path}: {kind} is a table, written [{kind}]")
     fields = tuple(Images.__dataclass_fields__)
-    masks = kind == "masks"
-    known = _MASK_KEYS if masks else tuple(name for name in fields if name not in ("cloud", "unknown"))
+    others = ("cloud", "unknown", "date") if kind == "target" else ("cloud", "unknown")
+    known = _MASK_KEYS if kind == "masks" else tuple(name for name in fields if name not in others)
     _known(table, known, f"{kind}.", path)
     found: dict[str, Any] = {}
     for key, value in table.items():
@@ -186,12 +186,6 @@ def _listed(table: Mapping[str, Any], path: str) -> ListedScene:
     lists: dict[str, Any] = {
         key: _texts(table.get(key, []), f"scene.{key}", path) for key in ("revisits", "masks", "dates")
     }
-    for key in ("masks", "dates"):
-        if lists[key] and len(lists[key]) != len(lists["revisits"]):
-            raise UserError(
-                f"{path}: scene {table['name']!r} has {len(lists['revisits'])} revisits and {len(lists[key])} {key}: "
-                "give one for each, in the same order"
-            )
     texts: dict[str, Any] = {key: _text(table[key], f"scene.{key}", path) for key in ("name", "pan", "target")}
     return ListedScene(**texts, **lists)
 

@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,7 @@ from sharding.sources.scenes.description import FILE_NAME, Description
 
 DATE = r"[0-9]{4}[-_]?[0-9]{2}[-_]?[0-9]{2}"
 _PLACEHOLDERS = {"scene": r"[^/]+?", "revisit": r"[^/]+?", "date": DATE}
+_Key = tuple[str, str, str]
 _TOKENS = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
 
 
@@ -78,15 +79,11 @@ def find_scenes(folder: Path, description: Description) -> list[FoundScene]:
         return [_listed(folder, description, number) for number in range(len(description.scenes))]
     files = list(walk(folder))
     images = _matches(files, description.revisits.files, "revisits")
-    masks = {
-        (match["scene"], match["revisit"], match["date"]): file
-        for file, match in _matches(files, description.masks.files, "masks")
-    }
+    masks = _masks(files, description.masks.files, {_key(match) for _, match in images})
     singles = {kind: _singles(files, getattr(description, kind).files, kind) for kind in ("pan", "target")}
     revisits: dict[str, list[tuple[str, RevisitFiles]]] = {}
     for file, match in images:
-        mask = masks.get((match["scene"], match["revisit"], match["date"]))
-        item = RevisitFiles(file, mask, as_date(match["date"]))
+        item = RevisitFiles(file, masks.get(_key(match)), as_date(match["date"]))
         revisits.setdefault(match["scene"], []).append((match["date"] + match["revisit"] + file.name, item))
     whole = folder.resolve().name
     names = sorted({*revisits, *singles["pan"], *singles["target"]}, key=natural_key)
@@ -132,6 +129,29 @@ def _matches(files: Sequence[File], patterns: Sequence[str], kind: str) -> list[
     return found
 
 
+def _key(match: Mapping[str, str]) -> _Key:
+    """Return the values by which a mask finds its revisit."""
+    return match["scene"], match["revisit"], match["date"]
+
+
+def _masks(files: Sequence[File], patterns: Sequence[str], images: Container[_Key]) -> dict[_Key, File]:
+    """Return the one mask of each revisit that has one."""
+    found: dict[_Key, File] = {}
+    for file, match in _matches(files, patterns, "masks"):
+        other = found.setdefault(_key(match), file)
+        if other != file:
+            raise UserError(
+                f"{FILE_NAME}: masks.files finds both {other.name!r} and {file.name!r} for one revisit: give it the "
+                "placeholders {revisit} or {date} of revisits.files"
+            )
+        if _key(match) not in images:
+            raise UserError(
+                f"{FILE_NAME}: masks.files finds {file.name!r}, and revisits.files finds no revisit of these "
+                "{scene}, {revisit} and {date}: give both patterns the same placeholders, or remove the file"
+            )
+    return found
+
+
 def _singles(files: Sequence[File], patterns: Sequence[str], kind: str) -> dict[str, tuple[File, str | None]]:
     """Return the one file of each scene, and its day."""
     found: dict[str, tuple[File, str | None]] = {}
@@ -174,8 +194,12 @@ def _listed(folder: Path, description: Description, number: int) -> FoundScene:
     listed = description.scenes[number]
     images = [_file(folder, name, listed.name) for name in _expanded(folder, listed.revisits)]
     masks = [_file(folder, name, listed.name) for name in _expanded(folder, listed.masks)]
-    if masks and len(masks) != len(images):
-        raise UserError(f"{FILE_NAME}: scene {listed.name!r} has {len(images)} revisits and {len(masks)} masks")
+    for key, count in (("masks", len(masks)), ("dates", len(listed.dates))):
+        if count not in (0, len(images)):
+            raise UserError(
+                f"{FILE_NAME}: scene {listed.name!r} has {len(images)} revisits and {count} {key}: give one for each, "
+                "in the same order"
+            )
     revisits = tuple(
         RevisitFiles(image, mask, as_date(date))
         for image, mask, date in itertools.zip_longest(images, masks, listed.dates)

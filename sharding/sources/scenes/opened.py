@@ -89,6 +89,13 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
         wanted = theirs = _common(headers[0], told.revisits, target_header, told.target)
     layers = [_layer(header, told.revisits, wanted) for header in headers]
     target = _layer(target_header, told.target, theirs)
+    for layer, images, kind in ((layers[0], told.revisits, "revisits"), (target, told.target, "target")):
+        if len(layer.bands) > 1 and images.bands is None and None in layer.names:
+            raise UnusableError(
+                "wrong-bands",
+                f"{layer.header.title} does not name its {len(layer.bands)} bands, which are never paired by position: "
+                f'give their names, such as order = ["red", "green", "blue"], below [{kind}], or numbers as `bands`',
+            )
     for layer in layers[1:]:
         check_same(layer.header.title, layer.names, layers[0].header.title, layers[0].names)
     check_same(target.header.title, target.names, layers[0].header.title, layers[0].names)

@@ -36,6 +36,9 @@ class Place:
     anchor: tuple[float, float]
     """Column and row, in PAN pixels, of the first corner of a revisit's pixels."""
 
+    least: tuple[float, float]
+    """Least width and height of an image, PAN pixels."""
+
 
 def place_scene(pan: Header, target: Header, revisits: Sequence[Header]) -> Place:
     """Find the place of a scene's images.
@@ -49,8 +52,9 @@ def place_scene(pan: Header, target: Header, revisits: Sequence[Header]) -> Plac
     others = [target, *revisits]
     for header in others:
         _check_placed(header, grid, pan)
-    boxes = {header.title: covered(header.over(grid), grid) for header in others}
-    _check_meet(grid, {header.title: header for header in others}, boxes)
+    # PAN too: one that is turned or in another coordinate system does not fill its grid.
+    boxes = {header.title: covered(header.over(grid), grid) for header in (pan, *others)}
+    _check_meet(grid, {header.title: header for header in (pan, *others)}, boxes)
     left, top = max(0, *(box[0] for box in boxes.values())), max(0, *(box[1] for box in boxes.values()))
     right = min(grid.width, *(box[2] for box in boxes.values()))
     bottom = min(grid.height, *(box[3] for box in boxes.values()))
@@ -60,7 +64,8 @@ def place_scene(pan: Header, target: Header, revisits: Sequence[Header]) -> Plac
     if area.width < 1 or area.height < 1:
         raise UnusableError("no-overlap", "its images have no land in common")
     first = revisits[0].over(grid)
-    return Place(grid, area, _ratio(first, grid), _anchor(first, grid))
+    least = min(box[2] - box[0] for box in boxes.values()), min(box[3] - box[1] for box in boxes.values())
+    return Place(grid, area, _ratio(first, grid), _anchor(first, grid), least)
 
 
 def pan_grid(pan: Header, revisit: Header) -> Grid:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -43,6 +44,7 @@ LOCAL = CRS.from_epsg(3857)
 _COLOURS = {ColorInterp.red: "red", ColorInterp.green: "green", ColorInterp.blue: "blue"}
 
 Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,13 @@ class Radiometry:
     offset: float | None = None
     """None takes the file's."""
     nodata: tuple[float, ...] | None = None
-    """One for all bands, or one per band of the file; None takes the file's."""
+    """One for all bands, or one per band of the file; empty for none, None takes the file's."""
 
     def of(self, header: Header, band: int) -> tuple[float, float, float | None]:
         """Return scale, offset and value without data of a band, numbered from 1."""
         place = band - 1
-        nodata = header.nodata[place]
-        if self.nodata is not None:
-            nodata = self.nodata[0] if len(self.nodata) == 1 else self.nodata[place]
+        values = header.nodata if self.nodata is None else self.nodata or (None,)
+        nodata = values[0] if len(values) == 1 else values[place]
         scale = header.scales[place] if self.scale is None else self.scale
         return scale, header.offsets[place] if self.offset is None else self.offset, nodata
 
@@ -308,13 +309,22 @@ def _read(header: Header, bands: Sequence[int], radiometry: Radiometry, box: Win
     for place, band in enumerate(bands):
         scale, offset, nodata = radiometry.of(header, band)
         if nodata is not None and not math.isnan(nodata):
-            missing[place] |= stored[place] == np.asarray(nodata).astype(stored.dtype)
+            missing[place] |= _equals(stored[place], nodata)
         if most is not None and most != nodata:
             saturated += int(np.count_nonzero(stored[place] == most))
         if (scale, offset) != (1.0, 0.0):
             image[place] = stored[place] * np.float64(scale) + offset
     image[:, missing.any(axis=0)] = np.nan
     return image, saturated
+
+
+def _equals(stored: NDArray[Any], value: float) -> Mask:
+    """Return the mask of pixels with a value; of none if their type cannot hold it, such as -9999 in uint16."""
+    if stored.dtype.kind in "ui":
+        limits = np.iinfo(stored.dtype)
+        if not (limits.min <= value <= limits.max and float(value).is_integer()):
+            return np.zeros(stored.shape, np.bool_)
+    return np.asarray(stored == np.asarray(value).astype(stored.dtype))
 
 
 def _placed(header: Header, image: Image, box: Window, grid: Grid, resampling: Resampling) -> Image:

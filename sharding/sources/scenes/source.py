@@ -242,11 +242,16 @@ class ScenesSource:
             raise UserError(f"--overlap {self._options.overlap} leaves nothing of tiles of {side} px: give less")
         by_block = self._options.split_by == "block"
         boxes = list(tiles(scene.place.area, side, overlap, scene.ratio, scene.place.anchor, apart=by_block))
-        if not boxes:
-            area = scene.place.area
+        area, (wide, high) = scene.place.area, scene.place.least
+        # A strip that images barely share would set the chips of the whole dataset.
+        narrow = 2 * area.width < min(side, wide) or 2 * area.height < min(side, high)
+        if not boxes or narrow:
+            least = f"the least is {scene.ratio.numerator}"
+            if narrow:
+                least = f"less than half of a tile ({side} px) and of the smallest image ({wide:.0f} x {high:.0f})"
             flaw: tuple[Reason, str] = (
                 "no-overlap",
-                f"its images share {area.width} x {area.height} PAN pixels, the least is {scene.ratio.numerator}",
+                f"its images share {area.width} x {area.height} PAN pixels, {least}",
             )
             return [TileFiles(scene.name, scene.name, None, Box(0, 0, 0, 0), None, flaw)]
         found = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 
 from models.config import ModelConfig
@@ -21,7 +22,7 @@ from sharding.run.plan import PlanOptions
 from sharding.sources.options import SourceOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
-from tests.sharding.sources.sensors import write_hdf5, write_rgbn
+from tests.sharding.sources.sensors import write_hdf5, write_rgbn, write_tiff
 
 
 def sharded(folder: Path, output: Path, sample: SampleOptions, source: SourceOptions) -> str:
@@ -101,3 +102,19 @@ def test_more_revisits_are_simulated_than_stored(tmp_path: Path) -> None:
     assert batch.lr.shape == (1, 3, 4, 64, 64)
     assert not torch.equal(batch.lr[0, 0], batch.lr[0, 1])
     assert ChipDataset(uri, "train", DataConfig())[0].lr.shape == (1, 1, 4, 64, 64)
+
+
+def test_fewer_revisits_are_simulated_than_stored(tmp_path: Path) -> None:
+    write_rgbn(tmp_path / "in", 3, side=120, dates=2)
+    for path in (tmp_path / "in").glob("*/lr_*.tif"):  # the second revisit is the clearest
+        with rasterio.open(path) as file:
+            cloud = np.full((1, file.height, file.width), "05-11" in path.name, np.uint8)
+            write_tiff(path.with_name(path.name.replace("lr", "clm")), cloud, file.transform, file.crs)
+    with (tmp_path / "in" / "scenes.toml").open("a") as text:
+        text.write('[masks]\nfiles = "{scene}/clm_{date}.tif"\n')
+    uri = sharded(tmp_path / "in", tmp_path / "out", SampleOptions(revisits=2), SourceOptions(source="scenes"))
+    stored = ChipDataset(uri, "test", DataConfig())[0]
+    assert stored.revisit.tolist() == [1]
+    simulated = ChipDataset(uri, "test", DataConfig(simulate="sensor", simulated_revisits=1))[0]
+    assert simulated.lr.shape[:2] == (1, 1)
+    assert simulated.revisit.tolist() == [0]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import shard_folder
 from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
+from sharding.run.verify import verify
 from sharding.sources.options import SourceOptions
 from sharding.sources.scenes.grid import Box, Grid, nice_ratio, tiles
 from sharding.sources.scenes.layout import File
+from sharding.sources.scenes.place import place_scene
 from sharding.sources.scenes.raster import Radiometry, read_header, read_on_grid
 from sharding.storage import open_storage
-from tests.sharding.sources.sensors import NORTH, RGBN_TOML, counts, write_rgbn, write_tiff, write_two_crs
+from tests.sharding.sources.sensors import EAST, NORTH, RGBN_TOML, counts, write_rgbn, write_tiff, write_two_crs
 
 UTM = CRS.from_epsg(32631)
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(), SourceOptions(source="scenes"))
@@ -187,7 +190,9 @@ def test_a_target_moved_by_a_known_amount_is_found_where_it_was_put(tmp_path: Pa
         small = seen(local * coarse, 40, 40)
         for date in ("2020-01-01", "2020-02-02"):
             write_tiff(place / f"lr_{date}.tif", counts(np.stack([small] * 4)), coarse, UTM)
-    (tmp_path / "in" / "scenes.toml").write_text(RGBN_TOML.replace('bands = ["red", "green", "blue", "nir"]\n', ""))
+    (tmp_path / "in" / "scenes.toml").write_text(
+        RGBN_TOML.replace('["red", "green", "blue", "nir"]', "[1, 2, 3, 4]") + "bands = [1, 2, 3, 4]\n"
+    )
     _, samples = sharded(tmp_path / "in", tmp_path / "out")
     sample = samples["scene1"]
     moved = shift_between(sample.hr[0] * 3e-5, sample.pan[0] * 3e-5)
@@ -281,11 +286,23 @@ def test_what_does_not_fit_is_refused_with_its_reason(
     assert reason in f"{skipped.reason}: {skipped.detail}"
 
 
+def listed(rest: str) -> str:
+    return f'[[scene]]\nname = "a"\npan = "scene0/pan.tif"\ntarget = "scene0/ms.tif"\n{rest}\n'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[revisit]\n", "unknown key 'revisit'; did you mean 'revisits'"),
         (RGBN_TOML + "[masks]\nscale = 1\n", "unknown key 'masks.scale'"),
+        (RGBN_TOML + 'date = "2020-05-01"\n', "unknown key 'target.date'"),
+        (
+            RGBN_TOML.replace("{date}", "*") + '[masks]\nfiles = "{scene}/lr_*.tif"\n',
+            "for one revisit: give it the placeholders",
+        ),
+        (RGBN_TOML + '[masks]\nfiles = "{scene}/pan.tif"\n', "finds no revisit of these"),
+        (listed('revisits = "scene0/lr_*.tif"\ndates = ["2020-01-01"]'), "has 3 revisits and 1 dates: give one"),
+        (listed('revisits = "scene0/lr_*.tif"\nmasks = "scene0/[pm]*.tif"'), "has 3 revisits and 2 masks: give one"),
         (RGBN_TOML.replace("0.0001", '"x"', 1), "revisits.scale = 'x' must be a number"),
         (RGBN_TOML.replace("{scene}/pan", "{scene}/pam"), "matches no file"),
         (RGBN_TOML.replace("{scene}/pan", "../pan"), "leaves the folder"),
@@ -323,6 +340,113 @@ def test_a_blank_revisit_is_passed_over_while_others_remain(tmp_path: Path) -> N
     assert dates == ["2020-06-11", "2020-07-11"]
 
 
-def test_an_option_of_worldstrat_is_refused() -> None:
-    with pytest.raises(UserError, match="--level is an option of WorldStrat"):
-        ShardOptions(SampleOptions(level="l1c"), PlanOptions(), SourceOptions("scenes"))
+@pytest.mark.parametrize(
+    ("source", "sample", "options", "message"),
+    [
+        ("scenes", {"level": "l1c"}, {}, "--level is an option of WorldStrat"),
+        ("scenes", {}, {"scale": 2.0}, "--scale is an option of WorldStrat, and --source is scenes: drop it"),
+        ("scenes", {}, {"bits": 11}, "--bits is an option of pancollection"),
+        ("scenes", {}, {"block_km": 2.0}, "needs --split-by block"),
+        ("worldstrat", {}, {"tile": 100}, "--tile is an option of scenes, and --source is worldstrat"),
+        ("worldstrat", {}, {"split_by": "block"}, "--split-by is an option of scenes"),
+        ("worldstrat", {}, {"bits": 11}, "--bits is an option of pancollection"),
+        ("pancollection", {}, {"chip": 20}, "--chip is an option of scenes"),
+        ("pancollection", {}, {"few_revisits": "repeat"}, "--few-revisits is an option of WorldStrat and scenes"),
+        ("pancollection", {"max_cloud": 3.0}, {}, "--max-cloud is an option of WorldStrat and scenes"),
+    ],
+)
+def test_an_option_that_a_kind_would_ignore_is_refused(
+    source: Literal["worldstrat", "scenes", "pancollection"],
+    sample: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ShardOptions(SampleOptions(**sample), PlanOptions(), SourceOptions(source, **options))
+
+
+def test_cloud_of_the_masks_arrives_at_its_pixels(tmp_path: Path) -> None:
+    write_rgbn(tmp_path / "in", 3, side=120, dates=2)
+    for path in sorted((tmp_path / "in").glob("*/lr_*.tif")):
+        mask = np.zeros((1, 30, 30), np.uint8)
+        mask[0, 10:14, 20:26], mask[0, 3, 4] = 9, 7
+        with rasterio.open(path) as file:
+            transform = file.transform
+        write_tiff(path.with_name(path.name.replace("lr", "clm")), mask, transform, UTM, nodata=0)
+    text = RGBN_TOML + '[masks]\nfiles = "{scene}/clm_{date}.tif"\ncloud = [9]\nunknown = [7]\n'
+    (tmp_path / "in" / "scenes.toml").write_text(text)
+    _, samples = sharded(tmp_path / "in", tmp_path / "out")
+    for sample in samples.values():
+        for clm in sample.clm:
+            rows, columns = np.nonzero(clm[0] == 1)
+            assert len(rows) == 24
+            assert (np.ptp(rows), np.ptp(columns)) == (3, 5)
+            (row,), (column,) = np.nonzero(clm[0, 1:-1, 1:-1] == 255)
+            assert (rows.min() - row - 1, columns.min() - column - 1) == (7, 16)
+        assert all(0 < revisit["cloud_cover"] < 5 for revisit in sample.meta["revisits"])  # type: ignore[attr-defined]
+
+
+def test_a_value_without_data_that_the_type_cannot_hold_hides_no_pixel(tmp_path: Path) -> None:
+    image = np.full((1, 20, 20), 5000, np.uint16)
+    image[0, 0, 0] = 55537  # -9999 in 16 bits
+    write_tiff(tmp_path / "a.tif", image, Affine(1, 0, 0, 0, -1, 0), UTM)
+    header = read_header(File(tmp_path / "a.tif", "a.tif", 1))
+    grid = Grid("EPSG:32631", 0, 0, 1, 1, 20, 20)
+    for nodata, missing in ((-9999.0, 0), (0.5, 0), (55537.0, 1)):
+        read, _ = read_on_grid(header, (1,), Radiometry(1e-4, 0.0, (nodata,)), grid)
+        assert np.isnan(read).sum() == missing
+
+
+@pytest.mark.parametrize("file", ["ms.tif", "lr_2020-05-11.tif"])
+def test_bands_without_names_are_not_paired_by_position(tmp_path: Path, file: str) -> None:
+    write_rgbn(tmp_path / "in", 4, side=120)
+    text = (tmp_path / "in" / "scenes.toml").read_text().replace('bands = ["red", "green", "blue", "nir"]\n', "")
+    (tmp_path / "in" / "scenes.toml").write_text(text)
+    change(tmp_path / "in" / "scene1" / file, lambda x: x, names=None)
+    index, _ = sharded(tmp_path / "in", tmp_path / "out")
+    (skipped,) = index.skipped
+    assert (skipped.aoi, skipped.reason) == ("scene1", "wrong-bands")
+    kind = "target" if file == "ms.tif" else "revisits"
+    assert f'order = ["red", "green", "blue"], below [{kind}]' in skipped.detail
+
+
+def test_a_strip_that_images_barely_share_is_skipped_and_a_small_scene_sets_the_chips_aloud(tmp_path: Path) -> None:
+    write_rgbn(tmp_path / "in", 4, side=240)
+    with rasterio.open(tmp_path / "in" / "scene1" / "ms.tif") as ms:
+        moved = Affine.translation(500, 0) * ms.transform  # 40 of 240 px remain
+    change(tmp_path / "in" / "scene1" / "ms.tif", lambda x: x, transform=moved)
+    change(tmp_path / "in" / "scene2" / "ms.tif", lambda x: x[:, :100, :100])
+    lines: list[str] = []
+    storage = open_storage(tmp_path / "out")
+    index = shard_folder(tmp_path / "in", storage, OPTIONS, say=lines.append).index
+    (skipped,) = index.skipped
+    assert (skipped.aoi, skipped.reason) == ("scene1", "no-overlap")
+    assert "less than half of a tile (600 px) and of the smallest image (240 x 240)" in skipped.detail
+    assert index.facts.chips.size <= 25
+    assert any("smallest sample sets the chips of all: 'scene2'" in line for line in lines)
+
+
+def test_a_turned_pan_gives_no_pixels_beyond_its_land(tmp_path: Path) -> None:
+    turned = Affine.translation(EAST + 40, NORTH - 10) * Affine.rotation(-4) * Affine.scale(2.5, -2.5)
+    coarse = Affine(10, 0, EAST - 200, 0, -10, NORTH + 200)
+    write_tiff(tmp_path / "pan.tif", np.ones((1, 200, 200), np.uint16), turned, UTM)
+    write_tiff(tmp_path / "lr.tif", np.ones((3, 150, 150), np.uint16), coarse, UTM)
+    write_tiff(tmp_path / "ms.tif", np.ones((3, 600, 600), np.uint16), coarse * Affine.scale(0.25), UTM)
+    pan, lr, ms = (read_header(File(tmp_path / name, name, 1)) for name in ("pan.tif", "lr.tif", "ms.tif"))
+    place = place_scene(pan, ms, [lr])
+    assert place.area.width > 150
+    read, _ = read_on_grid(pan, (1,), Radiometry(), place.grid.part(place.area))
+    assert np.isnan(read).mean() < 0.001
+
+
+def test_verification_uses_the_options_of_the_source(tmp_path: Path) -> None:
+    write_rgbn(tmp_path / "in", 3, side=240)
+    source = SourceOptions("scenes", tile=120, overlap=40, few_revisits="repeat")
+    sharded(tmp_path / "in", tmp_path / "out", ShardOptions(SampleOptions(revisits=4), PlanOptions(), source))
+    storage = open_storage(tmp_path / "out")
+    assert Index.load(storage).facts.options == {"tile": 120, "overlap": 40, "few_revisits": "repeat"}
+    result = verify(storage, deep=True, folder=tmp_path / "in", num_aois=99)
+    assert len(result.prepared) == 12
+    assert result.problems == ()
+    change(tmp_path / "in" / "scene0" / "pan.tif", lambda x: x + 1)
+    assert "pan differs from the source" in str(verify(storage, folder=tmp_path / "in", num_aois=99).problems)
