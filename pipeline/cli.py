@@ -94,8 +94,12 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     predict.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
     predict.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
+    _add_weights(predict)
     predict.add_argument(
-        "--published-checkpoint", type=Path, metavar="FILE", help="weights of the published code, instead of a RUN"
+        "--published-checkpoint",
+        type=partial(local_path, "--published-checkpoint"),
+        metavar="FILE",
+        help="weights of the published code, instead of a RUN",
     )
     predict.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
     predict.add_argument(
@@ -127,10 +131,19 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     export.add_argument("run_uri", metavar="RUN", help="run folder, local or s3://")
     export.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="default: best")
+    _add_weights(export)
     export.add_argument("--to", required=True, metavar="DIR", help="folder, local or s3://")
     export.add_argument("--program", action="store_true", help="also write model.pt2, a program of torch.export")
     export.add_argument("--overwrite", action="store_true", help="replace another exported model")
     export.set_defaults(run=_export)
+
+
+def _add_weights(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        help="weights as trained, or their moving average of a run with train.ema (default raw)",
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,6 +222,8 @@ def _predict(args: argparse.Namespace) -> int:
         _refuse_both(args)
         if args.model is None:
             raise UserError("--published-checkpoint needs --model ENCODER+HEAD")
+        if args.weights is not None:
+            raise UserError("--weights is only for a RUN: a published file holds one set of weights")
         report = predict.predict_published(
             args.published_checkpoint,
             args.model,
@@ -230,20 +245,28 @@ def _predict(args: argparse.Namespace) -> int:
             args.input,
             args.output,
             options,
+            weights=args.weights or "raw",
             bf16=bf16,
             aois=args.aoi,
             split=args.split,
         )
     for line in report.lines():
-        print(line)
+        say(line)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     from pipeline.prediction.export import export_run  # slow: imports torch
 
-    folder, names = export_run(args.run_uri, args.checkpoint, args.to, program=args.program, overwrite=args.overwrite)
-    print(f"written to {folder}: {', '.join(names)}")
+    folder, names = export_run(
+        args.run_uri,
+        args.checkpoint,
+        args.to,
+        weights=args.weights or "raw",
+        program=args.program,
+        overwrite=args.overwrite,
+    )
+    say(f"written to {folder}: {', '.join(names)}")
     return 0
 
 

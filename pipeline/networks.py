@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ from models.satfusion import SatFusion
 from pipeline.training.checkpoint import Checkpoint
 from sharding.errors import UserError
 from sharding.files import regular_file
+
+Weights = Literal["raw", "ema"]
+"""Weights of a checkpoint: as trained, or their exponential moving average (``train.ema``)."""
+
+
+def load_weights(checkpoint: Checkpoint, weights: Weights) -> SatFusion:
+    """Return the checkpoint's network with its trained weights or their average.
+
+    Raises:
+        UserError: The checkpoint has no average.
+    """
+    if weights == "ema" and not checkpoint.state.ema:
+        raise UserError(
+            f"--weights ema needs a moving average, and checkpoint {checkpoint.name} has none (its train.ema is "
+            f"{checkpoint.config.train.ema:g}): give --weights raw"
+        )
+    return load_network(checkpoint, checkpoint.state.ema if weights == "ema" else None)
 
 
 def load_network(checkpoint: Checkpoint, average: Mapping[str, Tensor] | None = None) -> SatFusion:

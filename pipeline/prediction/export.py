@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -12,14 +13,13 @@ from torch import Tensor, nn
 
 from models.exported import FACTS, WEIGHTS, to_exported
 from models.satfusion import SatFusion
-from pipeline.data.chips import make_window
-from pipeline.networks import load_network
-from pipeline.prediction.preparation import training_preparation
+from pipeline.data import ChipDataset
+from pipeline.networks import Weights, load_weights
+from pipeline.prediction.preparation import training_dataset
 from pipeline.training.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
 from sharding.errors import UserError
-from sharding.format.layout import WORLDSTRAT_CHIPS
-from sharding.prepare.options import HR_SIZE, LR_SIZE, SampleOptions
 from sharding.storage import NotFoundError, Storage, open_storage
+from sharding.terminal import escaped
 
 CARD, PROGRAM = "MODEL_CARD.md", "model.pt2"
 NAMES = (WEIGHTS, CARD, PROGRAM, FACTS)
@@ -28,7 +28,13 @@ SAME = 1e-5
 
 
 def export_run(
-    run_uri: str, checkpoint: str, to: str, *, program: bool = False, overwrite: bool = False
+    run_uri: str,
+    checkpoint: str,
+    to: str,
+    *,
+    weights: Weights = "raw",
+    program: bool = False,
+    overwrite: bool = False,
 ) -> tuple[str, list[str]]:
     """Write a checkpoint's weights into a folder of their own; ``model.json`` comes last.
 
@@ -36,6 +42,7 @@ def export_run(
         run_uri: Run folder.
         checkpoint: ``best``, ``last`` or a step.
         to: Folder, local or s3://.
+        weights: ``raw``, or ``ema`` for their moving average.
         program: Also write a program of `torch.export`, for chips of the training's size.
         overwrite: Replace another exported model.
 
@@ -43,14 +50,20 @@ def export_run(
         The folder and the names of the files written.
 
     Raises:
-        UserError: No such run or checkpoint, the model cannot become a program, or the folder holds something else.
+        UserError: No such run or checkpoint, no average, the model cannot become a program, or the folder holds
+            something else.
     """
     run = open_storage(run_uri)
     found = read_checkpoint(run, select_checkpoint(run, checkpoint))
-    network = load_network(found).eval()
-    preparation = training_preparation(found)
-    facts, files = _facts(found, preparation), {}
+    network = load_weights(found, weights).eval()
+    dataset = training_dataset(found)
+    facts, files = _facts(found, weights, dataset), {}
     if program:
+        if dataset is None:
+            raise UserError(
+                f"--program needs the size of the training's chips, and its dataset {found.config.data.uri} is not "
+                "there: restore it, or drop --program"
+            )
         files[PROGRAM], facts["program_chips"] = make_program(network, facts["lr_window"], facts["hr_window"])
     files |= to_exported(network, found.position.step, facts)
     files[CARD] = _card(found, facts).encode()
@@ -128,26 +141,34 @@ class _Fused(nn.Module):
         return cast(Tensor, self.network(lr, pan, revisit).fused)
 
 
-def _facts(checkpoint: Checkpoint, preparation: SampleOptions) -> dict[str, Any]:
-    ratio = (preparation.hr_size or HR_SIZE) / (preparation.lr_size or LR_SIZE)
-    window = make_window(0, 0, ratio)
-    return {
+def _facts(checkpoint: Checkpoint, weights: Weights, dataset: ChipDataset | None) -> dict[str, Any]:
+    """Return the facts about the training; None for each that is not known without its dataset."""
+    facts: dict[str, Any] = {
         "checkpoint": checkpoint.name,
-        "band_numbers": list(preparation.band_numbers),
-        "level": preparation.level,
-        "ratio": ratio,
-        "lr_window": WORLDSTRAT_CHIPS.size,
-        "hr_window": window.hr_size,
+        "weights": weights,
+        **dict.fromkeys(("source", "bands", "ratio", "lr_window", "hr_window", "preparation")),
         "radiometry": "inputs and output are reflectance, float32; 1 is white",
-        "preparation": preparation.to_json(),
         "loss": asdict(checkpoint.config.loss),
         "dataset_sha256": checkpoint.position.index_digest,
     }
+    if dataset is not None:
+        known, window = dataset.index.facts, dataset.window(0)
+        facts |= {
+            "source": known.source,
+            "bands": list(known.bands.lr),
+            "ratio": known.ratio[0] / known.ratio[1] if known.ratio else None,
+            "lr_window": window.size,
+            "hr_window": window.hr_size,
+            "preparation": dataset.index.preparation.to_json(),
+        }
+    return facts
 
 
 def _card(checkpoint: Checkpoint, facts: dict[str, Any]) -> str:
     model, train = checkpoint.config.model, checkpoint.config.train
     loss = checkpoint.position.best_loss
+    bands, ratio, lr_window = facts["bands"], facts["ratio"], facts["lr_window"]
+    trained = f"{lr_window} px, and {facts['hr_window']} px of the panchromatic image" if lr_window else "not known"
     return f"""# {model.encoder}+{model.head}
 
 SatFusion (https://arxiv.org/abs/2510.07905): {model.revisits} low-resolution revisits of {model.bands} bands and one
@@ -157,9 +178,10 @@ panchromatic image become one image of {model.bands} bands on the grid of the pa
 |---|---|
 | Checkpoint | {checkpoint.name}, {checkpoint.position.step} optimizer steps of {train.global_batch} chips |
 | Least validation loss | {"not measured" if loss is None else f"{loss:.4g}"} |
-| Bands | {facts["band_numbers"]} of Sentinel-2 {facts["level"].upper()}, in this order |
-| Ratio | {facts["ratio"]:g} pixels of the panchromatic image per low-resolution pixel |
-| Chips of the training | {facts["lr_window"]} px, and {facts["hr_window"]} px of the panchromatic image |
+| Weights | {"as trained" if facts["weights"] == "raw" else f"their moving average, of decay {train.ema:g}"} |
+| Bands | {f"{_text(bands)}, in this order" if bands else "not known"} |
+| Ratio | {_ratio_line(ratio, bool(bands))} |
+| Chips of the training | {trained} |
 | Radiometry | {facts["radiometry"]} |
 | Dataset | index of SHA-256 {facts["dataset_sha256"]} |
 
@@ -177,6 +199,17 @@ It needs torch, numpy, safetensors and the package `models`.{_program_line(facts
 Limits: the weights know the sensors, the ratio and the preparation above; the image is an estimate and may show detail
 that is not there.
 """
+
+
+def _text(names: Sequence[str]) -> str:
+    """Return names from outside as a cell of a table."""
+    return escaped(", ".join(names)).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _ratio_line(ratio: float | None, known: bool) -> str:
+    if ratio is None:
+        return "not the same for all samples" if known else "not known"
+    return f"{ratio:g} pixels of the panchromatic image per low-resolution pixel"
 
 
 def _program_line(facts: dict[str, Any]) -> str:

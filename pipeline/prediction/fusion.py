@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models.registry import check_sizes
 from models.satfusion import SatFusion
-from pipeline.networks import load_network, load_published_network, weights_digest
+from pipeline.networks import Weights, load_published_network, load_weights, weights_digest
+from pipeline.prediction.preparation import training_dataset, window_size
 from pipeline.prediction.windows import AxisWindow, plan_axis
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from sharding.errors import UserError
@@ -52,28 +53,50 @@ class Fusion:
     """Whether the network computes under bfloat16 autocast."""
     window: int = WORLDSTRAT_CHIPS.size
     """Side of a window, LR pixels: the side of the training's chips."""
+    weights: Weights = "raw"
+    """Whether the weights are those that were trained, or their moving average."""
 
     @classmethod
     def load(
-        cls, run_uri: str, checkpoint: str = "best", *, bf16: bool = False, device: torch.device | None = None
+        cls,
+        run_uri: str,
+        checkpoint: str = "best",
+        *,
+        weights: Weights = "raw",
+        window: int | None = None,
+        bf16: bool = False,
+        device: torch.device | None = None,
     ) -> Fusion:
         """Load the weights of a run.
 
         Args:
             run_uri: Run folder, local or s3://.
             checkpoint: ``best``, ``last`` or a step.
+            weights: ``raw``, or ``ema`` for their moving average.
+            window: Side of a window, LR pixels; by default that of the training's chips, as its dataset states it.
             bf16: Compute under bfloat16 autocast.
             device: Device; by default a GPU if there is one.
 
         Raises:
-            UserError: No such run or checkpoint.
+            UserError: No such run or checkpoint, no average, or the side of the chips is not known.
         """
         run = open_storage(run_uri)
         found = read_checkpoint(run, select_checkpoint(run, checkpoint))
-        return cls.of(load_network(found), found.name, bf16=bf16, device=device)
+        size = window or window_size(training_dataset(found), found.config.model)
+        network = load_weights(found, weights)
+        return cls.of(network, found.name, window=size, weights=weights, bf16=bf16, device=device)
 
     @classmethod
-    def load_published(cls, path: Path, pair: str, *, bands: int = 3, revisits: int = 8, bf16: bool = False) -> Fusion:
+    def load_published(
+        cls,
+        path: Path,
+        pair: str,
+        *,
+        bands: int = 3,
+        revisits: int = 8,
+        window: int = WORLDSTRAT_CHIPS.size,
+        bf16: bool = False,
+    ) -> Fusion:
         """Load a file of weights that the published code wrote.
 
         Args:
@@ -81,19 +104,30 @@ class Fusion:
             pair: ``ENCODER+HEAD``.
             bands: Bands of the revisits.
             revisits: Revisits of a scene.
+            window: Side of a window, LR pixels.
             bf16: Compute under bfloat16 autocast.
 
         Raises:
             UserError: The file does not hold the weights of that model.
         """
-        return cls.of(load_published_network(path, pair, bands=bands, revisits=revisits), path.stem, bf16=bf16)
+        network = load_published_network(path, pair, bands=bands, revisits=revisits)
+        return cls.of(network, path.stem, window=window, bf16=bf16)
 
     @classmethod
-    def of(cls, network: SatFusion, name: str, *, bf16: bool = False, device: torch.device | None = None) -> Fusion:
+    def of(
+        cls,
+        network: SatFusion,
+        name: str,
+        *,
+        window: int = WORLDSTRAT_CHIPS.size,
+        weights: Weights = "raw",
+        bf16: bool = False,
+        device: torch.device | None = None,
+    ) -> Fusion:
         """Return a fusion by a network that has its weights."""
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         digest = weights_digest(network.state_dict())
-        return cls(network.to(device).eval(), name, digest, bf16)
+        return cls(network.to(device).eval(), name, digest, bf16, window, weights)
 
     def predict(self, lr: Rasters, pan: Rasters, *, revisit: int = 0, step: float = 1.0, offset: int = 0) -> Image:
         """Fuse a scene of any size.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from models.config import ModelConfig
 from sharding.errors import UserError, nearest
 from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import INDEX_NAME, SPLITS, Index
+from sharding.format.layout import Facts, worldstrat_facts
 from sharding.format.sample import fetch_sample
 from sharding.prepare.inputs import SceneInput, read_input, sample_input
 from sharding.prepare.options import SampleOptions
@@ -29,70 +30,92 @@ class NamedInput:
     """Function that reads it; UnusableError if it cannot be fused."""
 
 
+@dataclass(frozen=True)
+class FoundInputs:
+    """Scenes of one folder or dataset."""
+
+    uri: str
+    """The folder or dataset."""
+    facts: Facts
+    """Facts of the dataset, or of one that the folder would give."""
+    revisits: int
+    """Revisits of a scene."""
+    scenes: Sequence[NamedInput]
+    """The scenes."""
+
+    def check_fits(self, model: ModelConfig, simulated: bool = False) -> None:
+        """Refuse weights that need other bands or revisits; ``simulated`` if their training simulated the revisits.
+
+        Raises:
+            UserError: The weights do not fit; the message names both numbers.
+        """
+        bands, uri = len(self.facts.bands.lr), self.uri
+        if bands != model.bands:
+            raise UserError(
+                f"the weights take {model.bands} bands, and {uri} gives {bands}: use weights of {bands} bands"
+            )
+        if self.revisits != model.revisits:
+            reason = ", which their training simulated from the target and predict does not," if simulated else ""
+            raise UserError(
+                f"the weights take {model.revisits} revisits{reason} and {uri} holds {self.revisits} a sample: use "
+                f"weights of {self.revisits} revisits, or an --input of {model.revisits}"
+            )
+
+
 def find_inputs(
-    uri: str, options: SampleOptions, model: ModelConfig, *, aois: Sequence[str] = (), split: str | None = None
-) -> list[NamedInput]:
+    uri: str, prepare: Callable[[], SampleOptions], *, aois: Sequence[str] = (), split: str | None = None
+) -> FoundInputs:
     """Return the scenes of a WorldStrat folder or of a dataset.
 
     Args:
         uri: Folder with ``hr_dataset`` and ``lr_dataset`` or their zips, or one of these zips; or a dataset, local or
             s3://.
-        options: Preparation of the AOIs of a folder.
-        model: Configuration of the weights.
+        prepare: Function that returns the preparation of a folder's AOIs; a dataset has its own.
         aois: Names of the AOIs; empty for all.
         split: Split of a dataset; None for all.
 
     Raises:
-        UserError: No such input, AOI or split, or the weights need other bands or revisits.
+        UserError: No such input, AOI or split.
     """
     storage = None if uri.endswith(".zip") else open_storage(uri)
     if storage is not None and ("://" in uri or storage.exists(INDEX_NAME)):
-        found = _samples(storage, model, split)
+        inputs = _samples(storage, split)
     elif split is not None:
         raise UserError(f"--split {split} is for a dataset, and --input {uri} is none: drop it")
     else:
-        found = _aois(Path(uri), options, model)
+        inputs = _aois(Path(uri), prepare())
     if not aois:
-        return list(found.values())
+        return inputs
+    found = {scene.aoi: scene for scene in inputs.scenes}
     for aoi in aois:
         if aoi not in found:
             raise UserError(f"--aoi {aoi!r} is not in {uri}{nearest(aoi, found)}")
-    return [found[aoi] for aoi in dict.fromkeys(aois)]
+    return replace(inputs, scenes=[found[aoi] for aoi in dict.fromkeys(aois)])
 
 
-def _samples(storage: Storage, model: ModelConfig, split: str | None) -> dict[str, NamedInput]:
+def _samples(storage: Storage, split: str | None) -> FoundInputs:
     index = Index.load(storage)
-    _check_fits(storage.uri, index.preparation, model)
-    found: dict[str, NamedInput] = {}
-    for name in [split] if split else SPLITS:
-        for shard, entry in index.samples(name):
-            found[entry.aoi] = NamedInput(entry.aoi, partial(_read_sample, index.preparation, storage, shard, entry))
+    bands = index.facts.bands.lr
+    found = {
+        entry.aoi: NamedInput(entry.aoi, partial(_read_sample, bands, storage, shard, entry))
+        for name in ([split] if split else SPLITS)
+        for shard, entry in index.samples(name)
+    }
     if not found:
         raise UserError(f"split {split!r} of {storage.uri} is empty: name another with --split")
-    return found
+    return FoundInputs(storage.uri, index.facts, index.preparation.revisits, list(found.values()))
 
 
-def _read_sample(options: SampleOptions, storage: Storage, shard: ShardEntry, entry: SampleEntry) -> SceneInput:
-    return sample_input(fetch_sample(storage, shard, entry), options)
+def _read_sample(bands: tuple[str, ...], storage: Storage, shard: ShardEntry, entry: SampleEntry) -> SceneInput:
+    return sample_input(fetch_sample(storage, shard, entry), bands)
 
 
-def _aois(folder: Path, options: SampleOptions, model: ModelConfig) -> dict[str, NamedInput]:
-    _check_fits(str(folder), options, model)
+def _aois(folder: Path, options: SampleOptions) -> FoundInputs:
     source = open_source(folder.parent if folder.suffix == ".zip" else folder, options.level)
-    return {aoi.name: NamedInput(aoi.name, partial(_read_aoi, aoi, options)) for aoi in find_aois(source)}
+    scenes = [NamedInput(aoi.name, partial(_read_aoi, aoi, options)) for aoi in find_aois(source)]
+    return FoundInputs(str(folder), worldstrat_facts(options), options.revisits, scenes)
 
 
 def _read_aoi(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
     check_files(aoi, options, target=False)
     return read_input(aoi, options)
-
-
-def _check_fits(uri: str, options: SampleOptions, model: ModelConfig) -> None:
-    bands = len(options.band_numbers)
-    if bands != model.bands:
-        raise UserError(f"the weights take {model.bands} bands, and {uri} gives {bands}: use weights of {bands} bands")
-    if options.revisits != model.revisits:
-        raise UserError(
-            f"the weights take {model.revisits} revisits, and {uri} holds {options.revisits} a sample: use weights of "
-            f"{options.revisits} revisits, or shard again with --revisits {model.revisits}"
-        )

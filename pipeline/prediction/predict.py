@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,17 +19,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.networks import load_network
+from pipeline.networks import Weights, load_weights
 from pipeline.prediction.fusion import Fusion
 from pipeline.prediction.inputs import NamedInput, find_inputs
-from pipeline.prediction.preparation import default_preparation, training_preparation
+from pipeline.prediction.preparation import folder_preparation, training_dataset
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from sharding.errors import UnusableError, UserError
 from sharding.format.checks import key_of
 from sharding.prepare.inputs import SceneInput
+from sharding.prepare.options import SampleOptions
 from sharding.progress import progress
 from sharding.rasters.cog import PixelType, RasterFacts, preview_png, write_cog
+from sharding.scratch import scratch_folder
 from sharding.storage import CorruptedError, NotFoundError, Storage, open_storage
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 SUFFIXES = (".json", ".png", ".tif")
@@ -72,16 +76,26 @@ def predict_run(
     output_uri: str,
     options: PredictOptions,
     *,
+    weights: Weights = "raw",
     bf16: bool = False,
     aois: Sequence[str] = (),
     split: str | None = None,
 ) -> Prediction:
-    """Fuse scenes by the weights of a run; arguments as of `Fusion.load`, `find_inputs` and `predict_scenes`."""
+    """Fuse scenes by the weights of a run; arguments as of `Fusion.load`, `find_inputs` and `predict_scenes`.
+
+    Windows have the size of the training's chips; of the input's chips if the training's dataset is gone.
+    """
     run = open_storage(run_uri)
     found = read_checkpoint(run, select_checkpoint(run, checkpoint))
-    fusion = Fusion.of(load_network(found), found.name, bf16=bf16)
-    inputs = find_inputs(input_uri, training_preparation(found), found.config.model, aois=aois, split=split)
-    return predict_scenes(fusion, inputs, open_storage(output_uri), options, strict=bool(aois))
+    network, dataset, model = load_weights(found, weights), training_dataset(found), found.config.model
+    inputs = find_inputs(input_uri, lambda: folder_preparation(dataset, model), aois=aois, split=split)
+    inputs.check_fits(model, simulated=found.config.data.simulate != "off")
+    if dataset and dataset.index.facts.bands.lr != inputs.facts.bands.lr:
+        names = (list(known.facts.bands.lr) for known in (inputs, dataset.index))
+        logger.warning("%s has the bands %s, and the weights were trained on %s, in this order", input_uri, *names)
+    window = (dataset.index if dataset else inputs).facts.chips.size
+    fusion = Fusion.of(network, found.name, window=window, weights=weights, bf16=bf16)
+    return predict_scenes(fusion, inputs.scenes, open_storage(output_uri), options, strict=bool(aois))
 
 
 def predict_published(
@@ -95,11 +109,16 @@ def predict_published(
     aois: Sequence[str] = (),
     split: str | None = None,
 ) -> Prediction:
-    """Fuse scenes by a published file of weights, prepared as in the published training."""
-    fusion = Fusion.load_published(path, pair, bf16=bf16)
-    model = fusion.network.config
-    inputs = find_inputs(input_uri, default_preparation(model), model, aois=aois, split=split)
-    return predict_scenes(fusion, inputs, open_storage(output_uri), options, strict=bool(aois))
+    """Fuse scenes by a published file of weights.
+
+    Bands, revisits and the size of windows are a dataset's; AOIs of a folder are prepared as in the published training.
+    """
+    inputs = find_inputs(input_uri, SampleOptions, aois=aois, split=split)
+    facts = inputs.facts
+    fusion = Fusion.load_published(
+        path, pair, bands=len(facts.bands.lr), revisits=inputs.revisits, window=facts.chips.size, bf16=bf16
+    )
+    return predict_scenes(fusion, inputs.scenes, open_storage(output_uri), options, strict=bool(aois))
 
 
 def predict_scenes(
@@ -146,8 +165,8 @@ def _predict_scene(
     name, described = key_of(scene.aoi), _describe(fusion, scene, options)
     if not _must_write(output, name, described["fingerprint"], options.overwrite):
         return False
-    with tempfile.TemporaryDirectory(prefix="satfusion-") as folder:
-        path = Path(folder, "scene.tif")
+    with scratch_folder("predict") as folder:
+        path = folder / "scene.tif"
         with write_cog(path, _facts(scene, described)) as raster:
             for rows, valid in _rows(fusion, scene, show_rows):
                 raster.write(rows, valid)
@@ -156,7 +175,7 @@ def _predict_scene(
         sidecar["file"] = {"name": f"{name}.tif", "bytes": size, "sha256": digest}
         # The sidecar first: it proves that the other two are ours. The GeoTIFF last: it is what others wait for.
         output.write(f"{name}.json", (json.dumps(sidecar, indent=1, sort_keys=True) + "\n").encode())
-        output.write(f"{name}.png", preview_png(path, scene.options.rgb))
+        output.write(f"{name}.png", preview_png(path, scene.rgb))
         output.upload(f"{name}.tif", path)
     return True
 
@@ -169,6 +188,7 @@ def _describe(fusion: Fusion, scene: SceneInput, options: PredictOptions) -> dic
         "options": {"pixels": options.pixels, "precision": "bf16" if fusion.bf16 else "fp32", "window": fusion.window},
     }
     described["fingerprint"] = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    described["weights"]["kind"] = fusion.weights  # their digest tells them apart in the fingerprint
     georeference = {"crs": scene.crs, "transform": list(scene.transform)}
     described["input"] |= {**georeference, "clearest": scene.clearest, **scene.provenance}
     return described
@@ -179,7 +199,7 @@ def _facts(scene: SceneInput, described: dict[str, Any]) -> RasterFacts:
     return RasterFacts(
         height=height,
         width=width,
-        bands=scene.band_names,
+        bands=scene.bands,
         crs=scene.crs,
         transform=scene.transform,
         pixels=described["options"]["pixels"],

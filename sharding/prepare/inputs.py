@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import RevisitError, UnusableError
+from sharding.format.layout import rgb_positions, worldstrat_facts
 from sharding.format.sample import Sample
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import check_pictures, cloud_percent, grid_transform, stored_images
@@ -19,11 +20,6 @@ from sharding.sources.worldstrat.layout import AoiFiles, check_files
 from sharding.sources.worldstrat.rasters import read_scene
 
 Stored = NDArray[Any]
-
-RGB_NAMES = ("red", "green", "blue")
-_L2A_NAMES = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
-BAND_NAMES = {"l2a": _L2A_NAMES, "l1c": (*_L2A_NAMES[:10], "B10", *_L2A_NAMES[10:])}
-"""Names of all bands by product, in the order of the rasters."""
 
 _DESCRIBED = ("hr_date", "level", "bands", "revisits", "sources")
 """Parts of a sample's JSON that describe its inputs."""
@@ -54,16 +50,16 @@ class SceneInput:
     transform: tuple[float, ...]
     """(a, b, c, d, e, f) from a pixel of PAN to the CRS."""
 
-    options: SampleOptions
-    """Preparation of the images."""
+    bands: tuple[str, ...]
+    """Name of each band of the revisits, and so of the fused image."""
 
     provenance: Mapping[str, object]
     """Dates, revisits and the SHA-256 of each source file."""
 
     @property
-    def band_names(self) -> tuple[str, ...]:
-        """Return the name of each band: of red, green and blue, or of Sentinel-2's bands."""
-        return RGB_NAMES if self.options.bands == "true_color" else BAND_NAMES[self.options.level]
+    def rgb(self) -> tuple[int, int, int]:
+        """Return the 0-based positions of red, green and blue among the bands."""
+        return rgb_positions(self.bands)
 
     def digest(self) -> str:
         """Return the SHA-256, in hex, of all pixels, their shapes and the georeference."""
@@ -131,7 +127,7 @@ def _read(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
         clearest=chosen.clearest,
         crs=scene.crs,
         transform=tuple(grid_transform(scene.bounds, *pan.shape[-2:])),
-        options=options,
+        bands=worldstrat_facts(options).bands.lr,
         provenance={
             "hr_date": scene.hr_date,
             "level": options.level,
@@ -145,8 +141,8 @@ def _read(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
     )
 
 
-def sample_input(sample: Sample, options: SampleOptions) -> SceneInput:
-    """Return the revisits and PAN of a dataset's sample; ``options`` are the dataset's preparation.
+def sample_input(sample: Sample, bands: tuple[str, ...]) -> SceneInput:
+    """Return the revisits and PAN of a dataset's sample; ``bands`` are the dataset's names of the revisits' bands.
 
     Raises:
         UnusableError: ``no-data`` for a PAN without a pixel of data.
@@ -162,6 +158,6 @@ def sample_input(sample: Sample, options: SampleOptions) -> SceneInput:
         clearest=meta["clearest"],
         crs=meta["crs"],
         transform=tuple(meta["pan_transform"]),
-        options=options,
+        bands=bands,
         provenance={name: meta[name] for name in _DESCRIBED if name in meta},
     )

@@ -33,6 +33,7 @@ BLOCK = 512
 """Side of a tile, px."""
 PREVIEW_SIDE = 1024
 """Longest side of a preview, px."""
+_RGB = ("red", "green", "blue")
 _CACHE_BYTES = 128 << 20
 """Memory of GDAL's block cache; rasterio takes the number as bytes, GDAL itself as MB."""
 
@@ -95,7 +96,7 @@ def write_cog(path: Path, facts: RasterFacts) -> Iterator[RasterRows]:
                 file.descriptions = tuple(facts.bands)
                 if facts.pixels == "uint16":
                     file.scales = (SCALE,) * len(facts.bands)
-                if len(facts.bands) == 3:
+                if tuple(facts.bands) == _RGB:
                     file.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
                 file.update_tags(**(facts.tags or {}))
                 rows = RasterRows(file, facts)
@@ -150,7 +151,7 @@ def _profile(facts: RasterFacts) -> dict[str, object]:
         "transform": Affine(*facts.transform),
         "interleave": "band",
         "bigtiff": "if_safer",
-        "photometric": "rgb" if len(facts.bands) == 3 else "minisblack",
+        "photometric": "rgb" if tuple(facts.bands) == _RGB else "minisblack",
     }
 
 

@@ -94,6 +94,12 @@ def test_programs_of_all_models(pair: tuple[str, str]) -> None:
     assert chips == (1 if {"trnet", "trnet_pan", "innformer", "pan_mamba"} & set(pair) else None)
 
 
+def test_names_from_outside_are_escaped(run: str, tmp_path: Path) -> None:
+    ended = satfusion("export", run, "--to", str(tmp_path / "red\x1b[31m"))
+    assert ended.returncode == 0, ended.stderr
+    assert f"written to {tmp_path}/red\\x1b[31m: MODEL_CARD.md" in ended.stdout
+
+
 def test_exports_are_replaced_on_request_only(run: str, tmp_path: Path) -> None:
     satfusion("export", run, "--checkpoint", "last", "--to", str(tmp_path / "out"), "--program")
     with pytest.raises(UserError, match="holds another export: give --overwrite"):

@@ -12,20 +12,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from PIL import Image
 from rio_cogeo.cogeo import cog_validate
 
+from models.config import ModelConfig
+from models.published import to_published
+from models.registry import build_model
 from pipeline.config import RunConfig
-from pipeline.prediction import predict
+from pipeline.prediction import Fusion, predict
+from pipeline.prediction.export import export_run
+from pipeline.prediction.inputs import find_inputs
 from pipeline.prediction.predict import PredictOptions, predict_run
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
+from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
+from sharding.sources.options import SourceOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import LocalStorage, open_storage
 from tests.conftest import S3, SMALL
 from tests.pipeline.test_cli import refused, satfusion
+from tests.sharding.sources.sensors import write_rgbn
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +220,126 @@ def test_an_unusable_aoi_is_skipped(run: str, source: Path, aois: list[str], tmp
     report = predict_run(run, "best", str(tmp_path / "source"), str(tmp_path / "out"), PredictOptions())
     assert [aoi for aoi, _ in report.skipped] == [aois[0]]
     assert report.lines()[-1].startswith("3 made, 0 kept, 1 skipped")
+
+
+@pytest.fixture(scope="module")
+def four_bands(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a dataset of red, green, blue, nir at ratio 4, two revisits, in chips of 30 px."""
+    folder = tmp_path_factory.mktemp("four_bands")
+    write_rgbn(folder / "in", 4, side=240, dates=2)
+    options = ShardOptions(SampleOptions(revisits=2), source=SourceOptions(source="scenes", chip=30))
+    shard_folder(folder / "in", open_storage(folder / "out"), options)
+    return str(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def averaged(
+    world: World, make_config: Callable[..., RunConfig], four_bands: str, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """Return a run on the four bands that keeps the average of its weights."""
+    folder = tmp_path_factory.mktemp("averaged")
+    more = ("model.bands=4", "train.global_batch=1", "train.ema=0.5", "train.max_steps=2", "train.checkpoint_every=2")
+    run_training(make_config(folder, f"data.uri={four_bands}", *more))
+    return str(folder)
+
+
+def test_bands_and_windows_are_those_of_the_dataset(averaged: str, four_bands: str, tmp_path: Path) -> None:
+    ended = satfusion("predict", averaged, "--input", four_bands, "--output", str(tmp_path), "--split", "test")
+    assert ended.returncode == 0, ended.stderr
+    (path,) = tmp_path.glob("*.tif")
+    with rasterio.open(path) as fused:
+        assert fused.descriptions == ("red", "green", "blue", "nir")
+    scene = find_inputs(four_bands, SampleOptions).scenes[0].read()
+    assert (scene.bands, scene.rgb) == (("red", "green", "blue", "nir"), (0, 1, 2))
+    assert replace(scene, bands=("nir", "blue", "green", "red")).rgb == (3, 2, 1)
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    assert (sidecar["options"]["window"], sidecar["weights"]["kind"]) == (30, "raw")
+    assert Fusion.load(averaged).window == 30
+
+
+def test_the_average_is_used_on_request_only(averaged: str, run: str, four_bands: str, tmp_path: Path) -> None:
+    found = {}
+    for weights in ("raw", "ema"):
+        out = tmp_path / weights
+        options = ["--output", str(out), "--split", "test", "--weights", weights]
+        ended = satfusion("predict", averaged, "--input", four_bands, *options)
+        assert ended.returncode == 0, ended.stderr
+        (path,) = out.glob("*.json")
+        found[weights] = json.loads(path.read_text())["weights"]
+        assert found[weights]["kind"] == weights
+        folder, _ = export_run(averaged, "best", str(tmp_path / f"to-{weights}"), weights=weights)
+        assert json.loads((Path(folder) / "model.json").read_text())["facts"]["weights"] == weights
+    assert found["raw"]["sha256"] != found["ema"]["sha256"] == Fusion.load(averaged, weights="ema").digest
+    assert "their moving average, of decay 0.5" in (tmp_path / "to-ema" / "MODEL_CARD.md").read_text()
+    for verb in (["predict", run, "--input", four_bands, "--output"], ["export", run, "--to"]):
+        sentence = refused(*verb, str(tmp_path / "none"), "--weights", "ema")
+        assert "has none (its train.ema is 0): give --weights raw" in sentence
+    assert not (tmp_path / "none").exists()
+
+
+def test_facts_of_a_gone_dataset_are_not_made_up(
+    world: World, make_config: Callable[..., RunConfig], four_bands: str, tmp_path: Path
+) -> None:
+    gone, run = tmp_path / "data", str(tmp_path / "run")
+    shutil.copytree(four_bands, gone)
+    more = ("model.bands=4", "train.global_batch=1", "train.max_steps=1", "train.checkpoint_every=1")
+    run_training(make_config(run, f"data.uri={gone}", *more))
+    there, _ = export_run(run, "last", str(tmp_path / "there"))
+    facts = json.loads((Path(there) / "model.json").read_text())["facts"]
+    assert (facts["bands"], facts["ratio"]) == (["red", "green", "blue", "nir"], 4)
+    assert (facts["lr_window"], facts["hr_window"]) == (30, 120)
+    shutil.rmtree(gone)
+    folder, _ = export_run(run, "last", str(tmp_path / "gone"))
+    facts = json.loads((Path(folder) / "model.json").read_text())["facts"]
+    unknown = ("source", "bands", "ratio", "lr_window", "hr_window", "preparation")
+    assert [facts[name] for name in unknown] == [None] * 6
+    assert (Path(folder) / "MODEL_CARD.md").read_text().count("| not known |") == 3
+    with pytest.raises(UserError, match="--program needs the size of the training's chips"):
+        export_run(run, "last", str(tmp_path / "program"), program=True)
+    with pytest.raises(UserError, match="is not known without their dataset: give it as window="):
+        Fusion.load(run, "last")
+    assert Fusion.load(run, "last", window=30).window == 30
+    report = predict_run(run, "last", four_bands, str(tmp_path / "out"), PredictOptions(), split="test")
+    sidecar = json.loads((tmp_path / "out" / f"{report.made[0]}.json").read_text())
+    assert sidecar["options"]["window"] == 30
+
+
+def test_simulated_revisits_are_not_promised(
+    world: World, make_config: Callable[..., RunConfig], four_bands: str, source: Path, tmp_path: Path
+) -> None:
+    more = ("model.bands=4", "model.revisits=3", "data.simulate=shifts", "data.simulated_revisits=3")
+    steps = ("train.global_batch=1", "train.max_steps=1", "train.checkpoint_every=1")
+    run_training(make_config(tmp_path / "run", f"data.uri={four_bands}", *more, *steps))
+    output = ["--output", str(tmp_path / "out"), "--checkpoint", "last"]
+    sentence = refused("predict", str(tmp_path / "run"), "--input", four_bands, *output)
+    assert "take 3 revisits, which their training simulated from the target and predict does not" in sentence
+    assert f"{four_bands} holds 2 a sample" in sentence
+    assert "shard again" not in sentence
+    assert "the weights take 4 bands" in refused("predict", str(tmp_path / "run"), "--input", str(source), *output)
+
+
+def test_published_weights_take_the_bands_of_the_dataset(four_bands: str, tmp_path: Path) -> None:
+    network = build_model(ModelConfig("srcnn", "pnn", bands=4, revisits=2, published=True))
+    torch.save(to_published(network), tmp_path / "weights.ckpt")
+    report = predict.predict_published(
+        tmp_path / "weights.ckpt", "srcnn+pnn", four_bands, str(tmp_path / "out"), PredictOptions(), split="test"
+    )
+    with rasterio.open(tmp_path / "out" / f"{report.made[0]}.tif") as fused:
+        assert fused.descriptions == ("red", "green", "blue", "nir")
+
+
+def test_scratch_of_a_killed_prediction_is_removed(
+    run: str, source: Path, aois: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    whole = LocalStorage.upload
+
+    def upload(self: LocalStorage, key: str, path: Path) -> None:
+        seen.append(path)
+        whole(self, key, path)
+
+    monkeypatch.setattr(LocalStorage, "upload", upload)
+    predict_run(run, "best", str(source), str(tmp_path), PredictOptions(), aois=aois[:1])
+    (scene,) = seen
+    assert scene.parents[1].name.startswith("satfusion-predict-")  # its lock lets later starts remove it
+    assert not scene.parents[1].exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rasterio
 from numpy.typing import NDArray
+from rasterio.enums import ColorInterp
 from rio_cogeo.cogeo import cog_validate
 
 from sharding.errors import UserError
@@ -54,6 +55,15 @@ def test_rows_become_a_valid_geotiff(tmp_path: Path) -> None:
     assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()
     assert len(preview_png(tmp_path / "one.tif", [0, 1, 2])) > 1000
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("bands", "red"), [(("red", "green", "blue"), True), (("nir", "red", "green"), False)])
+def test_only_true_colours_are_marked_as_such(bands: tuple[str, ...], red: bool, tmp_path: Path) -> None:
+    with write_cog(tmp_path / "one.tif", replace(FACTS, bands=bands, height=16, width=16)) as raster:
+        raster.write(np.ones((3, 16, 16), np.float32), np.ones((16, 16), bool))
+    with rasterio.open(tmp_path / "one.tif") as raster:
+        assert raster.descriptions == bands
+        assert (raster.colorinterp[0] == ColorInterp.red) == red
 
 
 def test_a_valid_pixel_is_never_stored_as_no_data(tmp_path: Path) -> None:
