@@ -54,7 +54,7 @@ def load_published_network(path: Path, pair: str, *, bands: int, revisits: int) 
         revisits: Revisits a sample.
 
     Raises:
-        UserError: No such model, or the file is unreadable, of another model, or holds pickled code.
+        UserError: No such model, or the file is unreadable or of another model.
     """
     regular_file("--published-checkpoint", path)
     try:

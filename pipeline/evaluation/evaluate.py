@@ -155,7 +155,7 @@ def evaluate_published(
         panels: Chips drawn as PNG, the first ones of the split.
 
     Raises:
-        UserError: The file is unreadable, of another model, or holds pickled code; no such model or dataset.
+        UserError: The file is unreadable or of another model; no such model or dataset.
     """
     dataset = ChipDataset(data_uri, split, DataConfig(simulate=simulate))
     bands = len(dataset.index.facts.bands.lr)

@@ -1,8 +1,8 @@
 """Storage of whole objects by key, in a local folder or an S3 bucket, behind one small protocol.
 
-Any package may import it; it imports nothing of ours except `sharding.errors`. `open_storage` turns a URI into a
-`Storage` (`base`), which is a folder (`local`) or a bucket (`s3`). Nothing else in the project maps a key to a path or
-an S3 key. An object appears whole or not at all.
+Any package may import it; of ours it imports only the ground that it shares with the rest of `sharding`: errors, names,
+schema, arguments. `open_storage` turns a URI into a `Storage` (`base`), which is a folder (`local`) or a bucket (`s3`).
+Nothing else in the project maps a key to a path or an S3 key. An object appears whole or not at all.
 """
 
 from __future__ import annotations
