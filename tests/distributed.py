@@ -114,6 +114,7 @@ def _rank_main(
             world_size=place.world_size,
             timeout=timedelta(seconds=60),
         )
+        _meet(place, folder)
         result = function(place, *arguments)
         (folder / f"result-{place.rank}").write_bytes(pickle.dumps(result))
         dist.destroy_process_group()
@@ -121,6 +122,13 @@ def _rank_main(
         (folder / f"error-{place.rank}").write_text(traceback.format_exc())
         # Not sys.exit: a thread of gloo's that waits for a lost rank would hold the process.
         os._exit(1)
+
+
+def _meet(place: Rank, folder: Path) -> None:
+    """Wait until every rank has joined: one that ends earlier cuts the others off while they still connect."""
+    (folder / f"joined-{place.rank}").touch()
+    while not all((folder / f"joined-{rank}").exists() for rank in range(place.world_size)):
+        time.sleep(0.005)
 
 
 def _wait(processes: list[ForkServerProcess], seconds: float) -> bool:

@@ -27,6 +27,8 @@ def fail_differently(place: Rank) -> None:
 def die_on_rank_one(place: Rank, folder: str) -> None:
     Path(folder, f"pid-{place.rank}").write_text(str(os.getpid()))
     if place.rank == 1:
+        while not Path(folder, "pid-0").exists():
+            time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
