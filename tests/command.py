@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from cluster.local.processes import free_ports
 from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
 from sharding.storage import open_storage
 
@@ -33,7 +33,7 @@ class Ranks:
     processes: list[subprocess.Popen[str]]
     logs: list[IO[str]]
 
-    def wait(self, timeout: float = 240) -> Finished:
+    def wait(self, timeout: float = 500) -> Finished:
         """Wait until all have ended, or one has failed or taken too long; end the others then."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and None in (statuses := [process.poll() for process in self.processes]):
@@ -57,11 +57,19 @@ class Ranks:
             process.wait()
 
 
-def start_command(size: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ranks:
-    """Start ``satfusion ARGUMENTS`` in each rank of a gloo group, as torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def start_command(
+    size: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None, held_at: int | None = None
+) -> Ranks:
+    """Start ``satfusion ARGUMENTS`` in each rank of a gloo group, as torchrun would.
+
+    Args:
+        size: Number of ranks.
+        arguments: Verb and options.
+        environment: Further variables.
+        held_at: Step at which a training waits for ever (`tests.held`), so that a kill comes before the next one.
+    """
+    program = ["cluster.cli"] if held_at is None else ["tests.held", str(held_at)]
+    (port,) = free_ports(1)
     ranks = Ranks([], [])
     for rank in range(size):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -70,7 +78,7 @@ def start_command(size: int, arguments: Sequence[str], environment: Mapping[str,
         ranks.logs.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - lives as long as the ranks
         ranks.processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", *arguments],
+                [sys.executable, "-m", *program, *arguments],
                 env={**os.environ, "OMP_NUM_THREADS": "1", **variables, **(environment or {})},
                 stdout=ranks.logs[-1],
                 stderr=subprocess.STDOUT,

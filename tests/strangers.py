@@ -28,7 +28,7 @@ def as_stranger(arguments: Sequence[str], **variables: str) -> subprocess.Comple
         env={**environment, **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         check=False,
     )
     if "ambient" in ended.stderr and "setpriv" in ended.stderr:

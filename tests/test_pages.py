@@ -26,7 +26,7 @@ def run(program: str, folder: Path) -> None:
     script = folder / "example.py"
     script.write_text(program, encoding="utf-8")
     environment_root = str(DOCS.parent)
-    subprocess.run([sys.executable, str(script)], check=True, env={"PYTHONPATH": environment_root}, timeout=120)
+    subprocess.run([sys.executable, str(script)], check=True, env={"PYTHONPATH": environment_root}, timeout=500)
 
 
 def test_a_head_of_your_own(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 
+from cluster.local.processes import free_ports
 from sharding.format.index import INDEX_NAME, Index
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.layout import AoiFiles
@@ -129,9 +129,7 @@ def test_strict_refuses_a_damaged_aoi(spoilt: Path, tmp_path: Path, how: str) ->
 def test_a_store_that_refuses(verb: str, change: str, bucket: str, words: str, source: Path, s3: S3) -> None:
     environment = dict(s3.environment)
     if change == "endpoint":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{free_ports(1)[0]}"
     elif change == "key":
         environment["AWS_SECRET_ACCESS_KEY"] = "wrong-secret-0123456789"
     uri = f"s3://{bucket}/refused-{verb}"

@@ -56,7 +56,7 @@ JOB_FILE = "job.json"
 """Name of the file that describes a job to its driver."""
 TRAIN_DRIVER = "python -m cluster.jobs.train_job"
 """Command of a training job's driver; the path of its job's file follows."""
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 _LOST_SECONDS = 60.0
 _INTERRUPTED = 130

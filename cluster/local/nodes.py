@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _MARK = "SATFUSION_CLUSTER"
 _STATE, _RAY, _LOGS, _TOKEN, _TEMPORARY = "state.json", "ray", "logs", "token", "tmp"
 _START_SECONDS = 120.0
-_DASHBOARD_SECONDS = 60.0
+_DASHBOARD_SECONDS = 120.0
 # A Unix socket's path has at most 107 bytes, and Ray appends this many to its folder.
 _RAY_SOCKET_PATH = 64
 _MAX_NODES = 200

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
-_READY_SECONDS = 60.0
+_READY_SECONDS = 120.0
 _SOCKETS = Path("/tmp")  # noqa: S108 - SeaweedFS has no option for the folder of its sockets, which hold no data
 _BUCKET_EXISTS = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
 _PORTS_FILE = "ports"

@@ -28,7 +28,7 @@ def satfusion(*arguments: str, environment: Mapping[str, str] | None = None) -> 
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
 
 

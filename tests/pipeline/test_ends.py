@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local.processes import running_with, stop
+from cluster.local.processes import free_ports, running_with, stop
 from pipeline.config import RunConfig
 from sharding.storage import open_storage
 from tests.command import start_command
@@ -28,7 +27,7 @@ def scratch(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("satfusion-*")]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -49,7 +48,7 @@ def test_sigterm_of_train_uploads_the_last_events_and_leaves_nothing(
         for process in ranks.processes:
             process.send_signal(signal.SIGTERM)
         for process in ranks.processes:
-            process.wait(60)
+            process.wait(120)
     finally:
         ranks.kill()
     assert ranks.processes[0].returncode == 130, ranks.output()
@@ -65,9 +64,7 @@ def test_a_killed_monitor_leaves_no_server_and_no_folder_after_the_next_start(tm
     (tmp_path / "run/events").mkdir(parents=True)
     (tmp_path / "run/events/events.out.tfevents.1.x").write_bytes(b"")
     (tmp_path / "tmp").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "cluster.cli", "monitor", str(tmp_path / "run"), "--port", str(port)]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), TOKEN: str(port)}
 
@@ -84,8 +81,8 @@ def test_a_killed_monitor_leaves_no_server_and_no_folder_after_the_next_start(tm
                 wait_for(answers)
                 assert len(scratch(tmp_path / "tmp")) == 1
                 monitor.send_signal(number)
-                assert monitor.wait(60) == status
-            wait_for(lambda: not running_with(TOKEN, str(port)), 20)
+                assert monitor.wait(120) == status
+            wait_for(lambda: not running_with(TOKEN, str(port)))
             assert not answers()
         assert list((tmp_path / "tmp").iterdir()) == []
     finally:

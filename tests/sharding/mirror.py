@@ -9,7 +9,6 @@ import socket
 import ssl
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,8 +61,9 @@ class Mirror:
         self.check_if_range = True
         self.lengths: dict[str, str | None] = {}
         """Said in place of the true Content-Length; None: none is said."""
-        self.pause_s = 0.0
-        """Between blocks of a body."""
+        self.gate = threading.Event()
+        """Bodies wait while it is clear."""
+        self.gate.set()
         self.faults: deque[Fault] = deque()
         self.requests: list[Request] = []
         self.ended = threading.Event()
@@ -104,6 +104,7 @@ def serving(mirror: Mirror, certificate: Path | None = None) -> Iterator[Mirror]
         yield mirror
     finally:
         mirror.ended.set()
+        mirror.gate.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -149,12 +150,12 @@ def _send(
     handler: http.server.BaseHTTPRequestHandler, mirror: Mirror, request: Request, fault: Fault, body: bytes
 ) -> None:
     rest = memoryview(body)[: fault.after]
+    mirror.gate.wait()
     with contextlib.suppress(ConnectionError):
         while rest:
+            request.sent += len(rest[:BLOCK])  # first, because who has received them may look at once
             handler.wfile.write(rest[:BLOCK])
-            request.sent += len(rest[:BLOCK])
             rest = rest[BLOCK:]
-            time.sleep(mirror.pause_s)
     if fault.after is None:
         return
     if fault.how == "stall":

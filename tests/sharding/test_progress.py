@@ -21,7 +21,7 @@ def test_lines_tell_done_total_and_fields(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_lines_are_rare_and_the_last_always_comes(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), progress(1000, "sharding", "AOI") as shown:
+    with caplog.at_level(logging.INFO), progress(1000, "sharding", "AOI", every_s=600.0) as shown:
         for _ in range(1000):
             shown.update()
     assert [record.getMessage()[:22] for record in caplog.records] == ["sharding: 1000/1000 AO"]

@@ -124,7 +124,6 @@ def test_a_text_file_is_not_larger_than_it_may_be(tmp_path: Path) -> None:
         read_text("--x", tmp_path / "huge")
 
 
-@pytest.mark.timeout(60)
 def test_a_storage_reads_regular_files_only(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "index.json")
     storage = open_storage(tmp_path)

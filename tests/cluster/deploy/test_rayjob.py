@@ -45,7 +45,7 @@ def test_the_entrypoint_runs_as_it_stands(cluster: LocalCluster, s3: S3, small_u
     image = "unused:1"
     job_folder = "{tmp_path / "mounted"}"
     run.overrides = {overrides}
-    run.wait_for_resources = 30.0
+    run.wait_for_resources = 300.0
     workers = {{gpus = 0, cpus = 1}}
     storage = {{endpoint = "{s3.environment["AWS_ENDPOINT_URL"]}", secret = "keys"}}
     """

@@ -130,7 +130,7 @@ def test_an_address_without_an_answer_is_refused_soon() -> None:
     for address in ("http://127.0.0.1:9", "127.0.0.1:9", "ray://127.0.0.1:10001", "nonsense"):
         with pytest.raises(UserError, match=address):
             send(request(), address)
-    assert time.monotonic() - began < 60, "it must not hang"
+    assert time.monotonic() - began < 240, "it must not hang"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Demo:
 
     def end(self) -> int:
         """Wait for its end and return its status; every process that it started must have ended."""
-        rest, _ = self.process.communicate(timeout=120)
+        rest, _ = self.process.communicate(timeout=400)
         self.seen.append(rest)
         assert running_with(TOKEN, self.token) == []
         assert [path.name for path in self.temporary.glob("sf-demo-*")] == []

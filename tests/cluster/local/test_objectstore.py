@@ -54,7 +54,7 @@ def ask(port: int, path: str, method: str = "GET", body: bytes | None = None) ->
     """Send a request without a signature and return the status, or 0 for a port that speaks no HTTP."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -108,14 +108,14 @@ def test_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = (
         "import sys, time, pathlib; from cluster.local.objectstore import ObjectStore\n"
         f"store = ObjectStore(pathlib.Path({str(tmp_path)!r})); store.start(); print(store.pid, flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         server = identify(int(parent.stdout.readline()))
         assert server is not None
         os.kill(parent.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while identify(server.pid) == server and time.monotonic() < deadline:
         time.sleep(0.05)
     assert identify(server.pid) != server

@@ -64,10 +64,10 @@ def test_processes_keep_the_bound_and_read_whole_files(tmp_path: Path) -> None:
     DiskCache(tmp_path, 20_000)
     for worker in workers:
         worker.start()
-    most = 0
+    most = stored_bytes(tmp_path)
     while any(worker.is_alive() for worker in workers):
-        most = max(most, stored_bytes(tmp_path))
         time.sleep(0.001)
+        most = max(most, stored_bytes(tmp_path))
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert 10_000 < most <= 20_000
     assert counted(tmp_path) == stored_bytes(tmp_path)
@@ -166,7 +166,7 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path:
         finally:
             kill(process)
         for writer in waiting:
-            writer.result(30)
+            writer.result(120)
     assert not temporary.exists()
     assert read(cache, "b") == content("b")
     assert counted(tmp_path) == stored_bytes(tmp_path) <= 2 * SIZE

@@ -108,7 +108,7 @@ def test_neighbours_come_by_one_request_where_requests_cost_something(
         with monkeypatch.context() as patch:
             patch.setattr(LocalStorage, "read_into", counting)
             patch.setattr(LocalStorage, "open_range", open_range)
-            dataset = ChipDataset(many_scenes, "train", DataConfig(prefetch_batches=1))
+            dataset = ChipDataset(many_scenes, "train", DataConfig(prefetch_batches=1, loader_threads=1))
             loader = TrainLoader(dataset, BatchPlan.create(2, 0, 1), 0, seed=1)
             return [tensor for batch in loader for tensor in batch.tensors], counted
 

@@ -29,10 +29,10 @@ def write_config(make_config: Callable[..., RunConfig], uri: str, run: Path) -> 
 
 
 def kill_at(step: int, command: list[str], run: Path) -> int:
-    """Train on two ranks, SIGKILL both once ``step`` was taken; return the last logged step."""
-    ranks = start_command(2, command)
+    """Train on two ranks, SIGKILL both once ``step`` was taken, before the last one; return the last logged step."""
+    ranks = start_command(2, command, held_at=STEPS - 1)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not ((run / "metrics.csv").exists() and len(column(run, "step")) >= step):
             assert time.monotonic() < deadline, ranks.output()
             time.sleep(0.002)

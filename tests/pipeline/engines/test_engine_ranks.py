@@ -47,7 +47,7 @@ def resume_from(place: Rank, kind: Kind) -> list[dict[str, Tensor]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_resume_bit_for_bit(kind: Kind, tmp_path: Path) -> None:
-    (undisturbed, going_on), (undisturbed_1, _) = run_ranks(resume_from, 2, tmp_path, kind, seconds=120)
+    (undisturbed, going_on), (undisturbed_1, _) = run_ranks(resume_from, 2, tmp_path, kind)
     assert undisturbed.keys() == going_on.keys()
     for name, value in undisturbed.items():
         assert torch.equal(value, going_on[name]), name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local.processes import free_ports
 from pipeline.config import RunConfig
 from pipeline.reporting.monitor import EventMirror
 from pipeline.training.loop import run_training
@@ -32,19 +32,17 @@ MakeConfig = Callable[..., RunConfig]
 
 @contextmanager
 def monitoring(*uris: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "cluster.cli", "monitor", *uris, "--port", str(port), "--refresh", "0.5"]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
 
 
-def ask(url: str, until: Callable[[object], bool], patience: float = 90) -> object:
+def ask(url: str, until: Callable[[object], bool], patience: float = 400) -> object:
     """Ask until the expected answer arrives; return it."""
     deadline = time.monotonic() + patience
     answer: object = None
@@ -140,7 +138,7 @@ def test_a_store_that_climbs_out_is_refused(tmp_path: Path) -> None:
     with listing("run/events/rank-0/events.1", f"run/events/{climbing}") as endpoint:
         environment = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
         command = [sys.executable, "-m", "cluster.cli", "monitor", "s3://bucket/run", "--port", "0"]
-        ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 2, ended.stderr
     assert f"satfusion: error: {climbing!r} is no key of s3://bucket/run/events" in ended.stderr
     assert list(tmp_path.iterdir()) == []

@@ -151,7 +151,7 @@ def check_idle(ended: Ended, alone: Ended) -> None:
 def test_two_ranks_train_as_one_at_every_stage(
     width: int, kinds: tuple[Kind, ...], tmp_path: Path, world: World
 ) -> None:
-    ranks = run_ranks(train_at_stages, 2, tmp_path, kinds, width, seconds=400)
+    ranks = run_ranks(train_at_stages, 2, tmp_path, kinds, width)
     check(ranks, train(world, 0, width))
 
 

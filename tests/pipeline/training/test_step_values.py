@@ -62,4 +62,4 @@ def gather(place: Rank) -> list[dict[str, list[float]]]:
 
 def test_a_row_holds_every_rank(tmp_path: Path) -> None:
     expected = [{"step": [step] * 2, "rank": [0.0, 1.0], "known": [10.0 * step] * 2} for step in (1.0, 2.0, 3.0)]
-    assert run_ranks(gather, 2, tmp_path, seconds=60) == [expected, expected]
+    assert run_ranks(gather, 2, tmp_path) == [expected, expected]

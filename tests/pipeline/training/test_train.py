@@ -59,9 +59,9 @@ def test_a_killed_run_goes_on_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
     run_command(2, command(make_config(undisturbed, *options), tmp_path))
 
     again = command(make_config(killed, *options), tmp_path)
-    ranks = start_command(2, again)
+    ranks = start_command(2, again, held_at=9)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not ((killed / "metrics.csv").exists() and len(column(killed, "step")) >= 7):
             assert time.monotonic() < deadline, ranks.output()
             time.sleep(0.002)
@@ -136,9 +136,9 @@ def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfi
     target = s3.prefix()
     storage = open_storage(target)
     config = command(make_config(target, "train.max_steps=14", "train.checkpoint_every=5"), tmp_path)
-    rank = start_command(1, config)
+    rank = start_command(1, config, held_at=9)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while complete_checkpoints(storage, "step") != [5]:
             assert time.monotonic() < deadline, rank.output()
             time.sleep(0.002)

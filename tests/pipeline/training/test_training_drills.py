@@ -145,7 +145,7 @@ def test_a_quarantined_sample_counts_nothing_on_any_number_of_ranks(
     norm = torch.nn.utils.get_total_norm(list(gradient.values())).item()
 
     run_training(alone)
-    refused = run_ranks(train_and_refuse, 2, tmp_path / "ranks", pair, hopeless, seconds=120)
+    refused = run_ranks(train_and_refuse, 2, tmp_path / "ranks", pair, hopeless)
     for run in (Path(config.output.uri) for config in (alone, pair)):
         assert float(column(run, "train/loss")[0]) == pytest.approx(loss, rel=1e-6)
         assert float(column(run, "train/grad_norm")[0]) == pytest.approx(norm, rel=1e-6)

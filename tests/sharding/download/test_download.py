@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.local.processes import free_ports
 from sharding.download import fetch
 from sharding.download.worldstrat import DEFAULT_KEYS, WORLDSTRAT, ZENODO, Published, download
 from sharding.errors import UserError
@@ -29,7 +30,7 @@ from tests.sharding.mirror import Fault, Mirror, serving
 TRIES = 5
 NAME = WORLDSTRAT["hr"].name
 BODY = random.Random(1).randbytes(3_000_000)
-FAST_SERVER_S = 5.0
+FAST_SERVER_S = 120.0
 
 
 def table(*bodies: bytes) -> dict[str, Published]:
@@ -122,7 +123,7 @@ def test_a_file_from_elsewhere_is_read_once_and_believed_by_its_digest_alone(
 
 def test_killed_midway_only_the_rest_is_fetched(mirror: Mirror, tmp_path: Path) -> None:
     body = random.Random(2).randbytes(24_000_000)
-    mirror.files[NAME], mirror.pause_s = body, 0.005
+    mirror.files[NAME] = body
     script = (
         "import sys; from pathlib import Path; from sharding.download.worldstrat import *\n"
         "published = {'hr': Published(sys.argv[3], sys.argv[4], 0)}\n"
@@ -131,16 +132,17 @@ def test_killed_midway_only_the_rest_is_fetched(mirror: Mirror, tmp_path: Path) 
     arguments = [str(tmp_path), mirror.url, NAME, hashlib.sha256(body).hexdigest()]
     part = tmp_path / f"{NAME}.part"
     for least in (5_000_000, 12_000_000):
+        mirror.faults.extend([Fault(after=8_000_000, how="stall")] * 9)
         process = subprocess.Popen([sys.executable, "-c", script, *arguments])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 400
         while not (part.exists() and part.stat().st_size > least) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not (tmp_path / NAME).exists()
+        mirror.faults.clear()
     here = part.stat().st_size
     assert 12_000_000 < here < len(body)
-    mirror.pause_s = 0.0
     mirror.requests.clear()
     get(mirror, tmp_path, body)
     assert (tmp_path / NAME).read_bytes() == body
@@ -167,7 +169,7 @@ def test_bodies_that_break_off_anywhere_are_continued(
 
 
 def test_a_stalled_body_is_left_and_continued(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 3.0)
     mirror.faults.append(Fault(after=500_000, how="stall"))
     get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
@@ -175,13 +177,13 @@ def test_a_stalled_body_is_left_and_continued(mirror: Mirror, tmp_path: Path, mo
 
 
 def test_busy_answers_are_waited_for_as_long_as_they_ask(mirror: Mirror, tmp_path: Path, pauses: list[float]) -> None:
-    later = email.utils.formatdate(time.time() + 100, usegmt=True)
+    later = email.utils.formatdate(time.time() + 550, usegmt=True)
     for asked in ("7", later, "86400", "soon"):
         mirror.faults.append(Fault(status=503 if asked != "soon" else 429, headers={"Retry-After": asked}))
     get(mirror, tmp_path)
     assert (tmp_path / NAME).read_bytes() == BODY
     assert pauses[0] == 7
-    assert 90 < pauses[1] <= 100
+    assert 430 < pauses[1] <= 550
     assert pauses[2] == retries.LONGEST_ASKED_S == 600
     assert pauses[3] <= retries.LONGEST_PAUSE_S
 
@@ -207,8 +209,8 @@ def test_pauses_that_a_server_asks_for_end_too(mirror: Mirror, tmp_path: Path, p
 
 
 def test_a_server_that_never_answered_is_given_up_sooner(tmp_path: Path, pauses: list[float]) -> None:
-    with serving(Mirror({})) as gone:
-        pass
+    gone = Mirror({})
+    gone.url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(UserError, match=r"failed \(Connection refused\), .* check the network and --mirror"):
         get(gone, tmp_path)
     assert sum(pauses) == pytest.approx(retries.FIRST_CONTACT_S)
@@ -316,14 +318,17 @@ def test_a_mirror_resumes_where_another_ended(mirror: Mirror, tmp_path: Path) ->
 
 
 def test_the_second_of_two_says_so(mirror: Mirror, tmp_path: Path) -> None:
-    mirror.pause_s = 0.05
+    mirror.gate.clear()
     first = threading.Thread(target=get, args=(mirror, tmp_path))
     first.start()
-    while not mirror.sent:
-        time.sleep(0.01)
-    with pytest.raises(UserError, match="another download is writing"):
-        get(mirror, tmp_path)
-    first.join()
+    try:
+        while not mirror.requests:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another download is writing"):
+            get(mirror, tmp_path)
+    finally:
+        mirror.gate.set()
+        first.join()
     assert (tmp_path / NAME).read_bytes() == BODY
     assert len(mirror.requests) == 1
 
@@ -369,7 +374,7 @@ def test_a_full_disk_keeps_the_part(mirror: Mirror, tmp_path: Path) -> None:
         "download(Path(sys.argv[1]), ['hr'], mirror=sys.argv[2], published=published)"
     )
     arguments = [sys.executable, "-c", script, str(tmp_path), mirror.url, NAME]
-    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=500)
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("sharding.errors.UserError: no space left for"), ended.stderr
     assert (tmp_path / f"{NAME}.part").read_bytes() == BODY[:2_000_000]

@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.local.processes import free_ports
 from sharding.download.worldstrat import WORLDSTRAT, parse_only
 from sharding.storage import retries
 from tests.pipeline.test_cli import satfusion
-from tests.sharding.mirror import Mirror, serving
+from tests.sharding.mirror import Fault, Mirror, serving
 from tests.test_shard_cli import refused
 
 
@@ -58,9 +58,7 @@ def test_an_unreachable_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(retries, "FIRST_CONTACT_S", 1.0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     assert main(["download", "--to", str(tmp_path), "--only", "metadata", "--mirror", url]) == 2
     (sentence,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("satfusion: error: "))
     assert "cannot fetch metadata.csv: the connection to the mirror failed (Connection refused), " in sentence
@@ -73,19 +71,18 @@ def test_interrupted_then_continued_by_the_same_command(tmp_path: Path) -> None:
     arguments = ["download", "--to", str(tmp_path), "--only", "metadata"]
     part = tmp_path / "metadata.csv.part"
     with serving(Mirror({"metadata.csv": body})) as mirror:
-        mirror.pause_s = 0.2
+        mirror.faults.append(Fault(after=4_000_000, how="stall"))
         command = [sys.executable, "-m", "cluster.cli", *arguments, "--mirror", mirror.url]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 400
         while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=400)
         assert process.returncode == 130, errors
         assert "satfusion: interrupted" in errors
         here = part.stat().st_size
         assert part.read_bytes() == body[:here] != b""
-        mirror.pause_s = 0.0
         sentence = refused(*arguments, "--mirror", mirror.url)
         assert mirror.ranges_asked() == [None, f"bytes={here}-"]
     assert f"has SHA-256 {hashlib.sha256(body).hexdigest()} instead of 36f72dc4" in sentence

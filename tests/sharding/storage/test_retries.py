@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import argparse
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -109,27 +109,37 @@ def test_all_threads_and_later_calls_wait_for_one_outage_once(
     monkeypatch.setattr(retries, "KNOWN_S", 2.0)
     monkeypatch.setattr(retries, "FIRST_CONTACT_S", 1.0)
     monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
-    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"]) as proxy:
+    clock, later, ended = Clock(), list[float](), list[float]()
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"]) as proxy, ThreadPoolExecutor(4) as pool:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         storage = open_storage(s3.prefix())
         storage.write("x", b"1" * 100)
 
-        def fails(number: int) -> float:
-            time.sleep(0.3 * number)
+        def fails() -> None:
             with pytest.raises(StorageUnavailableError):
                 storage.read("x")
-            return time.monotonic()
+            ended.append(clock.now)
 
+        def pause(seconds: float) -> None:
+            """Start a call of another thread in the midst of this one's pauses."""
+            clock.pause(seconds)
+            if later and clock.now >= later[0]:
+                later.pop(0)
+                pool.submit(fails).result()
+
+        monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        event = SimpleNamespace(is_set=lambda: False, wait=pause)
+        monkeypatch.setattr(retries, "threading", SimpleNamespace(Event=lambda: event))
         for _ in range(2):  # the second outage is waited for as long as the first
             proxy.faults = Faults(**fault)  # type: ignore[arg-type]
-            began = time.monotonic()
-            with ThreadPoolExecutor(4) as pool:
-                waited = [ended - began for ended in pool.map(fails, range(4))]
-            assert min(waited) >= 1.8
-            assert max(waited) < 2.9  # four that wait for 2 s each end at 2.9 s and more
-            again = time.monotonic()
-            fails(0)
-            assert time.monotonic() - again < 0.9
+            began = clock.now
+            later[:] = [began + 0.3, began + 0.6, began + 0.9]
+            ended.clear()
+            fails()
+            assert later == []
+            fails()
+            # Each of five; calls that each wait for 2 s end at 2.9 s and more.
+            assert ended == pytest.approx([began + 2.0] * 5)
             proxy.faults = Faults()
             assert storage.read("x") == b"1" * 100
 

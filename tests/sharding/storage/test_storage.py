@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import pytest
 
+from cluster.local.processes import free_ports
 from sharding.errors import UserError
 from sharding.storage import (
     BucketNotFoundError,
@@ -215,12 +216,6 @@ def test_a_full_disk_is_for_the_user_to_mend(tmp_path: Path, monkeypatch: pytest
     assert type(caught.value) is UserError
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.usefixtures("s3")
 class TestS3Refusals:
     """Each is a sentence with advice, and shows neither endpoint nor secret."""
@@ -257,7 +252,7 @@ class TestS3Refusals:
 
     def test_dead_endpoint(self, s3: object, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sharding.storage.retries.FIRST_CONTACT_S", 1.0)
-        port = _free_port()
+        (port,) = free_ports(1)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         with pytest.raises(StorageUnavailableError, match="endpoint does not answer") as caught:
             open_storage("s3://shared/x").read("y")
@@ -319,7 +314,6 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Storage]:
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
-    monkeypatch.setattr("sharding.storage.s3.client.READ_TIMEOUT_S", 0.3)
     for name in ("FIRST_CONTACT_S", "KNOWN_S"):
         monkeypatch.setattr(f"sharding.storage.retries.{name}", 0.2)
 
@@ -330,8 +324,10 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Storage]:
     return opened
 
 
-@pytest.mark.timeout(60)
-def test_a_server_that_stays_silent_is_asked_twice(endpoint: Callable[[str], Storage]) -> None:
+def test_a_server_that_stays_silent_is_asked_twice(
+    endpoint: Callable[[str], Storage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharding.storage.s3.client.READ_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         storage = endpoint(f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(StorageUnavailableError, match="endpoint does not answer"):

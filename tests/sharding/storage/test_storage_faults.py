@@ -21,6 +21,7 @@ from botocore.httpchecksum import Crc32Checksum, StreamingChecksumBody
 from urllib3 import HTTPResponse
 
 from cluster.local.objectstore import ObjectStore
+from cluster.local.processes import free_ports
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage, retries
 from sharding.storage.options import MIB, StorageOptions
 from sharding.storage.retries import RetryCounter
@@ -91,7 +92,8 @@ def test_calls_outlive_busy_and_broken_answers(
 def test_a_body_that_breaks_off_is_continued(
     proxy: FaultProxy, storage: Storage, kind: str, align: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.3)
+    if kind == "stall":
+        monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.3)
     storage.write("x", DATA)
     proxy.faults = Faults(**{kind: 1.0}, align=align, times=3)  # type: ignore[arg-type]
     for first, start, stop, read in (
@@ -139,7 +141,6 @@ def test_a_body_that_always_stalls_early_goes_on_in_short_pieces(
         return Faults(stall=float(int(asked[2]) - int(asked[1]) >= 300_000), at=300_000)
 
     monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(retries, "KNOWN_S", 3.0)
     storage.write("x", DATA)
     proxy.faults = stall
     buffer = memoryview(bytearray(len(DATA)))
@@ -450,7 +451,8 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
 
     caplog.set_level(logging.INFO, "sharding")
     endpoint = s3.environment["AWS_ENDPOINT_URL"]
-    with FaultProxy(endpoint) as proxy:
+    (port,) = free_ports(1)
+    with FaultProxy(endpoint, port=port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         storage = open_storage(s3.prefix())
         storage.write("x", DATA)
@@ -463,7 +465,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
         ]
         while refusals() < before + 6:
             time.sleep(0.01)
-        with FaultProxy(endpoint, port=proxy.port):
+        with FaultProxy(endpoint, port=port):
             assert [call.result() for call in calls] == [DATA, None, True]
             assert storage.read("y") == storage.read("z") == DATA
     assert "/x: EndpointConnectionError; attempt 2 follows in" in caplog.text
