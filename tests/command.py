@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
-import logging
 import os
 import subprocess
 import sys
@@ -15,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from unittest import mock
 
-from cluster.cli import main
 from cluster.local.processes import free_ports
 from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, read_checkpoint
 from sharding.storage import open_storage
@@ -102,23 +97,6 @@ def run_command(size: int, arguments: Sequence[str]) -> Finished:
         ranks.kill()
     assert finished.statuses == [0] * size, finished.output
     return finished
-
-
-def run_here(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``satfusion ARGUMENTS`` in this process, which takes seconds less; it stays in its process group."""
-    root, out, err = logging.getLogger(), io.StringIO(), io.StringIO()
-    handlers = root.handlers[:]
-    try:
-        with (
-            mock.patch.dict(os.environ, environment or {}),
-            mock.patch("pipeline.world.leave_world"),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            status = main(arguments)
-    finally:
-        root.handlers[:] = handlers
-    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def column(run: Path, name: str, file: str = "metrics.csv") -> list[str]:

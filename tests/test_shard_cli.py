@@ -16,8 +16,8 @@ from sharding.format.index import INDEX_NAME, Index
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.layout import AoiFiles
 from sharding.storage import Storage, open_storage, retries
-from tests.command import run_here
 from tests.conftest import S3
+from tests.in_process import run_here
 from tests.pipeline.test_cli import satfusion
 from tests.sharding.conftest import aois_of
 
@@ -97,7 +97,7 @@ def test_damaged_aois_are_skipped_with_their_reason(spoilt: Path, tmp_path: Path
     aois = aois_of(spoilt)
     for aoi, how in zip(aois, DAMAGES, strict=False):
         damage(aoi, how)
-    ended = satfusion(*map(str, shard(spoilt, tmp_path / "out")))
+    ended = run_here(*map(str, shard(spoilt, tmp_path / "out")))
     assert ended.returncode == 0, ended.stderr
     index = Index.load(open_storage(tmp_path / "out"))
     assert {item.aoi: item.reason for item in index.skipped} == {
@@ -155,12 +155,12 @@ def test_what_is_not_ours_stays_and_what_is_needs_overwrite(source: Path, s3: S3
     assert f"--output {uri} holds 'train-00009.tar', which this program did not" in refused(*shard(source, uri))
     assert [(item.key, item.size) for item in storage.list()] == [("train-00009.tar", 4)]
     storage.delete("train-00009.tar")
-    assert satfusion(*map(str, shard(source, uri))).returncode == 0
+    assert run_here(*map(str, shard(source, uri))).returncode == 0
     before = digests(storage)
     other = shard(source, uri, "--revisits", "1")
     assert "(--revisits is 2 there and 1 here): give --overwrite" in refused(*other)
     assert digests(storage) == before
-    assert satfusion(*map(str, other), "--overwrite").returncode == 0
+    assert run_here(*map(str, other), "--overwrite").returncode == 0
     assert Index.load(storage).preparation.revisits == 1
 
 

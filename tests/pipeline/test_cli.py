@@ -18,9 +18,10 @@ from pipeline.quality.metrics import image_metrics
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.storage import retries
-from tests.command import column, run_here
+from tests.command import column
 from tests.conftest import S3
 from tests.golden import cases
+from tests.in_process import run_here
 
 
 def satfusion(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from pipeline.training.checkpoint import Position, newest_checkpoint, read_check
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
-from tests.command import run_here
+from tests.in_process import run_here
 from tests.limits import limited_memory
 from tests.mutations import damaged, mutated
 
