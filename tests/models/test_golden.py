@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from models.config import ModelConfig
 from models.published import count_parameters, to_published
@@ -35,7 +34,7 @@ ROUNDING = {"PSIT": 2e-3, "Pan_Mamba": 2e-3}
 """Relative tolerance of float32 results, by published head; 1e-4 for the others."""
 
 
-def precisions() -> Iterator[ParameterSet]:
+def precisions() -> Iterator[object]:
     """Yield the cases in both precisions; what rounds in a pair does so in its stages, which are cases too."""
     for case, config in cases.CONFIGS.items():
         pair = ABSENT not in (config.encoder, config.head)
