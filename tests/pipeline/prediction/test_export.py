@@ -102,7 +102,7 @@ def test_names_from_outside_are_escaped(run: str, tmp_path: Path) -> None:
 
 
 def test_exports_are_replaced_on_request_only(run: str, tmp_path: Path) -> None:
-    export_run(run, "last", str(tmp_path / "out"), program=True)
+    satfusion("export", run, "--checkpoint", "last", "--to", str(tmp_path / "out"), "--program")
     with pytest.raises(UserError, match="holds another export: give --overwrite"):
         export_run(run, "last", str(tmp_path / "out"))
     export_run(run, "last", str(tmp_path / "out"), overwrite=True)
