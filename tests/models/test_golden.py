@@ -42,7 +42,7 @@ def precisions() -> Iterator[object]:
         yield pytest.param(case, torch.float32, id=f"32-{case}", marks=pytest.mark.slow if pair else ())
 
 
-@pytest.mark.parametrize(("case", "dtype"), precisions())
+@pytest.mark.parametrize(("case", "dtype"), list(precisions()))
 def test_outputs(case: str, dtype: torch.dtype) -> None:
     double = dtype == torch.float64
     tolerance = 1e-6 if double else ROUNDING.get(case.split("+")[1], 1e-4)
