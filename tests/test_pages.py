@@ -25,8 +25,8 @@ def example(page: str) -> str:
 def run(program: str, folder: Path) -> None:
     script = folder / "example.py"
     script.write_text(program, encoding="utf-8")
-    environment_root = str(DOCS.parent)
-    subprocess.run([sys.executable, str(script)], check=True, env={"PYTHONPATH": environment_root}, timeout=500)
+    environment = {"PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=500)
 
 
 def test_a_head_of_your_own(tmp_path: Path) -> None:

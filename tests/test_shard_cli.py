@@ -15,8 +15,9 @@ from cluster.local.processes import free_ports
 from sharding.format.index import INDEX_NAME, Index
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.layout import AoiFiles
-from sharding.storage import Storage, open_storage
+from sharding.storage import Storage, open_storage, retries
 from tests.conftest import S3
+from tests.in_process import run_here
 from tests.pipeline.test_cli import satfusion
 from tests.sharding.conftest import aois_of
 
@@ -40,7 +41,7 @@ def spoilt(source: Path, tmp_path: Path) -> Path:
 
 def refused(*arguments: str | Path, environment: dict[str, str] | None = None) -> str:
     """Run a command that must be refused without a secret on the screen, and return its one sentence."""
-    ended = satfusion(*map(str, arguments), environment=environment)
+    ended = run_here(*map(str, arguments), environment=environment)
     shown = ended.stdout + ended.stderr
     assert ended.returncode == 2, shown
     assert "Traceback" not in shown
@@ -96,7 +97,7 @@ def test_damaged_aois_are_skipped_with_their_reason(spoilt: Path, tmp_path: Path
     aois = aois_of(spoilt)
     for aoi, how in zip(aois, DAMAGES, strict=False):
         damage(aoi, how)
-    ended = satfusion(*map(str, shard(spoilt, tmp_path / "out")))
+    ended = run_here(*map(str, shard(spoilt, tmp_path / "out")))
     assert ended.returncode == 0, ended.stderr
     index = Index.load(open_storage(tmp_path / "out"))
     assert {item.aoi: item.reason for item in index.skipped} == {
@@ -126,7 +127,10 @@ def test_strict_refuses_a_damaged_aoi(spoilt: Path, tmp_path: Path, how: str) ->
     ],
     ids=["unreachable", "wrong key", "missing bucket"],
 )
-def test_a_store_that_refuses(verb: str, change: str, bucket: str, words: str, source: Path, s3: S3) -> None:
+def test_a_store_that_refuses(
+    verb: str, change: str, bucket: str, words: str, source: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 1.0)
     environment = dict(s3.environment)
     if change == "endpoint":
         environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{free_ports(1)[0]}"
@@ -143,20 +147,21 @@ def test_inspect_of_a_place_without_an_index_is_refused(tmp_path: Path, s3: S3) 
         assert f"{uri} holds no index.json, so it is not a dataset: run `satfusion shard" in refused("inspect", uri)
 
 
-def test_what_is_not_ours_stays_and_what_is_needs_overwrite(source: Path, tmp_path: Path, s3: S3) -> None:
-    for uri in (str(tmp_path / "out"), s3.prefix()):
-        storage = open_storage(uri)
-        storage.write("train-00009.tar", b"mine")
-        assert f"--output {uri} holds 'train-00009.tar', which this program did not" in refused(*shard(source, uri))
-        assert [(item.key, item.size) for item in storage.list()] == [("train-00009.tar", 4)]
-        storage.delete("train-00009.tar")
-        assert satfusion(*map(str, shard(source, uri))).returncode == 0
-        before = digests(storage)
-        other = shard(source, uri, "--revisits", "1")
-        assert "(--revisits is 2 there and 1 here): give --overwrite" in refused(*other)
-        assert digests(storage) == before
-        assert satfusion(*map(str, other), "--overwrite").returncode == 0
-        assert Index.load(storage).preparation.revisits == 1
+def test_what_is_not_ours_stays_and_what_is_needs_overwrite(source: Path, s3: S3) -> None:
+    """In folders too: ``tests/sharding/run/test_output.py``."""
+    uri = s3.prefix()
+    storage = open_storage(uri)
+    storage.write("train-00009.tar", b"mine")
+    assert f"--output {uri} holds 'train-00009.tar', which this program did not" in refused(*shard(source, uri))
+    assert [(item.key, item.size) for item in storage.list()] == [("train-00009.tar", 4)]
+    storage.delete("train-00009.tar")
+    assert run_here(*map(str, shard(source, uri))).returncode == 0
+    before = digests(storage)
+    other = shard(source, uri, "--revisits", "1")
+    assert "(--revisits is 2 there and 1 here): give --overwrite" in refused(*other)
+    assert digests(storage) == before
+    assert run_here(*map(str, other), "--overwrite").returncode == 0
+    assert Index.load(storage).preparation.revisits == 1
 
 
 def test_one_process_and_two_give_the_same_bytes(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from pipeline.data import ChipDataset
 from pipeline.quality.metrics import image_metrics
 from pipeline.training.loop import run_training
 from pipeline.world import World
+from sharding.storage import retries
 from tests.command import column
 from tests.conftest import S3
 from tests.golden import cases
+from tests.in_process import run_here
 
 
 def satfusion(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -34,7 +36,7 @@ def satfusion(*arguments: str, environment: Mapping[str, str] | None = None) -> 
 
 def refused(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Run a command that must be refused, and return its one sentence."""
-    ended = satfusion(*arguments, environment=environment)
+    ended = run_here(*arguments, environment=environment)
     assert ended.returncode == 2, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     errors = [line for line in ended.stderr.splitlines() if line.startswith("satfusion: error: ")]
@@ -101,7 +103,10 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     ],
     ids=["unreachable", "wrong key", "missing bucket"],
 )
-def test_a_store_that_refuses(change: dict[str, str], bucket: str, words: list[str], s3: S3) -> None:
+def test_a_store_that_refuses(
+    change: dict[str, str], bucket: str, words: list[str], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 1.0)
     environment = {**s3.environment, **change}
     sentence = refused("train", "demo", f"data.uri=s3://{bucket}/none", environment=environment)
     for word in words:

@@ -90,7 +90,7 @@ def pan_grid(pan: Header, revisit: Header) -> Grid:
         west, north = min(c, c + a * pan.width), max(f, f + e * pan.height)
         return Grid(pan.crs, west, north, abs(a), abs(e), pan.width, pan.height)
     xs, ys = edge((0.0, float(pan.height), float(pan.width), 0.0))
-    corners = [pan.affine * (x, y) for x, y in zip(xs, ys, strict=True)]
+    corners = [pan.affine @ (x, y) for x, y in zip(xs, ys, strict=True)]
     target = revisit.crs if degrees and metric else pan.crs
     xs, ys = to_crs(pan.crs, target, [x for x, _ in corners], [y for _, y in corners])  # type: ignore[assignment]
     step = math.sqrt(abs(a * e - b * d))
@@ -104,7 +104,7 @@ def covered(header: Header, grid: Grid) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of an image in pixels of a grid: a rectangle within the image if it is
     nearly upright there, else its bounding box."""
     xs, ys = edge((0.0, float(header.height), float(header.width), 0.0))
-    points = [header.affine * (x, y) for x, y in zip(xs, ys, strict=True)]
+    points = [header.affine @ (x, y) for x, y in zip(xs, ys, strict=True)]
     x, y = to_crs(header.crs, grid.crs, [p for p, _ in points], [q for _, q in points])
     columns = [(value - grid.west) / grid.step_x for value in x]
     rows = [(grid.north - value) / grid.step_y for value in y]
@@ -215,7 +215,7 @@ def _step_in(header: Header, crs: str | None) -> float:
 
 
 def _bounds(header: Header) -> Bounds:
-    corners = [header.affine * (x, y) for x in (0, header.width) for y in (0, header.height)]
+    corners = [header.affine @ (x, y) for x in (0, header.width) for y in (0, header.height)]
     xs, ys = [x for x, _ in corners], [y for _, y in corners]
     return min(xs), min(ys), max(xs), max(ys)
 

@@ -224,7 +224,7 @@ def read_mask(header: Header, grid: Grid, unknown: int) -> NDArray[np.uint8]:
 def window_of(header: Header, grid: Grid) -> Window | None:
     """Return the pixels of a raster that a grid needs, with a margin; None if they do not meet."""
     xs, ys = to_crs(grid.crs, header.crs, *edge(grid.bounds))
-    columns, rows = ~header.affine * (np.array(xs), np.array(ys))
+    columns, rows = ~header.affine @ (np.array(xs), np.array(ys))
     if not (np.isfinite(columns).all() and np.isfinite(rows).all()):
         return None
     left, right = math.floor(columns.min() + ALIGNED), math.ceil(columns.max() - ALIGNED)
@@ -329,10 +329,10 @@ def _equals(stored: NDArray[Any], value: float) -> Mask:
 
 def _placed(header: Header, image: Image, box: Window, grid: Grid, resampling: Resampling) -> Image:
     """Return the pixels of a window on a grid."""
-    place = header.affine * Affine.translation(box.col_off, box.row_off)
+    place = header.affine @ Affine.translation(box.col_off, box.row_off)
     result = np.full((len(image), grid.height, grid.width), np.nan, np.float32)
     if header.crs == grid.crs and _aligned(place, grid):
-        x, y = (round(value) for value in ~place * (grid.west, grid.north))
+        x, y = (round(value) for value in ~place @ (grid.west, grid.north))
         rows, columns = image.shape[-2:]
         top, left = max(0, y), max(0, x)
         bottom, right = min(rows, y + grid.height), min(columns, x + grid.width)
@@ -358,5 +358,5 @@ def _aligned(place: Affine, grid: Grid) -> bool:
     same = np.allclose((place.a, -place.e), (grid.step_x, grid.step_y), rtol=1e-7, atol=0)
     if not same or place.b or place.d:
         return False
-    x, y = ~place * (grid.west, grid.north)
+    x, y = ~place @ (grid.west, grid.north)
     return bool(abs(x - round(x)) < ALIGNED and abs(y - round(y)) < ALIGNED)

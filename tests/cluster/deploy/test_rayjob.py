@@ -24,7 +24,7 @@ from tests.conftest import TINY
 if TYPE_CHECKING:
     from tests.conftest import S3
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture

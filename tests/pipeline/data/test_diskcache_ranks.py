@@ -127,6 +127,7 @@ def test_a_lock_is_free_when_its_holder_dies(tmp_path: Path) -> None:
     assert is_free(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")  # of Python 3.12, beside threads
 def test_a_lock_is_free_though_a_process_was_forked_meanwhile(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with DiskCache(tmp_path, 1 << 20).lock("a-0"):

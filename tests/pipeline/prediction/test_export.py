@@ -24,6 +24,7 @@ from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
+from tests.in_process import run_here
 from tests.pipeline.test_cli import refused, satfusion
 
 ROOT = Path(__file__).parents[3]
@@ -95,7 +96,7 @@ def test_programs_of_all_models(pair: tuple[str, str]) -> None:
 
 
 def test_names_from_outside_are_escaped(run: str, tmp_path: Path) -> None:
-    ended = satfusion("export", run, "--to", str(tmp_path / "red\x1b[31m"))
+    ended = run_here("export", run, "--to", str(tmp_path / "red\x1b[31m"))
     assert ended.returncode == 0, ended.stderr
     assert f"written to {tmp_path}/red\\x1b[31m: MODEL_CARD.md" in ended.stdout
 

@@ -33,6 +33,7 @@ from sharding.sources.options import SourceOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import LocalStorage, open_storage
 from tests.conftest import S3, SMALL
+from tests.in_process import run_here
 from tests.pipeline.test_cli import refused, satfusion
 from tests.sharding.sources.sensors import write_rgbn
 
@@ -244,7 +245,7 @@ def averaged(
 
 
 def test_bands_and_windows_are_those_of_the_dataset(averaged: str, four_bands: str, tmp_path: Path) -> None:
-    ended = satfusion("predict", averaged, "--input", four_bands, "--output", str(tmp_path), "--split", "test")
+    ended = run_here("predict", averaged, "--input", four_bands, "--output", str(tmp_path), "--split", "test")
     assert ended.returncode == 0, ended.stderr
     (path,) = tmp_path.glob("*.tif")
     with rasterio.open(path) as fused:
@@ -262,7 +263,7 @@ def test_the_average_is_used_on_request_only(averaged: str, run: str, four_bands
     for weights in ("raw", "ema"):
         out = tmp_path / weights
         options = ["--output", str(out), "--split", "test", "--weights", weights]
-        ended = satfusion("predict", averaged, "--input", four_bands, *options)
+        ended = run_here("predict", averaged, "--input", four_bands, *options)
         assert ended.returncode == 0, ended.stderr
         (path,) = out.glob("*.json")
         found[weights] = json.loads(path.read_text())["weights"]

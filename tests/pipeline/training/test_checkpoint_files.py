@@ -17,14 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cli import main
 from models.config import ModelConfig
 from models.registry import build_model
 from pipeline.config import RunConfig
 from pipeline.engines.engine import MOMENTS, TrainState
 from pipeline.training.checkpoint import Position, newest_checkpoint, read_checkpoint, save_checkpoint
+from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
+from tests.in_process import run_here
 from tests.limits import limited_memory
 from tests.mutations import damaged, mutated
 
@@ -164,13 +165,13 @@ def test_a_whole_checkpoint_is_read(run: Path) -> None:
     ],
 )
 def test_a_changed_record_of_a_run_is_refused(
-    dataset_uri: str, tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+    world: World, dataset_uri: str, tmp_path: Path, text: str, words: str
 ) -> None:
     (tmp_path / "config.json").write_text(text)
-    assert main(["train", "demo", f"data.uri={dataset_uri}", f"output.uri={tmp_path}", "train.engine=torch"]) == 2
-    error = capsys.readouterr().err
-    assert f"satfusion: error: {tmp_path}/config.json is not a record of a run (" in error
-    assert words in error
+    ended = run_here("train", "demo", f"data.uri={dataset_uri}", f"output.uri={tmp_path}", "train.engine=torch")
+    assert ended.returncode == 2
+    assert f"satfusion: error: {tmp_path}/config.json is not a record of a run (" in ended.stderr
+    assert words in ended.stderr
 
 
 def check(run: Path, draw: random.Random) -> None:

@@ -109,7 +109,9 @@ def stages() -> Fusion:
     return Fusion(*(torch.rand(2, 3, 16, 20, generator=generator).requires_grad_() for _ in range(3)))
 
 
-@pytest.mark.parametrize(("encoder", "head"), [("srcnn", "pnn"), (ABSENT, "pannet")])
+@pytest.mark.parametrize(
+    ("encoder", "head"), [pytest.param("srcnn", "pnn", marks=pytest.mark.slow), (ABSENT, "pannet")]
+)
 def test_generated_code_computes_the_same_loss_and_gradients(encoder: str, head: str) -> None:
     # An encoder's image is shrunk here, from 16 to 12 rows: PyTorch 2.13 lost the gradient of that.
     model = network(encoder, head)

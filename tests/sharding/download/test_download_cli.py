@@ -17,7 +17,7 @@ from cluster.cli import main
 from cluster.local.processes import free_ports
 from sharding.download.worldstrat import WORLDSTRAT, parse_only
 from sharding.storage import retries
-from tests.pipeline.test_cli import satfusion
+from tests.in_process import run_here
 from tests.sharding.mirror import Fault, Mirror, serving
 from tests.test_shard_cli import refused
 
@@ -96,7 +96,7 @@ def test_files_known_to_be_whole_need_no_server(tmp_path: Path) -> None:
         state = {"sha256": WORLDSTRAT[key].sha256, "size": 32, "mtime_ns": target.stat().st_mtime_ns}
         target.with_name(f"{target.name}.verified").write_text(json.dumps(state))
     nowhere = ("--mirror", "http://127.0.0.1:9")
-    ended = satfusion("download", "--to", str(tmp_path), "--only", "split,metadata", *nowhere)
+    ended = run_here("download", "--to", str(tmp_path), "--only", "split,metadata", *nowhere)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("already there, SHA-256 as published") == 2
     assert f"satfusion shard --input {tmp_path}" in ended.stdout

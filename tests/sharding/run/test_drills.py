@@ -239,7 +239,11 @@ def test_a_full_staging_folder_is_a_sentence_and_costs_nothing(
 
 
 @pytest.mark.parametrize(
-    "faults", [Faults(busy=0.3), Faults(cut=0.2, stall=0.05, lose=0.1, reset=0.1)], ids=["busy", "broken"]
+    "faults",
+    [
+        pytest.param(Faults(busy=0.3), id="busy", marks=pytest.mark.slow),
+        pytest.param(Faults(cut=0.2, stall=0.05, lose=0.1, reset=0.1), id="broken"),
+    ],
 )
 def test_a_bad_store_costs_nothing(
     many: World, undisturbed: dict[str, str], s3: S3, monkeypatch: pytest.MonkeyPatch, faults: Faults

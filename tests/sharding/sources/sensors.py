@@ -51,7 +51,7 @@ class Land:
         for i in range(parts):
             for j in range(parts):
                 column, row = np.meshgrid(np.arange(columns) + (j + 0.5) / parts, np.arange(rows) + (i + 0.5) / parts)
-                x, y = transform * (column, row)
+                x, y = transform @ (column, row)
                 if to_utm is not None:
                     xs, ys = transform_points(to_utm, CRS.from_epsg(32631), x.ravel(), y.ravel())
                     x, y = np.reshape(xs, x.shape), np.reshape(ys, y.shape)
@@ -105,7 +105,7 @@ def write_rgbn(folder: Path, scenes: int, *, side: int = 480, dates: int = 3) ->
         write_tiff(place / "pan.tif", counts(image.mean(0, keepdims=True)), fine, utm)
         for visit in range(dates):
             shift = Affine.translation(*rng.uniform(-4, 4, 2))  # each date has an origin of its own
-            moved = shift * coarse
+            moved = shift @ coarse
             seen = land.image(moved, (side // 4, side // 4), 4)
             seen = seen + 0.003 * rng.standard_normal(seen.shape).astype(np.float32)
             write_tiff(

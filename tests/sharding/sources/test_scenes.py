@@ -44,7 +44,7 @@ def field(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float32]
 
 def seen(transform: Affine, rows: int, columns: int) -> NDArray[np.float32]:
     column, row = np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5)
-    return field(*(transform * (column, row)))
+    return field(*(transform @ (column, row)))
 
 
 GRID = Grid("EPSG:32631", 300.0, -300.0, 1.5, 1.5, 200, 200)
@@ -60,7 +60,7 @@ GRID = Grid("EPSG:32631", 300.0, -300.0, 1.5, 1.5, 200, 200)
     ],
 )
 def test_pixels_land_where_their_georeference_says(tmp_path: Path, shift: float, place: Affine, worst: float) -> None:
-    transform = Affine.translation(shift, 0) * place * Affine.scale(1.5, -1.5)
+    transform = Affine.translation(shift, 0) @ place @ Affine.scale(1.5, -1.5)
     image = seen(transform, 800, 800)
     write_tiff(tmp_path / "a.tif", image[None], transform, UTM)
     header = read_header(File(tmp_path / "a.tif", "a.tif", 1))
@@ -184,10 +184,10 @@ def test_a_target_moved_by_a_known_amount_is_found_where_it_was_put(tmp_path: Pa
         fine, coarse = Affine(2.5, 0, west, 0, -2.5, NORTH), Affine(10, 0, west, 0, -10, NORTH)
         place = tmp_path / "in" / f"scene{number}"
         local = Affine.translation(-west, -NORTH)
-        image = seen(local * fine, 160, 160)
+        image = seen(local @ fine, 160, 160)
         write_tiff(place / "pan.tif", counts(image[None]), fine, UTM)
-        write_tiff(place / "ms.tif", counts(np.stack([image] * 4)), fine * Affine.translation(dx, dy), UTM)
-        small = seen(local * coarse, 40, 40)
+        write_tiff(place / "ms.tif", counts(np.stack([image] * 4)), fine @ Affine.translation(dx, dy), UTM)
+        small = seen(local @ coarse, 40, 40)
         for date in ("2020-01-01", "2020-02-02"):
             write_tiff(place / f"lr_{date}.tif", counts(np.stack([small] * 4)), coarse, UTM)
     (tmp_path / "in" / "scenes.toml").write_text(
@@ -225,7 +225,7 @@ def test_scenes_that_overlap_go_into_one_split(tmp_path: Path) -> None:
     for path in (tmp_path / "in" / "scene0").iterdir():
         with rasterio.open(path) as file:
             image, transform, names = file.read(), file.transform, file.descriptions
-        moved = Affine.translation(150, 0) * transform
+        moved = Affine.translation(150, 0) @ transform
         write_tiff(tmp_path / "in" / "twin" / path.name, image, moved, UTM, names=names)
     for seed in range(4):
         options = ShardOptions(OPTIONS.sample, PlanOptions(seed=seed), OPTIONS.source)
@@ -427,11 +427,11 @@ def test_a_strip_that_images_barely_share_is_skipped_and_a_small_scene_sets_the_
 
 
 def test_a_turned_pan_gives_no_pixels_beyond_its_land(tmp_path: Path) -> None:
-    turned = Affine.translation(EAST + 40, NORTH - 10) * Affine.rotation(-4) * Affine.scale(2.5, -2.5)
+    turned = Affine.translation(EAST + 40, NORTH - 10) @ Affine.rotation(-4) @ Affine.scale(2.5, -2.5)
     coarse = Affine(10, 0, EAST - 200, 0, -10, NORTH + 200)
     write_tiff(tmp_path / "pan.tif", np.ones((1, 200, 200), np.uint16), turned, UTM)
     write_tiff(tmp_path / "lr.tif", np.ones((3, 150, 150), np.uint16), coarse, UTM)
-    write_tiff(tmp_path / "ms.tif", np.ones((3, 600, 600), np.uint16), coarse * Affine.scale(0.25), UTM)
+    write_tiff(tmp_path / "ms.tif", np.ones((3, 600, 600), np.uint16), coarse @ Affine.scale(0.25), UTM)
     pan, lr, ms = (read_header(File(tmp_path / name, name, 1)) for name in ("pan.tif", "lr.tif", "ms.tif"))
     place = place_scene(pan, ms, [lr])
     assert place.area.width > 150
