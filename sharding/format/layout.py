@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
@@ -17,7 +17,7 @@ from sharding.prepare.options import BAND_NAMES, SampleOptions
 IMAGES = ("lr", "clm", "hr", "pan")
 """Arrays of a sample: revisits, cloud masks, target, panchromatic image."""
 
-VALID = "valid"
+VALID: Final = "valid"
 """Further array of the samples of datasets whose facts list this mask: uint8 [1, H, W], 1 where target and PAN hold
 data, 0 elsewhere. Pixels outside it count in no loss and no metric."""
 
@@ -164,7 +164,7 @@ class Facts:
     masks: tuple[Mask, ...]
     """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data; for ``valid`` see `VALID`."""
 
-    options: Mapping[Name, str | int | float] = field(default_factory=dict)
+    options: Mapping[Name, str | bool | int | float] = field(default_factory=dict)
     """Options of the source that differ from the usual ones, by name."""
 
 
@@ -179,6 +179,7 @@ def fitted_facts(
     options: SampleOptions,
     layouts: Iterable[SampleLayout],
     chip: int = CHIP,
+    masks: tuple[Mask, ...] = ("clm",),
 ) -> Facts:
     """Return the facts of a dataset whose chips fit its samples: a sample smaller than a chip is one chip.
 
@@ -189,6 +190,7 @@ def fitted_facts(
         options: Options of the samples.
         layouts: Layouts of all samples; all have the chips of the smallest.
         chip: Side of a chip, LR pixels.
+        masks: Arrays that are masks.
     """
     return Facts(
         source=source,
@@ -196,7 +198,7 @@ def fitted_facts(
         ratio=ratio,
         chips=fitted_chips(smallest(layouts) or (chip, chip), chip),
         radiometry=Radiometry(options.step),
-        masks=("clm",),
+        masks=masks,
     )
 
 

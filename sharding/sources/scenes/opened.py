@@ -90,8 +90,8 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
     wanted, theirs = told.revisits.bands, told.target.bands
     if wanted is None and theirs is None:
         wanted = theirs = _common(headers[0], told.revisits, target_header, told.target)
-    layers = [_layer(header, told.revisits, wanted) for header in headers]
-    target = _layer(target_header, told.target, theirs)
+    layers = [layer_of(header, told.revisits, wanted) for header in headers]
+    target = layer_of(target_header, told.target, theirs)
     for layer, images, kind in ((layers[0], told.revisits, "revisits"), (target, told.target, "target")):
         if len(layer.bands) > 1 and images.bands is None and None in layer.names:
             raise UnusableError(
@@ -102,7 +102,7 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
     for layer in layers[1:]:
         check_same(layer.header.title, layer.names, layers[0].header.title, layers[0].names)
     check_same(target.header.title, target.names, layers[0].header.title, layers[0].names)
-    pan = _layer(pan_header, told.pan, told.pan.bands)
+    pan = layer_of(pan_header, told.pan, told.pan.bands)
     if len(pan.bands) != 1:
         raise UnusableError("wrong-bands", f"{pan.header.title} has {len(pan.bands)} bands: choose one by pan.bands")
     place = place_scene(pan.header, target.header, headers)
@@ -130,7 +130,12 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
     return scene
 
 
-def _layer(header: Header, told: Images, wanted: Sequence[int | str] | None) -> Layer:
+def layer_of(header: Header, told: Images, wanted: Sequence[int | str] | None) -> Layer:
+    """Choose the bands of an image and their conversion.
+
+    Raises:
+        UnusableError: If bands do not exist, contradict their names, or nothing tells their reflectance.
+    """
     bands, names = choose_bands(header.title, header.names, told.order, wanted)
     if told.nodata is not None and len(told.nodata) not in (1, len(header.names)):
         raise UnusableError(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import Reason, UnusableError, UserError
-from sharding.format.layout import Bands, Facts, SampleLayout, fitted_facts, rgb_positions
+from sharding.format.layout import VALID, Bands, Facts, SampleLayout, fitted_facts, rgb_positions
 from sharding.prepare.options import SampleOptions
 from sharding.sources.options import SourceOptions
 from sharding.sources.scenes.description import read_description
@@ -70,7 +70,7 @@ class TileFiles:
         grid = [*scene.place.grid.transform, scene.place.grid.crs]
         masks = {(visit.mask.cloud, visit.mask.unknown) for visit in scene.visits if visit.mask} or {((1,), (NO_CLM,))}
         meanings = [values for meaning in sorted(masks) for values in meaning]
-        return json.dumps([read, dates, grid, self.box, str(scene.ratio), *meanings])
+        return json.dumps([VALID, read, dates, grid, self.box, str(scene.ratio), *meanings])
 
     def used(self, options: SampleOptions) -> tuple[File, ...]:
         """Return the files that a sample with these options reads."""
@@ -170,6 +170,7 @@ class TileFiles:
             },
             sources={file.name: digest(file) for file in files},
             bytes_in=lr.nbytes + hr.nbytes + pan.nbytes,
+            keeps_valid=True,
             counts={"at_limit": {image: count for image, count in counts.items() if count}},
         )
 
@@ -222,7 +223,7 @@ class ScenesSource:
         assert first is not None, "a dataset has a usable scene"
         bands = Bands(band_names(first.visits[0].layer.names), band_names(first.target.names))
         ratio = first.ratio.numerator, first.ratio.denominator
-        return fitted_facts("scenes", bands, ratio, options, layouts, self._options.chip)
+        return fitted_facts("scenes", bands, ratio, options, layouts, self._options.chip, masks=("clm", VALID))
 
     def sample_bytes(self, options: SampleOptions) -> int:
         """Return the approximate size of a tile's sample."""
@@ -232,7 +233,7 @@ class ScenesSource:
         side, bands = tile_side(first.ratio, self._options.tile), len(first.target.bands)
         hr, lr = side**2, (side / float(first.ratio)) ** 2
         values = round(options.revisits * bands * lr + (bands + 1) * hr)
-        return values * np.dtype(options.dtype).itemsize + round(options.revisits * lr)
+        return values * np.dtype(options.dtype).itemsize + round(options.revisits * lr + hr)
 
     def split_rows(self) -> None:
         """Return None: a user's scenes have no published split."""
