@@ -90,7 +90,12 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
     wanted, theirs = told.revisits.bands, told.target.bands
     if wanted is None and theirs is None:
         wanted = theirs = _common(headers[0], told.revisits, target_header, told.target)
-    layers = [layer_of(header, told.revisits, wanted) for header in headers]
+    days = [
+        visit.date or told.revisits.date or header.date for visit, header in zip(found.revisits, headers, strict=True)
+    ]
+    layers = [
+        layer_of(header, _dated(told.revisits, day, header), wanted) for header, day in zip(headers, days, strict=True)
+    ]
     target = layer_of(target_header, told.target, theirs)
     for layer, images, kind in ((layers[0], told.revisits, "revisits"), (target, told.target, "target")):
         if len(layer.bands) > 1 and images.bands is None and None in layer.names:
@@ -115,19 +120,28 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
                 CloudMask(read_header(visit.mask), told.masks.cloud, told.masks.unknown)
                 if visit.mask
                 else layer.header.mask,
-                _date(visit.date, told.revisits, layer),
+                day,
             )
-            for number, (visit, layer) in enumerate(zip(found.revisits, layers, strict=True), start=1)
+            for number, (visit, layer, day) in enumerate(zip(found.revisits, layers, days, strict=True), start=1)
         ),
         pan=pan,
         target=target,
         place=place,
         ratio=scene_ratio(place.measured, told.ratio or (float(first.ratio) if first else None)),
-        pan_date=_date(found.pan_date, told.pan, pan),
+        pan_date=found.pan_date or told.pan.date or pan.header.date,
     )
     if first is not None:
         check_same(found.name, layers[0].names, first.name, first.visits[0].layer.names)
     return scene
+
+
+def _dated(told: Images, day: str | None, header: Header) -> Images:
+    """Return the description of a revisit of this day: without offset before the day that the user gives for it."""
+    if told.offset_since is None:
+        return told
+    if day is None:
+        raise UnusableError("no-date", f"{header.title} has no date, which `offset_since` needs")
+    return told if day >= told.offset_since else replace(told, offset=0.0)
 
 
 def layer_of(header: Header, told: Images, wanted: Sequence[int | str] | None) -> Layer:
@@ -168,7 +182,3 @@ def _common(header: Header, told: Images, target: Header, theirs: Images) -> tup
     if not all(name in SYNONYMS for name in (*mine, *yours)):
         return None
     return tuple(name for name in mine if name in yours) or None  # type: ignore[misc]
-
-
-def _date(found: str | None, told: Images, layer: Layer) -> str | None:
-    return found or told.date or layer.header.date
