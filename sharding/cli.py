@@ -62,9 +62,9 @@ def _add_describe(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb = verbs.add_parser(
         "describe",
         help="write a scenes.toml for your own GeoTIFFs, Sentinel-2 and DIMAP products",
-        description="Look at a folder of GeoTIFFs, products of Sentinel-2 (.SAFE, zips) and in DIMAP, and print what they "
-        "are as a scenes.toml; open questions are comments. Save it in the folder, answer them, then run `satfusion "
-        "shard --source scenes`.",
+        description="Look at a folder of GeoTIFFs and products of Sentinel-2 (.SAFE, zips) or in DIMAP, and print "
+        "what they are as a scenes.toml; open questions are comments. Save it in the folder, answer them, then run "
+        "`satfusion shard --source scenes`.",
     )
     verb.add_argument("folder", type=partial(local_path, "FOLDER"), metavar="FOLDER", help="folder of the files")
     verb.add_argument("--write", action="store_true", help="write FOLDER/scenes.toml; an existing one is kept")

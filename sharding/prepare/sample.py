@@ -59,6 +59,8 @@ def _make(aoi: SceneFiles, options: SampleOptions) -> NewSample:
             "too-cloudy", f"{cloud:.1f} % of its revisits are clouds, the most is {options.max_cloud:g}"
         )
     prepared = prepare(scene, chosen.revisits, options)
+    if prepared.valid is not None and not prepared.valid.any():
+        raise UnusableError("no-data", "no pixel has data in both its target and its PAN")
     images, saturated = stored_images({"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}, options)
     meta = {
         "aoi": scene.aoi,

@@ -267,6 +267,6 @@ def _file(folder: Path, name: str, scene: str) -> File:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise UserError(f"{FILE_NAME}: scene {scene!r} names {name!r}, which leaves the folder of {FILE_NAME}")
     path = folder / name
-    if not (path.is_file() or path.suffix.lower() == SAFE):
+    if not (path.is_file() or (path.suffix.lower() == SAFE and path.is_dir())):
         raise UserError(f"{FILE_NAME}: scene {scene!r} names {name!r}, which is no file: correct it")
     return File(path, name, path.stat().st_size)

@@ -46,6 +46,28 @@ def test_tiles_are_one_image(tmp_path: Path, tiles: tuple[int, int], jp2: bool) 
     np.testing.assert_allclose(reflectance(path), IMAGE / 10_000, atol=1e-7)
 
 
+def test_bands_may_lie_in_groups_of_files(tmp_path: Path) -> None:
+    """Pleiades Neo has red, green and blue in one file, and near infrared, red edge and deep blue in another."""
+    first = write_dimap(tmp_path, IMAGE[:3], PLACE, ids=("R", "G", "B"), tiles=(2, 1))
+    second = write_dimap(tmp_path, IMAGE[1:], PLACE, ids=("NIR", "RE", "DB"), tiles=(2, 1), day="2022-05-13")
+    texts = [path.read_text("latin-1") for path in (first, second)]
+    groups = []
+    for text in texts:
+        files, display = (
+            text[text.index(f"<{tag}>") : text.index(f"</{tag}>") + len(f"</{tag}>")]
+            for tag in ("Data_Files", "Raster_Display")
+        )
+        groups.append(files.replace("</Data_Files>", f"{display}</Data_Files>"))
+        assert text.count(display) == 1
+    own = groups[0][groups[0].index("<Raster_Display>") : -len("</Data_Files>")]
+    text = texts[0].replace(own, "").replace(groups[0].replace(own, ""), "".join(groups))
+    first.write_text(text.replace("<NBANDS>3", "<NBANDS>6"), "latin-1")
+    header = header_of(first)
+    assert header.names == ("red", "green", "blue", "nir", "rededge", "coastal")
+    image, _ = read_on_grid(header, (4, 1, 6), Radiometry(1e-4, 0.0), GRID)
+    np.testing.assert_allclose(image, IMAGE[[1, 0, 3]] / 10_000, atol=1e-7)
+
+
 def test_pixels_of_several_tiles_are_interpolated_across_their_edges(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.arange(50) * 10 + 100, (1, 36, 50)).astype(np.uint16)
     header = header_of(write_dimap(tmp_path, ramp, PLACE, ids=("P",), tiles=(2, 2)))

@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from rasterio.transform import Affine
 
 from cluster.cli import main
+from sharding.errors import UnusableError
 from sharding.format.index import SPLITS, Index
 from sharding.format.sample import Sample, fetch_sample
+from sharding.prepare.options import SampleOptions
+from sharding.prepare.sample import make_sample
+from sharding.sources.options import SourceOptions
+from sharding.sources.scenes.source import ScenesSource
 from sharding.storage import open_storage
 from tests.sharding.sources.satellites import DATES, write_dimap, write_satellites
 from tests.sharding.sources.sensors import EAST, NORTH
@@ -28,11 +33,11 @@ HOLE = (slice(40, 56), slice(80, 120))
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[NDArray[np.float32]]]:
     folder = tmp_path_factory.mktemp("satellites") / "in"
     images = write_satellites(folder, 3, side=SIDE)
-    values = np.round(images[1] * 10_000).astype(np.uint16)
+    values = np.round(images[2] * 10_000).astype(np.uint16)
     values[:, *HOLE] = 0
-    (metadata,) = (folder / "site1").glob("*PMS*/DIM_*.XML")
+    (metadata,) = (folder / "site2").glob("*PMS*/DIM_*.XML")
     shutil.rmtree(metadata.parent)
-    place = Affine(2.5, 0, EAST + 20_000, 0, -2.5, NORTH)
+    place = Affine(2.5, 0, EAST + 40_000, 0, -2.5, NORTH)
     write_dimap(metadata.parent, values, place, ids=("B2", "B1", "B0", "B3"), tiles=(3, 2))
     return folder, images
 
@@ -65,11 +70,16 @@ def test_products_become_samples_with_their_values(
     assert index.facts.bands.lr == index.facts.bands.hr == ("blue", "green", "red", "nir")
     assert index.facts.ratio == (4, 1)
     assert index.facts.masks == ("clm", "valid")
+    assert [entry.aoi for _, entry in index.samples("train")] == ["site2"], "the one with the hole"
+    least = index.statistics["hr"]["min"]
+    land = np.round(images[2][[2, 1, 0, 3]] * 10_000) / 10_000
+    land[:, *HOLE] = np.inf
+    np.testing.assert_allclose(least, land.min(axis=(1, 2)), atol=1.6e-5, err_msg="0 is no value")
     for number, image in enumerate(images):
         sample = found[f"site{number}"]
         wanted = np.round(image[[2, 1, 0, 3]] * 10_000) / 10_000
         valid = np.ones((1, SIDE, SIDE), np.uint8)
-        if number == 1:
+        if number == 2:
             wanted[:, *HOLE], valid[0, *HOLE] = 0, 0
         np.testing.assert_allclose(sample.hr * 3e-5, wanted, atol=1.6e-5)
         assert sample.valid is not None
@@ -115,3 +125,24 @@ def test_revisits_that_name_no_scene_belong_to_all(
     assert {name.partition("_")[0] for name in found} == {"site0", "site1", "site2"}
     first, second = (found[f"site{number}_x0_y0"] for number in (0, 1))
     np.testing.assert_array_equal(first.lr, second.lr)
+
+
+def test_a_target_and_a_pan_without_common_data_are_skipped(
+    world: tuple[Path, list[NDArray[np.float32]]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "site0"
+    shutil.copytree(world[0] / "site0", folder)
+    values = np.round(world[1][0] * 10_000).astype(np.uint16)
+    place = Affine(2.5, 0, EAST, 0, -2.5, NORTH)
+    for kind, ids, empty in (("PMS", ("B2", "B1", "B0", "B3"), slice(0, 120)), ("P", ("P",), slice(120, 240))):
+        shutil.rmtree(folder / f"IMG_PHR1A_{kind}_001")
+        image = values[: len(ids)].copy()
+        image[:, empty] = 0
+        write_dimap(folder / f"IMG_PHR1A_{kind}_001", image, place, ids=ids)
+    (folder / "scenes.toml").write_text(
+        '[revisits]\nfiles = "S2*_{date}T*"\n[pan]\nfiles = "*_P_*/DIM_*.XML"\n[target]\nfiles = "*_PMS_*/DIM_*.XML"\n'
+    )
+    options = SampleOptions(revisits=3, lr_size=None, hr_size=None)
+    (tile,) = ScenesSource(folder, options, SourceOptions(source="scenes")).scenes
+    with pytest.raises(UnusableError, match="no-data: no pixel has data in both its target and its PAN"):
+        make_sample(tile, options)
