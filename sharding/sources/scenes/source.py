@@ -340,5 +340,14 @@ def _mixed(versions: Collection[tuple[str, float]]) -> list[str]:
 
 
 def _radiometry(layer: Layer) -> Mapping[str, object]:
-    scale, offset, nodata = layer.radiometry.of(layer.header, layer.bands[0])
-    return {"scale": scale, "offset": offset, "nodata": nodata if nodata is None or math.isfinite(nodata) else "nan"}
+    """Return scale, offset and value without data: one number, or one per band where they differ."""
+    found = zip(*(layer.radiometry.of(layer.header, band) for band in layer.bands), strict=True)
+    named = dict(zip(("scale", "offset", "nodata"), found, strict=True))
+    return {
+        name: _plain(values[0]) if len(set(values)) == 1 else [*map(_plain, values)] for name, values in named.items()
+    }
+
+
+def _plain(value: float | None) -> float | str | None:
+    """Return a number as JSON has it."""
+    return value if value is None or math.isfinite(value) else "nan"
