@@ -342,10 +342,8 @@ def _mixed(versions: Collection[tuple[str, float]]) -> list[str]:
 def _radiometry(layer: Layer) -> Mapping[str, object]:
     """Return scale, offset and value without data: one number, or one per band where they differ."""
     found = zip(*(layer.radiometry.of(layer.header, band) for band in layer.bands), strict=True)
-    named = dict(zip(("scale", "offset", "nodata"), found, strict=True))
-    return {
-        name: _plain(values[0]) if len(set(values)) == 1 else [*map(_plain, values)] for name, values in named.items()
-    }
+    named = {name: [*map(_plain, values)] for name, values in zip(("scale", "offset", "nodata"), found, strict=True)}
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in named.items()}
 
 
 def _plain(value: float | None) -> float | str | None:

@@ -92,6 +92,7 @@ def test_products_become_samples_with_their_values(
         np.testing.assert_array_equal(sample.clm[:, 0], [cloudy * 0, cloudy, cloudy * 0])
         assert [revisit["date"] for revisit in sample.meta["revisits"]] == [day for day, *_ in DATES]  # type: ignore[attr-defined]
         assert sample.meta["hr_date"] == "2022-05-12"
+        assert sample.meta["radiometry"]["hr"] == {"scale": 1e-4, "offset": 0.0, "nodata": 0.0}  # type: ignore[index]
         assert sample.meta["offsets"] == [0.0, -0.1, -0.1]
         assert sum("MTD_MSIL2A.xml" in name for name in sample.meta["sources"]) == 3  # type: ignore[attr-defined]
     assert main(["verify", str(tmp_path / "out"), "--deep", "--input", str(folder), "--num-aois", "3"]) == 0
