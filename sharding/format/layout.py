@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -17,7 +17,7 @@ from sharding.prepare.options import BAND_NAMES, SampleOptions
 IMAGES = ("lr", "clm", "hr", "pan")
 """Arrays of a sample: revisits, cloud masks, target, panchromatic image."""
 
-VALID: Final = "valid"
+VALID = "valid"
 """Further array of the samples of datasets whose facts list this mask: uint8 [1, H, W], 1 where target and PAN hold
 data, 0 elsewhere. Pixels outside it count in no loss and no metric."""
 

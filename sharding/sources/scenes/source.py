@@ -223,7 +223,7 @@ class ScenesSource:
         assert first is not None, "a dataset has a usable scene"
         bands = Bands(band_names(first.visits[0].layer.names), band_names(first.target.names))
         ratio = first.ratio.numerator, first.ratio.denominator
-        return fitted_facts("scenes", bands, ratio, options, layouts, self._options.chip, masks=("clm", VALID))
+        return fitted_facts("scenes", bands, ratio, options, layouts, self._options.chip, masks=("clm", "valid"))
 
     def sample_bytes(self, options: SampleOptions) -> int:
         """Return the approximate size of a tile's sample."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sharding.format.layout import VALID, Facts, SampleLayout, worldstrat_facts
+from sharding.format.layout import Facts, SampleLayout, worldstrat_facts
 from sharding.prepare.options import SampleOptions
 from sharding.sources.options import SourceOptions
 from sharding.sources.worldstrat.files import open_source
@@ -44,7 +44,7 @@ class WorldStratSource:
     def facts(self, options: SampleOptions, layouts: Iterable[SampleLayout]) -> Facts:
         """Return the facts of a dataset; its chips are the published ones if they fit."""
         facts = worldstrat_facts(options, layouts)
-        return replace(facts, masks=(*facts.masks, VALID)) if self._mask_nodata else facts
+        return replace(facts, masks=(*facts.masks, "valid")) if self._mask_nodata else facts
 
     def sample_bytes(self, options: SampleOptions) -> int:
         """Return the approximate size of a sample."""
