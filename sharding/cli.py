@@ -61,11 +61,12 @@ def _add_shard(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _add_describe(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "describe",
-        help="write a scenes.toml for your own GeoTIFFs from what they tell",
-        description="Look at a folder of GeoTIFFs, and print what they are as a scenes.toml; open questions are "
-        "comments. Save it in the folder, answer them, then run `satfusion shard --source scenes`.",
+        help="write a scenes.toml for your own GeoTIFFs, Sentinel-2 and DIMAP products",
+        description="Look at a folder of GeoTIFFs and products of Sentinel-2 (.SAFE, zips) or in DIMAP, and print "
+        "what they are as a scenes.toml; open questions are comments. Save it in the folder, answer them, then run "
+        "`satfusion shard --source scenes`.",
     )
-    verb.add_argument("folder", type=partial(local_path, "FOLDER"), metavar="FOLDER", help="folder of the GeoTIFFs")
+    verb.add_argument("folder", type=partial(local_path, "FOLDER"), metavar="FOLDER", help="folder of the files")
     verb.add_argument("--write", action="store_true", help="write FOLDER/scenes.toml; an existing one is kept")
     verb.set_defaults(run=run_describe)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sharding.errors import RevisitError, UnusableError
 from sharding.format.entries import Content
+from sharding.format.layout import VALID
 from sharding.format.writer import NewSample
 from sharding.prepare.agreement import agreement_of
 from sharding.prepare.checks import check_plausible, unusual_values
@@ -58,6 +59,8 @@ def _make(aoi: SceneFiles, options: SampleOptions) -> NewSample:
             "too-cloudy", f"{cloud:.1f} % of its revisits are clouds, the most is {options.max_cloud:g}"
         )
     prepared = prepare(scene, chosen.revisits, options)
+    if prepared.valid is not None and not prepared.valid.any():
+        raise UnusableError("no-data", "no pixel has data in both its target and its PAN")
     images, saturated = stored_images({"lr": prepared.lr, "hr": prepared.hr, "pan": prepared.pan}, options)
     meta = {
         "aoi": scene.aoi,
@@ -79,7 +82,8 @@ def _make(aoi: SceneFiles, options: SampleOptions) -> NewSample:
         "sources": dict(scene.sources),
         **unusual_values(scene, chosen.revisits),
     }
-    return NewSample(scene.aoi, {**images, "clm": prepared.clm}, meta, _content(scene, prepared), scene.bytes_in)
+    masks = {"clm": prepared.clm, **({} if prepared.valid is None else {VALID: prepared.valid})}
+    return NewSample(scene.aoi, {**images, **masks}, meta, _content(scene, prepared), scene.bytes_in)
 
 
 def _content(scene: Scene, prepared: Prepared) -> Content:

@@ -55,6 +55,9 @@ class Prepared:
     pan: Array
     """[1, H, W] reflectance."""
 
+    valid: NDArray[np.uint8] | None
+    """[1, H, W] mask of the pixels whose target and PAN hold data: 1, else 0; None if the sample stores none."""
+
 
 def choose_revisits(scene: Scene, options: SampleOptions) -> Chosen:
     """Choose a sample's revisits by the red, green and blue bands of all revisits of the scene.
@@ -101,6 +104,7 @@ def prepare(scene: Scene, chosen: Sequence[int], options: SampleOptions) -> Prep
         clm=_nearest(scene.clm[list(chosen)], options.lr_size),
         hr=_clamped(scene.hr, options.hr_size, scene.limit, scene.hr_valid if scene.masked else None),
         pan=pan,
+        valid=_all_held((scene.hr_valid, scene.pan_valid), options.hr_size) if scene.keeps_valid else None,
     )
 
 
@@ -189,6 +193,18 @@ def _resized(image: Array, size: int | None, valid: Mask | None = None) -> Array
         return np.where(share >= HALF, total / np.maximum(share, HALF), np.float32(0))
     resized = functional.interpolate(torch.from_numpy(image), (size, size), mode="bilinear", antialias=True)
     return np.asarray(resized.numpy(), dtype=np.float32)
+
+
+def _all_held(masks: Sequence[Mask], size: int | None) -> NDArray[np.uint8]:
+    """Return the mask [1, H, W] of resized pixels that all masks [H, W] give data: 1, else 0."""
+    return np.asarray(np.logical_and.reduce([_held(mask, size) for mask in masks]), np.uint8)
+
+
+def _held(valid: Mask, size: int | None) -> Mask:
+    """Return the mask [1, H, W] of resized pixels that a mask [H, W] gives data, as `_resized` does."""
+    if size is None:
+        return valid[None]
+    return np.asarray(_resized(valid[None, None].astype(np.float32), size)[0] >= HALF)
 
 
 def _nearest(mask: NDArray[np.uint8], size: int | None) -> NDArray[np.uint8]:

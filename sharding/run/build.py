@@ -19,6 +19,7 @@ from sharding.format.entries import Layouts, ShardEntry, Skipped, StoredShard, s
 from sharding.format.index import GONE, Measured, damage_of
 from sharding.format.layout import (
     CHIP,
+    VALID,
     ArrayLayout,
     Facts,
     SampleLayout,
@@ -243,7 +244,10 @@ def _check_limits(sample: NewSample, task: ShardTask) -> None:
 def _count(sample: NewSample, histograms: dict[Measured, Histogram]) -> None:
     """Add a sample's values to the counts of its shard."""
     for name in MEASURED:
-        counted = Histogram.of(_in_steps(sample.images[name]))
+        image = _in_steps(sample.images[name])
+        if VALID in sample.images and name != "lr":  # LR pixels without data are not stored as such
+            image = image[:, sample.images[VALID][0] != 0][:, None]
+        counted = Histogram.of(image)
         histograms[name] = histograms[name] + counted if name in histograms else counted
 
 

@@ -12,7 +12,7 @@ from sharding.format.layout import CHIP
 from sharding.prepare.options import SampleOptions
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("level", "bands", "hr", "lr_size", "hr_size", "scale", "offset"), ("worldstrat",)),
+    **dict.fromkeys(("level", "bands", "hr", "lr_size", "hr_size", "scale", "offset", "mask_nodata"), ("worldstrat",)),
     **dict.fromkeys(("tile", "overlap", "chip", "split_by", "block_km"), ("scenes",)),
     **dict.fromkeys(("few_revisits", "select", "max_cloud"), ("worldstrat", "scenes")),
     "bits": ("pancollection",),
@@ -46,6 +46,9 @@ class SourceOptions:
 
     max_nodata: float | None = field(default=None, metadata={"metavar": "PERCENT"})
     """Skip samples whose target or PAN have more pixels without data than this, in percent. None skips none."""
+
+    mask_nodata: bool = False
+    """Leave WorldStrat's pixels without data out of resizing, loss and metrics; ``scenes`` always does."""
 
     tile: int | None = field(default=None, metadata={"metavar": "PX"})
     """Side of a tile of larger scenes, PAN pixels. None makes tiles of about 150 LR pixels."""
@@ -93,7 +96,7 @@ class SourceOptions:
             raise UserError(f"--block-km {self.block_km:g} needs --split-by block: give it, or drop --block-km")
 
     @property
-    def given(self) -> dict[str, str | int | float]:
+    def given(self) -> dict[str, str | bool | int | float]:
         """Options that differ from the usual ones, without the kind of source."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "source"}
         usual = {item.name: item.default for item in fields(self) if item.default is not MISSING}

@@ -116,6 +116,9 @@ class Scene:
     masked: bool = False
     """True if resizing leaves out pixels without data; otherwise their 0 takes part, as in the published pipeline."""
 
+    keeps_valid: bool = False
+    """True if the sample stores the pixels whose target and PAN hold data, see `sharding.format.layout.VALID`."""
+
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Number of unusual values by kind and image, such as negative ones; kinds without any are absent."""
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import rasterio
+from rasterio.crs import CRS
+from rasterio.windows import Window
 
 from sharding.errors import UnusableError, UserError
 from sharding.prepare.checks import BRIGHTEST, fitting_scale
 from sharding.sources.bands import SYNONYMS, canonical
-from sharding.sources.scenes.layout import DATE, walk
-from sharding.sources.scenes.raster import DRIVERS, Header, gdal, read_header
+from sharding.sources.scenes.header import Header, opened
+from sharding.sources.scenes.layout import DATE, File, walk
+from sharding.sources.scenes.products import PRODUCTS, read_header
 
 MOST_FILES = 2000
 """Files whose headers are read; a folder with more is described by the first ones."""
@@ -26,6 +28,7 @@ SAME = 1.2
 """Ratio of pixel sizes up to which two rasters are of one kind."""
 SAMPLE_PX = 256
 """Side of the part of a raster whose values are looked at."""
+_KNOWN = re.compile(r".+\.(tiff?|jp2|zip|safe)|(.+/)?DIM_[^/]+\.xml", re.IGNORECASE)
 _METRES_PER_DEGREE = 111_320.0
 
 
@@ -42,7 +45,7 @@ class _Kind:
 
 
 def describe_folder(folder: Path) -> str:
-    """Return a draft of ``scenes.toml`` for a folder of GeoTIFFs.
+    """Return a draft of ``scenes.toml`` for a folder of GeoTIFFs, products of Sentinel-2 and products in DIMAP.
 
     PAN is taken to be the finest single band, the target the finest raster of several bands, the revisits the coarsest.
 
@@ -82,14 +85,19 @@ def _headers(folder: Path) -> tuple[list[Header], list[tuple[str, str]]]:
         raise UserError(f"{folder} is no folder: give the folder of your GeoTIFFs")
     headers: list[Header] = []
     unread: list[tuple[str, str]] = []
-    for file in walk(folder):
-        if Path(file.name).suffix.lower() not in DRIVERS or len(headers) + len(unread) >= MOST_FILES:
-            continue
+    files = [file for file in walk(folder) if _KNOWN.fullmatch(file.name)]
+    for file in sorted(files, key=lambda file: not _is_product(file))[:MOST_FILES]:
+        if any(file in header.files(range(1, len(header.names) + 1)) for header in headers if header.metadata):
+            continue  # a tile of a product
         try:
             headers.append(read_header(file))
         except UnusableError as error:
             unread.append((file.name, error.detail))
     return headers, unread
+
+
+def _is_product(file: File) -> bool:
+    return file.path.suffix.lower() in PRODUCTS
 
 
 def _kinds(headers: Sequence[Header]) -> list[_Kind]:
@@ -111,7 +119,7 @@ def _pixel(header: Header) -> float:
     if header.transform is None:
         return 1e6 / header.width
     a, b, _, d, e, _ = header.transform
-    degrees = header.crs is not None and rasterio.crs.CRS.from_string(header.crs).is_geographic
+    degrees = header.crs is not None and CRS.from_string(header.crs).is_geographic
     return math.sqrt(abs(a * e - b * d)) * (_METRES_PER_DEGREE if degrees else 1.0)
 
 
@@ -182,25 +190,35 @@ def _section(title: str, kind: _Kind, scenes: Sequence[str]) -> list[str]:
             lines.append(f"# bands by the files: {', '.join(str(name) for name in names)}")
         else:
             lines.append(f'# ? the files do not name their {len(names)} bands: order = ["blue", "green", "red", "nir"]')
-    lines += _values(header)
+    lines += _values(kind)
     if header.transform is None:
         lines.append("# ? no georeference: the files must cover the same land as the others")
     elif header.crs is None:
         lines.append("# ? no coordinate system: set it, for example with `gdal_edit -a_srs`")
     if all(value is None for value in header.nodata):
         lines.append("# ? no value without data is tagged: nodata = 0")
+    if header.mask is not None:
+        lines.append("# clouds by the mask of each product; [masks] would replace it")
     if header.date is None and not any("{date}" in line for line in lines) and title != "target":
         lines.append('# ? no date: put {date} into the pattern, or date = "2020-05-01"')
     return lines
 
 
-def _values(header: Header) -> list[str]:
+def _values(kind: _Kind) -> list[str]:
     """Return the line of the scale: the files' own, or one that would fit their values."""
+    header = kind.first
+    if header.flaw:
+        return [f"# ? {header.title} {header.flaw}: give scale and offset"]
+    if header.metadata:
+        versions = sorted({header.processing for header in kind.headers if header.processing})
+        return [
+            f"# scale, offset and nodata by the metadata of each product{', ' * bool(versions)}{', '.join(versions)}"
+        ]
     if any((scale, offset) != (1.0, 0.0) for scale, offset in zip(header.scales, header.offsets, strict=True)):
         return [f"# scale {header.scales[0]:g} and offset {header.offsets[0]:g} are tagged in the files"]
-    with gdal(), rasterio.open(header.file.path, driver=DRIVERS[header.file.path.suffix.lower()]) as raster:
+    with opened(header.file) as raster:
         x, y = (max(0, (side - SAMPLE_PX) // 2) for side in (header.width, header.height))
-        window = rasterio.windows.Window(x, y, min(SAMPLE_PX, header.width), min(SAMPLE_PX, header.height))
+        window = Window(x, y, min(SAMPLE_PX, header.width), min(SAMPLE_PX, header.height))
         values = raster.read(1, window=window).astype(np.float64)
     values = values[np.isfinite(values) & (values > 0)]
     if not values.size or float(np.median(values)) <= BRIGHTEST:

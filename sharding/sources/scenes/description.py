@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ class Images:
 
     offset: float | None = None
     """Reflectance of the value 0."""
+
+    offset_since: str | None = None
+    """First day of revisits that have the offset, ``YYYY-MM-DD``; earlier ones have none. None gives it to all."""
 
     nodata: tuple[float, ...] | None = None
     """Values without data: one for all bands, or one per band of the file."""
@@ -93,6 +97,7 @@ class Description:
     """PAN pixels per LR pixel; None measures it."""
 
 
+_DAY = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 _KINDS = ("revisits", "pan", "target", "masks")
 _MASK_KEYS = ("files", "cloud", "unknown")
 
@@ -146,7 +151,7 @@ def _images(table: Any, kind: str, path: str) -> Images:
     if not isinstance(table, dict):
         raise UserError(f"{path}: {kind} is a table, written [{kind}]")
     fields = tuple(Images.__dataclass_fields__)
-    others = ("cloud", "unknown", "date") if kind == "target" else ("cloud", "unknown")
+    others = ["cloud", "unknown", *["date"] * (kind == "target"), *["offset_since"] * (kind != "revisits")]
     known = _MASK_KEYS if kind == "masks" else tuple(name for name in fields if name not in others)
     _known(table, known, f"{kind}.", path)
     found: dict[str, Any] = {}
@@ -167,12 +172,14 @@ def _images(table: Any, kind: str, path: str) -> Images:
         elif key == "nodata":
             items = value if isinstance(value, list) else [value]
             found[key] = tuple(_number(item, option, path, finite=False) for item in items)
-        elif key == "date":
+        elif key in ("date", "offset_since"):
             found[key] = _text(str(value), option, path)  # TOML may give a date
         else:
             found[key] = _number(value, option, path)
     if found.get("scale", 1) == 0:
         raise UserError(f"{path}: {kind}.scale = 0 makes every value equal: give reflectance per value, such as 0.0001")
+    if "offset_since" in found and not ("offset" in found and re.fullmatch(_DAY, found["offset_since"])):
+        raise UserError(f"{path}: {kind}.offset_since = {found['offset_since']!r} needs a day YYYY-MM-DD, and `offset`")
     if kind == "pan" and len(found.get("bands", [1])) != 1:
         raise UserError(f"{path}: pan.bands = {table['bands']!r} must name one band")
     return Images(**found)

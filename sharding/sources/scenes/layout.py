@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
+from typing import cast
 
-from sharding.errors import UserError
+from sharding.errors import UnusableError, UserError
 from sharding.run.splits import natural_key
 from sharding.sources.scenes.description import FILE_NAME, Description
 
 DATE = r"[0-9]{4}[-_]?[0-9]{2}[-_]?[0-9]{2}"
+_UNREADABLE = (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError)
+SAFE = ".safe"
+"""End of the name of a product of Sentinel-2, in lower case."""
 _PLACEHOLDERS = {"scene": r"[^/]+?", "revisit": r"[^/]+?", "date": DATE}
 _Key = tuple[str, str, str]
 _TOKENS = re.compile(r"\{(\w+)\}|(\*\*/)|(\*)|(\?)")
@@ -33,6 +41,39 @@ class File:
 
     size: int
     """Size in bytes when it was listed."""
+
+    member: str = ""
+    """Its name in the zip at ``path``; empty for a file of its own."""
+
+    @property
+    def location(self) -> str | Path:
+        """Its place for GDAL, which reads members of a zip without unpacking it."""
+        return f"/vsizip/{{{self.path}}}/{self.member}" if self.member else self.path
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BufferedIOBase]:
+        """Open it for reading.
+
+        Raises:
+            UnusableError: ``unreadable``, also for an error while it is read.
+        """
+        try:
+            if not self.member:
+                with self.path.open("rb") as stream:
+                    yield stream
+                return
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as member:
+                yield cast(BufferedIOBase, member)
+        except (
+            OSError,
+            KeyError,
+            RuntimeError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+        ) as error:
+            raise UnusableError("unreadable", f"{self.name} cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,8 @@ def find_scenes(folder: Path, description: Description) -> list[FoundScene]:
         item = RevisitFiles(file, masks.get(_key(match)), as_date(match["date"]))
         revisits.setdefault(match["scene"], []).append((match["date"] + match["revisit"] + file.name, item))
     whole = folder.resolve().name
+    if set(revisits) == {""}:  # revisits whose pattern names no scene, such as Sentinel-2's large tiles, are everyone's
+        revisits = dict.fromkeys({*singles["pan"], *singles["target"]}, revisits[""])
     names = sorted({*revisits, *singles["pan"], *singles["target"]}, key=natural_key)
     return [
         FoundScene(
@@ -108,9 +151,12 @@ def as_date(text: str | None) -> str | None:
 
 
 def walk(folder: Path) -> Iterator[File]:
-    """Yield all files below a folder, without hidden ones."""
+    """Yield all files below a folder, without hidden ones; a folder of Sentinel-2's, named ``.SAFE``, is one file."""
     for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        products = sorted(name for name in folders if name.lower().endswith(SAFE))
+        for place in (Path(path, name) for name in products):
+            yield File(place, place.relative_to(folder).as_posix(), place.stat().st_size)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in products)
         for name in sorted(names):
             place = Path(path, name)
             if not name.startswith(".") and place.is_file():
@@ -221,6 +267,6 @@ def _file(folder: Path, name: str, scene: str) -> File:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise UserError(f"{FILE_NAME}: scene {scene!r} names {name!r}, which leaves the folder of {FILE_NAME}")
     path = folder / name
-    if not path.is_file():
+    if not (path.is_file() or (path.suffix.lower() == SAFE and path.is_dir())):
         raise UserError(f"{FILE_NAME}: scene {scene!r} names {name!r}, which is no file: correct it")
     return File(path, name, path.stat().st_size)

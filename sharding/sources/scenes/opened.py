@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sharding.errors import UnusableError
 from sharding.sources.bands import SYNONYMS, check_same, choose_bands
 from sharding.sources.scenes.description import Description, Images
+from sharding.sources.scenes.header import CloudMask, Header, Radiometry
 from sharding.sources.scenes.layout import File, FoundScene
 from sharding.sources.scenes.place import Place, place_scene, scene_ratio
-from sharding.sources.scenes.raster import Header, Radiometry, read_header
+from sharding.sources.scenes.products import read_header
 
 Names = tuple[str | None, ...]
 
@@ -29,6 +30,11 @@ class Layer:
     radiometry: Radiometry
     """Conversion to reflectance."""
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Files that decide its pixels."""
+        return self.header.files(self.bands)
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -38,7 +44,7 @@ class Visit:
     """Its number in the scene, from 1."""
     layer: Layer
     """Its image."""
-    mask: Header | None
+    mask: CloudMask | None
     """Its cloud mask."""
     date: str | None
     """Its day."""
@@ -46,7 +52,8 @@ class Visit:
     @property
     def files(self) -> list[File]:
         """Its files."""
-        return [self.layer.header.file, *([self.mask.file] if self.mask else [])]
+        mask = self.mask.header.files(self.mask.bands) if self.mask else ()
+        return [*self.layer.files, *mask]
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,6 @@ class OpenedScene:
     """PAN pixels per LR pixel."""
     pan_date: str | None
     """Day of its panchromatic image."""
-    cloud: tuple[int, ...]
-    """Values of its masks that are cloud or shadow."""
-    unknown: tuple[int, ...]
-    """Values of its masks that say nothing."""
 
 
 def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) -> OpenedScene:
@@ -87,8 +90,13 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
     wanted, theirs = told.revisits.bands, told.target.bands
     if wanted is None and theirs is None:
         wanted = theirs = _common(headers[0], told.revisits, target_header, told.target)
-    layers = [_layer(header, told.revisits, wanted) for header in headers]
-    target = _layer(target_header, told.target, theirs)
+    days = [
+        visit.date or told.revisits.date or header.date for visit, header in zip(found.revisits, headers, strict=True)
+    ]
+    layers = [
+        layer_of(header, _dated(told.revisits, day, header), wanted) for header, day in zip(headers, days, strict=True)
+    ]
+    target = layer_of(target_header, told.target, theirs)
     for layer, images, kind in ((layers[0], told.revisits, "revisits"), (target, told.target, "target")):
         if len(layer.bands) > 1 and images.bands is None and None in layer.names:
             raise UnusableError(
@@ -99,7 +107,7 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
     for layer in layers[1:]:
         check_same(layer.header.title, layer.names, layers[0].header.title, layers[0].names)
     check_same(target.header.title, target.names, layers[0].header.title, layers[0].names)
-    pan = _layer(pan_header, told.pan, told.pan.bands)
+    pan = layer_of(pan_header, told.pan, told.pan.bands)
     if len(pan.bands) != 1:
         raise UnusableError("wrong-bands", f"{pan.header.title} has {len(pan.bands)} bands: choose one by pan.bands")
     place = place_scene(pan.header, target.header, headers)
@@ -109,31 +117,62 @@ def open_scene(found: FoundScene, told: Description, first: OpenedScene | None) 
             Visit(
                 number,
                 layer,
-                read_header(visit.mask) if visit.mask else None,
-                _date(visit.date, told.revisits, layer),
+                CloudMask(read_header(visit.mask), told.masks.cloud, told.masks.unknown)
+                if visit.mask
+                else layer.header.mask,
+                day,
             )
-            for number, (visit, layer) in enumerate(zip(found.revisits, layers, strict=True), start=1)
+            for number, (visit, layer, day) in enumerate(zip(found.revisits, layers, days, strict=True), start=1)
         ),
         pan=pan,
         target=target,
         place=place,
         ratio=scene_ratio(place.measured, told.ratio or (float(first.ratio) if first else None)),
-        pan_date=_date(found.pan_date, told.pan, pan),
-        cloud=told.masks.cloud,
-        unknown=told.masks.unknown,
+        pan_date=found.pan_date or told.pan.date or pan.header.date,
     )
     if first is not None:
         check_same(found.name, layers[0].names, first.name, first.visits[0].layer.names)
     return scene
 
 
-def _layer(header: Header, told: Images, wanted: Sequence[int | str] | None) -> Layer:
+def _dated(told: Images, day: str | None, header: Header) -> Images:
+    """Return the description of a revisit of this day: without offset before the day that the user gives for it."""
+    if told.offset_since is None:
+        return told
+    if day is None:
+        raise UnusableError("no-date", f"{header.title} has no date, which `offset_since` needs")
+    return told if day >= told.offset_since else replace(told, offset=0.0)
+
+
+def layer_of(header: Header, told: Images, wanted: Sequence[int | str] | None) -> Layer:
+    """Choose the bands of an image and their conversion.
+
+    Raises:
+        UnusableError: If bands do not exist, contradict their names, or nothing tells their reflectance.
+    """
     bands, names = choose_bands(header.title, header.names, told.order, wanted)
     if told.nodata is not None and len(told.nodata) not in (1, len(header.names)):
         raise UnusableError(
             "wrong-bands", f"{header.title} has {len(header.names)} bands, and `nodata` has {len(told.nodata)} values"
         )
+    if header.calibration:
+        header = calibrated(header, told.order)
+    if header.flaw is not None and None in (told.scale, told.offset):
+        raise UnusableError("implausible", f"{header.title} {header.flaw}: give `scale` and `offset` of its values")
     return Layer(header, bands, names, Radiometry(told.scale, told.offset, told.nodata))
+
+
+def calibrated(header: Header, order: Sequence[str] | None) -> Header:
+    """Return a header with the scales and offsets of its bands by their names, by the file or the description."""
+    _, names = choose_bands(header.title, header.names, order, None)
+    found = [header.calibration.get(name or "") for name in names]
+    every = set(header.calibration.values())
+    if None in found and len(every) == 1:
+        found = [*every] * len(names)  # equal for all bands, so it does not matter which is which
+    if None in found:
+        return replace(header, flaw="does not say which of its bands is which, and they differ in their gains")
+    scales, offsets = zip(*(pair for pair in found if pair is not None), strict=True)
+    return replace(header, scales=scales, offsets=offsets)
 
 
 def _common(header: Header, told: Images, target: Header, theirs: Images) -> tuple[str, ...] | None:
@@ -143,7 +182,3 @@ def _common(header: Header, told: Images, target: Header, theirs: Images) -> tup
     if not all(name in SYNONYMS for name in (*mine, *yours)):
         return None
     return tuple(name for name in mine if name in yours) or None  # type: ignore[misc]
-
-
-def _date(found: str | None, told: Images, layer: Layer) -> str | None:
-    return found or told.date or layer.header.date

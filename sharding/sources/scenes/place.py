@@ -12,7 +12,8 @@ from rasterio.warp import calculate_default_transform
 
 from sharding.errors import UnusableError
 from sharding.sources.scenes.grid import RATIO_TOLERANCE, Box, Grid, nice_ratio
-from sharding.sources.scenes.raster import Header, edge, to_crs
+from sharding.sources.scenes.header import Header
+from sharding.sources.scenes.raster import edge, to_crs
 from sharding.sources.source import Bounds, Corners
 
 EARTH_KM = 6371.0

@@ -1,37 +1,23 @@
-"""Rasters of a user: their headers, and their pixels in reflectance on a grid."""
+"""Pixels of a user's images, in reflectance on a grid."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, Resampling
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
-from rasterio.io import DatasetReader
-from rasterio.session import DummySession
+from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.warp import reproject, transform
 from rasterio.windows import Window
 
 from sharding.errors import UnusableError
-from sharding.sources.scenes.grid import Affine6, Grid
-from sharding.sources.scenes.layout import File, as_date
+from sharding.sources.scenes.grid import Grid
+from sharding.sources.scenes.header import MAX_BYTES, CloudMask, Header, Radiometry, opened
 
-MAX_BYTES = 1 << 31
-"""Size limit of one block, and of the pixels that are read for one tile, bytes."""
-DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".jp2": "JP2OpenJPEG"}
-"""Formats by the end of a file's name. Others are refused: some formats of GDAL refer to further files or addresses."""
 ALIGNED = 1e-3
 """Shift, in pixels, below which grids are taken as equal and pixels are copied."""
 MARGIN = 4
@@ -41,140 +27,8 @@ EDGE_POINTS = 21
 LOCAL = CRS.from_epsg(3857)
 """Stands for an unknown coordinate system that both rasters share."""
 
-_COLOURS = {ColorInterp.red: "red", ColorInterp.green: "green", ColorInterp.blue: "blue"}
-
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Header:
-    """Header of a raster."""
-
-    file: File
-    """The file."""
-
-    width: int
-    """Columns."""
-
-    height: int
-    """Rows."""
-
-    dtype: str
-    """Type of the values."""
-
-    names: tuple[str | None, ...]
-    """Name of each band by the file; None where it has none."""
-
-    nodata: tuple[float | None, ...]
-    """Value without data of each band; None without one."""
-
-    scales: tuple[float, ...]
-    """Scale of each band."""
-
-    offsets: tuple[float, ...]
-    """Offset of each band."""
-
-    crs: str | None
-    """Coordinate system; None if unknown."""
-
-    transform: Affine6 | None
-    """Transform from pixel to CRS; None without a georeference."""
-
-    date: str | None
-    """Day of acquisition by the file."""
-
-    @property
-    def title(self) -> str:
-        """Name for messages."""
-        return self.file.name
-
-    @property
-    def affine(self) -> Affine:
-        """Transform as a matrix; only of a raster with a georeference."""
-        assert self.transform is not None
-        return Affine(*self.transform)
-
-    @property
-    def is_north_up(self) -> bool:
-        """True if rows run east and columns run south."""
-        if self.transform is None:
-            return False
-        a, b, _, d, e, _ = self.transform
-        return a > 0 and e < 0 and b == 0 and d == 0
-
-    def over(self, grid: Grid) -> Header:
-        """Return a header without georeference as one that covers a grid's land."""
-        if self.transform is not None:
-            return self
-        step_x, step_y = grid.step_x * grid.width / self.width, grid.step_y * grid.height / self.height
-        placed: Affine6 = (step_x, 0.0, grid.west, 0.0, -step_y, grid.north)
-        return Header(**{**vars(self), "crs": grid.crs, "transform": placed})
-
-
-@dataclass(frozen=True)
-class Radiometry:
-    """Conversion of a raster's values to reflectance: value x scale + offset, except of values without data."""
-
-    scale: float | None = None
-    """None takes the file's."""
-    offset: float | None = None
-    """None takes the file's."""
-    nodata: tuple[float, ...] | None = None
-    """One for all bands, or one per band of the file; empty for none, None takes the file's."""
-
-    def of(self, header: Header, band: int) -> tuple[float, float, float | None]:
-        """Return scale, offset and value without data of a band, numbered from 1."""
-        place = band - 1
-        values = header.nodata if self.nodata is None else self.nodata or (None,)
-        nodata = values[0] if len(values) == 1 else values[place]
-        scale = header.scales[place] if self.scale is None else self.scale
-        return scale, header.offsets[place] if self.offset is None else self.offset, nodata
-
-
-@contextlib.contextmanager
-def gdal() -> Iterator[None]:
-    """Configure GDAL: no look at neighbouring files, no network, no warning about rasters without georeference."""
-    options = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 256, "GDAL_PAM_ENABLED": "NO"}
-    with warnings.catch_warnings(), rasterio.Env(DummySession(), **options):
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
-
-
-def read_header(file: File) -> Header:
-    """Read the header of a raster.
-
-    Raises:
-        UnusableError: If it is no raster of the known formats, of absurd size, or placed only by ground control points
-            or RPCs.
-    """
-    with _opened(file) as raster:
-        largest = max(height * width for height, width in raster.block_shapes) * max(map(_item_size, raster.dtypes))
-        if largest * raster.count > MAX_BYTES:
-            raise UnusableError("absurd-size", f"{file.name} has blocks of {largest} bytes, the most is {MAX_BYTES}")
-        if any(np.dtype(dtype).kind not in "uif" for dtype in raster.dtypes):
-            raise UnusableError("wrong-type", f"{file.name} holds {raster.dtypes[0]}, images are real numbers")
-        found = None if raster.transform == Affine.identity() else tuple(raster.transform)[:6]
-        if found is None and (raster.gcps[0] or raster.rpcs is not None):
-            raise UnusableError(
-                "no-georeference",
-                f"{file.name} is placed by ground control points or RPCs only: orthorectify it, for example with "
-                "`gdalwarp`",
-            )
-        colours = [_COLOURS.get(kind) for kind in raster.colorinterp]
-        return Header(
-            file=file,
-            width=raster.width,
-            height=raster.height,
-            dtype=str(raster.dtypes[0]),
-            names=tuple(text or colour for text, colour in zip(raster.descriptions, colours, strict=True)),
-            nodata=tuple(raster.nodatavals),
-            scales=tuple(raster.scales),
-            offsets=tuple(raster.offsets),
-            crs=_crs(raster) if found is not None else None,
-            transform=found,
-            date=as_date(raster.tags().get("TIFFTAG_DATETIME")),
-        )
 
 
 def read_on_grid(header: Header, bands: Sequence[int], radiometry: Radiometry, grid: Grid) -> tuple[Image, int]:
@@ -195,6 +49,18 @@ def read_on_grid(header: Header, bands: Sequence[int], radiometry: Radiometry, g
     Raises:
         UnusableError: If it cannot be read.
     """
+    image = np.full((len(bands), grid.height, grid.width), np.nan, np.float32)
+    saturated = 0
+    for zoom, places in header.zooms(bands).items():
+        wanted = [bands[place] for place in places]
+        image[places], count = _read_level(header.at(zoom), wanted, radiometry, grid)
+        saturated += count
+    image[:, np.isnan(image).any(axis=0)] = np.nan
+    return image, saturated
+
+
+def _read_level(header: Header, bands: Sequence[int], radiometry: Radiometry, grid: Grid) -> tuple[Image, int]:
+    """Read bands whose pixels have one size on a grid."""
     box = window_of(header, grid)
     if box is None:
         return np.full((len(bands), grid.height, grid.width), np.nan, np.float32), 0
@@ -206,19 +72,29 @@ def read_on_grid(header: Header, bands: Sequence[int], radiometry: Radiometry, g
     return np.clip(placed, np.nanmin(image), np.nanmax(image), out=placed), saturated
 
 
-def read_mask(header: Header, grid: Grid, unknown: int) -> NDArray[np.uint8]:
-    """Read a mask [h, w] on a grid by the nearest pixel; ``unknown`` beyond the raster.
+def read_mask(mask: CloudMask, grid: Grid, unknown: int) -> NDArray[np.uint8]:
+    """Read a cloud mask [h, w] on a grid by the nearest pixel: 0 clear, 1 cloud, ``unknown`` also beyond the raster.
+
+    Args:
+        mask: The mask; it has a georeference, see `Header.over`.
+        grid: Grid of the result.
+        unknown: Value of pixels of which nothing is known.
 
     Raises:
         UnusableError: If it cannot be read, or holds other values than 0 to 255.
     """
+    header = mask.header
     box = window_of(header, grid)
     if box is None:
         return np.full((grid.height, grid.width), unknown, np.uint8)
-    image, _ = _read(header, (1,), Radiometry(1.0, 0.0, ()), box)
+    image, _ = _read(header, mask.bands, Radiometry(1.0, 0.0, ()), box)
     if np.nanmin(image) < 0 or np.nanmax(image) > 255:
         raise UnusableError("wrong-type", f"{header.title} holds values beyond 0 to 255, which masks have")
-    return np.asarray(np.nan_to_num(_placed(header, image, box, grid, Resampling.nearest)[0], nan=unknown), np.uint8)
+    placed = _placed(header, image, box, grid, Resampling.nearest)
+    silent = np.isnan(placed) | np.isin(placed, (*mask.unknown, unknown))
+    found = np.where(silent.any(axis=0), unknown, 0).astype(np.uint8)
+    found[(np.isin(placed, mask.cloud) & ~silent).any(axis=0)] = 1
+    return found
 
 
 def window_of(header: Header, grid: Grid) -> Window | None:
@@ -256,65 +132,45 @@ def to_crs(
     return x, y
 
 
-def digest(file: File) -> str:
-    """Return the SHA-256 of a file, in hex; each process computes it once."""
-    status = file.path.stat()
-    return _digest(file.path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _opened(file: File) -> Iterator[DatasetReader]:
-    driver = DRIVERS.get(file.path.suffix.lower())
-    if driver is None:
-        raise UnusableError("unreadable", f"{file.name} is no {', '.join(DRIVERS)} file")
-    try:
-        with gdal(), rasterio.open(file.path, driver=driver) as raster:
-            yield raster
-    except (RasterioError, ValueError, MemoryError) as error:
-        raise UnusableError("unreadable", f"{file.name} is damaged or truncated ({error})") from error
-
-
-def _crs(raster: DatasetReader) -> str | None:
-    if raster.crs is None:
-        return None
-    try:
-        code = raster.crs.to_epsg()
-        return f"EPSG:{code}" if code else str(raster.crs.to_wkt())
-    except CRSError:
-        return None
-
-
-def _item_size(dtype: str) -> int:
-    return np.dtype(dtype).itemsize
-
-
 def _read(header: Header, bands: Sequence[int], radiometry: Radiometry, box: Window) -> tuple[Image, int]:
     """Read a window in reflectance, NaN where there is no data, and count values at the limit of their type."""
     if box.width * box.height * len(bands) * 8 > MAX_BYTES:
         raise UnusableError(
             "absurd-size", f"{header.title} needs {box.width} x {box.height} px for one tile: give a smaller --tile"
         )
-    with _opened(header.file) as raster:
-        stored = raster.read(list(bands), window=box)
-    image = stored.astype(np.float32)
-    missing = ~np.isfinite(image)
-    most = np.iinfo(stored.dtype).max if stored.dtype.kind == "u" else None
+    image = np.full((len(bands), box.height, box.width), np.nan, np.float32)
     saturated = 0
-    for place, band in enumerate(bands):
-        scale, offset, nodata = radiometry.of(header, band)
-        if nodata is not None and not math.isnan(nodata):
-            missing[place] |= _equals(stored[place], nodata)
-        if most is not None and most != nodata:
-            saturated += int(np.count_nonzero(stored[place] == most))
-        if (scale, offset) != (1.0, 0.0):
-            image[place] = stored[place] * np.float64(scale) + offset
-    image[:, missing.any(axis=0)] = np.nan
+    for piece in header.pieces:
+        places = [place for place, band in enumerate(bands) if band in piece.bands]
+        left, right = max(box.col_off, piece.column), min(box.col_off + box.width, piece.column + piece.width)
+        top, bottom = max(box.row_off, piece.row), min(box.row_off + box.height, piece.row + piece.height)
+        if not places or right <= left or bottom <= top:
+            continue
+        own = [piece.bands.index(bands[place]) + 1 for place in places]
+        with opened(piece.file) as raster:
+            window = Window(left - piece.column, top - piece.row, right - left, bottom - top)
+            stored = raster.read(own, window=window)
+        rows = slice(top - box.row_off, bottom - box.row_off)
+        columns = slice(left - box.col_off, right - box.col_off)
+        for place, values in zip(places, stored, strict=True):
+            image[place, rows, columns], count = _reflectance(header, bands[place], radiometry, values)
+            saturated += count
+    image[:, ~np.isfinite(image).all(axis=0)] = np.nan
+    return image, saturated
+
+
+def _reflectance(header: Header, band: int, radiometry: Radiometry, stored: NDArray[Any]) -> tuple[Image, int]:
+    """Return reflectance of a band's values, NaN where there is no data, and the number of saturated ones."""
+    scale, offset, nodata = radiometry.of(header, band)
+    image = stored.astype(np.float32)
+    if (scale, offset) != (1.0, 0.0):
+        image = np.asarray(stored * np.float64(scale) + offset, np.float32)
+    most: float | None = header.saturated
+    if most is None and stored.dtype.kind == "u":
+        most = float(np.iinfo(stored.dtype).max)
+    saturated = int(np.count_nonzero(stored >= most)) if most is not None and most != nodata else 0
+    if nodata is not None and not math.isnan(nodata):
+        image[_equals(stored, nodata)] = np.nan
     return image, saturated
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import Reason, UnusableError, UserError
-from sharding.format.layout import Bands, Facts, SampleLayout, fitted_facts, rgb_positions
+from sharding.format.layout import VALID, Bands, Facts, SampleLayout, fitted_facts, rgb_positions
 from sharding.prepare.options import SampleOptions
 from sharding.sources.options import SourceOptions
 from sharding.sources.scenes.description import read_description
 from sharding.sources.scenes.grid import Box, Grid, tiles
+from sharding.sources.scenes.header import digest
 from sharding.sources.scenes.layout import File, find_scenes
 from sharding.sources.scenes.opened import Layer, Names, OpenedScene, Visit, open_scene
 from sharding.sources.scenes.place import footprint
-from sharding.sources.scenes.raster import Image, digest, read_mask, read_on_grid
+from sharding.sources.scenes.raster import Image, read_mask, read_on_grid
 from sharding.sources.source import NO_CLM, Bounds, Corners, Revisit, Scene
 
 TILE_LR = 150
@@ -67,13 +68,15 @@ class TileFiles:
         read = [[layer.bands, layer.names, vars(layer.radiometry)] for layer in layers]
         dates = [scene.pan_date, *(visit.date for visit in scene.visits)]
         grid = [*scene.place.grid.transform, scene.place.grid.crs]
-        return json.dumps([read, dates, grid, self.box, str(scene.ratio), scene.cloud, scene.unknown])
+        masks = {(visit.mask.cloud, visit.mask.unknown) for visit in scene.visits if visit.mask} or {((1,), (NO_CLM,))}
+        meanings = [values for meaning in sorted(masks) for values in meaning]
+        return json.dumps([VALID, read, dates, grid, self.box, str(scene.ratio), *meanings])
 
     def used(self, options: SampleOptions) -> tuple[File, ...]:
         """Return the files that a sample with these options reads."""
         if self.scene is None:
             return ()
-        files = [self.scene.pan.header.file, self.scene.target.header.file]
+        files = [*self.scene.pan.files, *self.scene.target.files]
         for visit in self._candidates(options):
             files += visit.files
         return tuple(sorted(set(files), key=lambda file: file.name))
@@ -163,9 +166,11 @@ class TileFiles:
                 "bands": list(band_names(layers["lr"].names)),
                 "ratio": [scene.ratio.numerator, scene.ratio.denominator],
                 "radiometry": {image: _radiometry(layer) for image, layer in layers.items()},
+                **_processing(visits),
             },
             sources={file.name: digest(file) for file in files},
             bytes_in=lr.nbytes + hr.nbytes + pan.nbytes,
+            keeps_valid=True,
             counts={"at_limit": {image: count for image, count in counts.items() if count}},
         )
 
@@ -178,11 +183,8 @@ class TileFiles:
         assert self.scene is not None
         if visit.mask is None:
             return np.full((1, grid.height, grid.width), NO_CLM, np.uint8)
-        stored = read_mask(visit.mask.over(self.scene.place.grid), grid, NO_CLM)
-        meaning = np.zeros(256, np.uint8)
-        meaning[list(self.scene.cloud)] = 1
-        meaning[[*self.scene.unknown, NO_CLM]] = NO_CLM
-        return meaning[stored][None]
+        placed = replace(visit.mask, header=visit.mask.header.over(self.scene.place.grid))
+        return read_mask(placed, grid, NO_CLM)[None]
 
 
 class ScenesSource:
@@ -196,10 +198,9 @@ class ScenesSource:
         """
         self._description = read_description(folder)
         self._options = options
-        self.notes: tuple[str, ...] = ()
-        """Lines for the user."""
         scenes: list[TileFiles] = []
         self._first: OpenedScene | None = None
+        versions: set[tuple[str, float]] = set()
         for found in find_scenes(folder, self._description):
             try:
                 scene = open_scene(found, self._description, self._first)
@@ -210,6 +211,9 @@ class ScenesSource:
                 continue
             self._first = self._first or scene
             scenes += self._tiles(scene)
+            versions |= {(visit.layer.header.processing or "", _offset(visit)) for visit in scene.visits}
+        self.notes: Sequence[str] = _mixed(versions)
+        """Lines for the user."""
         self.scenes: Sequence[TileFiles] = scenes
         """Tiles of all scenes; one without tiles for an unusable scene."""
 
@@ -219,7 +223,7 @@ class ScenesSource:
         assert first is not None, "a dataset has a usable scene"
         bands = Bands(band_names(first.visits[0].layer.names), band_names(first.target.names))
         ratio = first.ratio.numerator, first.ratio.denominator
-        return fitted_facts("scenes", bands, ratio, options, layouts, self._options.chip)
+        return fitted_facts("scenes", bands, ratio, options, layouts, self._options.chip, masks=("clm", "valid"))
 
     def sample_bytes(self, options: SampleOptions) -> int:
         """Return the approximate size of a tile's sample."""
@@ -229,7 +233,7 @@ class ScenesSource:
         side, bands = tile_side(first.ratio, self._options.tile), len(first.target.bands)
         hr, lr = side**2, (side / float(first.ratio)) ** 2
         values = round(options.revisits * bands * lr + (bands + 1) * hr)
-        return values * np.dtype(options.dtype).itemsize + round(options.revisits * lr)
+        return values * np.dtype(options.dtype).itemsize + round(options.revisits * lr + hr)
 
     def split_rows(self) -> None:
         """Return None: a user's scenes have no published split."""
@@ -317,6 +321,31 @@ def _cover(mask: NDArray[np.uint8]) -> float | None:
     return round(100 * float((known == 1).mean()), 2) if known.size else None
 
 
+def _offset(visit: Visit) -> float:
+    return visit.layer.radiometry.of(visit.layer.header, visit.layer.bands[0])[1]
+
+
+def _processing(visits: Sequence[Visit]) -> dict[str, object]:
+    """Return version and offset of each candidate revisit, if any is a product that tells its version."""
+    versions = [visit.layer.header.processing for visit in visits]
+    return {"processing": versions, "offsets": [_offset(visit) for visit in visits]} if any(versions) else {}
+
+
+def _mixed(versions: Collection[tuple[str, float]]) -> list[str]:
+    """Return a line for the user if revisits have several versions of processing."""
+    if len({name for name, _ in versions}) < 2:
+        return []
+    each = ", ".join(f"{name or 'unknown'} (offset {offset:g})" for name, offset in sorted(versions))
+    return [f"revisits of several versions are mixed, and each is converted by its own offset: {each}"]
+
+
 def _radiometry(layer: Layer) -> Mapping[str, object]:
-    scale, offset, nodata = layer.radiometry.of(layer.header, layer.bands[0])
-    return {"scale": scale, "offset": offset, "nodata": nodata if nodata is None or math.isfinite(nodata) else "nan"}
+    """Return scale, offset and value without data: one number, or one per band where they differ."""
+    found = zip(*(layer.radiometry.of(layer.header, band) for band in layer.bands), strict=True)
+    named = {name: [*map(_plain, values)] for name, values in zip(("scale", "offset", "nodata"), found, strict=True)}
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in named.items()}
+
+
+def _plain(value: float | None) -> float | str | None:
+    """Return a number as JSON has it."""
+    return value if value is None or math.isfinite(value) else "nan"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from sharding.errors import Reason, UnusableError, UserError
 from sharding.files import read_text
+from sharding.format.layout import VALID
 from sharding.prepare.options import SampleOptions
 from sharding.run.splits import natural_key
 from sharding.sources.source import Scene
@@ -53,6 +54,9 @@ class AoiFiles:
     few_revisits: str = "drop"
     """``drop`` or ``repeat``, see `sharding.sources.options.SourceOptions`."""
 
+    mask_nodata: bool = False
+    """True to leave pixels without data out of resizing, and to store where target and PAN hold data."""
+
     def candidates(self, options: SampleOptions) -> dict[int, Mapping[str, SourceFile]]:
         """Return the revisits from which a sample with these options is chosen."""
         numbers = list(self.revisits)
@@ -84,7 +88,8 @@ class AoiFiles:
     def recipe(self) -> str:
         """Text of what decides the pixels beside files and options: usually nothing."""
         usual = (self.few_revisits, self.scale, self.offset) == ("drop", 1.0, 0.0)
-        return "" if usual else f"{self.few_revisits} {self.scale!r} {self.offset!r}"
+        text = "" if usual else f"{self.few_revisits} {self.scale!r} {self.offset!r}"
+        return f"{text} {VALID}" if self.mask_nodata else text
 
     def check(self, options: SampleOptions) -> None:
         """Check the files, see `check_files`."""

@@ -56,6 +56,11 @@ class Files(Protocol):
         ...
 
     @property
+    def mask_nodata(self) -> bool:
+        """True to leave pixels without data out."""
+        ...
+
+    @property
     def scale(self) -> float:
         """Reflectance of a value of 1 in the revisits."""
         ...
@@ -130,7 +135,8 @@ def read_scene(aoi: Files, options: SampleOptions, *, target: bool = True) -> Sc
         sources=dict(sorted(reader.digests.items())),
         bytes_in=reader.bytes_in,
         limit=1.0,  # as in the published pipeline
-        masked=masked or spot.masked,
+        masked=masked or spot.masked or aoi.mask_nodata,
+        keeps_valid=aoi.mask_nodata,
     )
 
 

@@ -23,8 +23,15 @@ class WorldStratSource:
             UserError: If it is no folder of WorldStrat.
         """
         self._source = open_source(folder, sample.level)
+        self._mask_nodata = options.mask_nodata
         self.scenes: Sequence[AoiFiles] = [
-            replace(aoi, few_revisits=options.few_revisits, scale=options.scale, offset=options.offset)
+            replace(
+                aoi,
+                few_revisits=options.few_revisits,
+                scale=options.scale,
+                offset=options.offset,
+                mask_nodata=options.mask_nodata,
+            )
             for aoi in find_aois(self._source)
         ]
         """AOIs in natural order, complete or not."""
@@ -36,7 +43,8 @@ class WorldStratSource:
 
     def facts(self, options: SampleOptions, layouts: Iterable[SampleLayout]) -> Facts:
         """Return the facts of a dataset; its chips are the published ones if they fit."""
-        return worldstrat_facts(options, layouts)
+        facts = worldstrat_facts(options, layouts)
+        return replace(facts, masks=(*facts.masks, "valid")) if self._mask_nodata else facts
 
     def sample_bytes(self, options: SampleOptions) -> int:
         """Return the approximate size of a sample."""

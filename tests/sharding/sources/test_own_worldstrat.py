@@ -12,13 +12,17 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio.transform import Affine
 
+from cluster.cli import main
 from sharding.errors import UnusableError
+from sharding.format.index import Index
+from sharding.format.sample import fetch_sample
 from sharding.format.writer import NewSample
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.sources.options import SourceOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.source import WorldStratSource
+from sharding.storage import open_storage
 
 OPTIONS = SampleOptions(revisits=2, lr_size=36, hr_size=120)
 NATIVE = SampleOptions(revisits=2, lr_size=None, hr_size=None)
@@ -113,6 +117,52 @@ def test_a_nodata_tag_is_honoured_and_not_smeared(base: Path, folder: Path, kind
     near = mine[mine > 0]
     assert near.min() >= 0.8 * theirs.min()  # nothing between black and land
     assert near.max() <= 1.01 * theirs.max()
+
+
+def test_a_mask_of_data_is_stored_on_request(base: Path, folder: Path) -> None:
+    def corner(x: NDArray[np.generic]) -> NDArray[np.generic]:
+        x[:, :40, :40] = 0
+        return x
+
+    change(folder, SPOT.format("ps"), corner)
+    usual, masked = made(folder), made(folder, mask_nodata=True)
+    assert set(masked.images) == {*usual.images, "valid"}
+    wanted = np.ones((1, 120, 120), np.uint8)
+    wanted[0, :20, :20] = 0
+    assert np.array_equal(masked.images["valid"], wanted)
+    target, whole = masked.images["hr"].astype(int), made(base).images["hr"].astype(int)
+    assert (target[:, wanted[0] == 0] == 0).all()
+    assert target[:, 20, :20].min() >= 0.8 * whole[:, 20:22, :20].min(), "0 is not mixed into land"
+    assert usual.images["hr"][:, 20, 5].max() < 0.95 * whole[:, 20, 5].max(), "as in the published pipeline"
+    assert np.array_equal(target[:, 22:], whole[:, 22:])
+
+
+def test_a_dataset_with_the_mask_is_verified_and_its_leaks_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    write_worldstrat(folder, 3, 7, revisits=2, hr_side=80)
+    change(folder, LR, lambda x: x, crs="EPSG:4326", transform=Affine(1e-4, 0, 11, 0, -1e-4, 50))
+    arguments = ["--input", str(folder), "--output", str(output), "--revisits", "2", "--lr-size", "20"]
+    options = ["--hr-size", "40", "--mask-nodata", "--workers", "1"]
+    assert main(["shard", *arguments, *options]) == 0
+    index = Index.load(open_storage(output))
+    assert index.facts.masks == ("clm", "valid")
+    assert index.facts.options == {"mask_nodata": True}
+    shard, entry = index.samples("train")[0]
+    sample = fetch_sample(open_storage(output), shard, entry)
+    assert sample.valid is not None
+    assert np.array_equal(sample.valid, np.ones((1, 40, 40)))
+    capsys.readouterr()
+    assert main(["verify", str(output), "--deep", "--input", str(folder), "--num-aois", "3"]) == 0
+    leaks = [line for line in capsys.readouterr().out.splitlines() if line.startswith("leak between splits: AOI ")]
+    assert len(leaks) == 3, "each pair shows the same land in two splits"
+    assert all(line.endswith("show the same land") for line in leaks)
+    assert main(["inspect", str(output)]) == 0
+    assert capsys.readouterr().out.count("show the same land") == 3
+    again = [option for option in options if option != "--mask-nodata"]
+    assert main(["shard", *arguments, *again]) == 2
+    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_bands_are_taken_by_name(base: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
+from rasterio.rpc import RPC
 from rasterio.transform import Affine
 
 from sharding.errors import UnusableError, UserError
@@ -27,9 +28,11 @@ from sharding.run.plan import PlanOptions
 from sharding.run.verify import verify
 from sharding.sources.options import SourceOptions
 from sharding.sources.scenes.grid import Box, Grid, nice_ratio, tiles
+from sharding.sources.scenes.header import Radiometry
 from sharding.sources.scenes.layout import File
 from sharding.sources.scenes.place import place_scene
-from sharding.sources.scenes.raster import Radiometry, read_header, read_on_grid
+from sharding.sources.scenes.products import read_header
+from sharding.sources.scenes.raster import read_on_grid
 from sharding.storage import open_storage
 from tests.sharding.sources.sensors import EAST, NORTH, RGBN_TOML, counts, write_rgbn, write_tiff, write_two_crs
 
@@ -102,11 +105,14 @@ def test_scale_offset_and_nodata_of_each_band(tmp_path: Path) -> None:
     assert limit == 1
 
 
-def test_ground_control_points_alone_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gcps", "rpcs"])
+def test_ground_control_points_or_rpcs_alone_are_refused(tmp_path: Path, kind: str) -> None:
     points = [GroundControlPoint(row, column, column * 10, -row * 10) for row in (0, 9) for column in (0, 9)]
-    with rasterio.open(
-        tmp_path / "a.tif", "w", driver="GTiff", count=1, height=10, width=10, dtype="uint16", crs=UTM, gcps=points
-    ) as file:
+    line = [1.0] + [0.0] * 19
+    rpcs = RPC(100.0, 100.0, 50.0, 0.1, line, line, 5.0, 5.0, 10.0, 0.1, line, line, 5.0, 5.0)
+    places: dict[str, object] = {"crs": UTM, "gcps": points} if kind == "gcps" else {"rpcs": rpcs}
+    profile = {"driver": "GTiff", "count": 1, "height": 10, "width": 10, "dtype": "uint16"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, **places) as file:
         file.write(np.ones((1, 10, 10), np.uint16))
     with pytest.raises(UnusableError, match="ground control points or RPCs only"):
         read_header(File(tmp_path / "a.tif", "a.tif", 1))
@@ -320,6 +326,21 @@ def test_a_wrong_description_is_refused_by_key(rgbn: Path, tmp_path: Path, text:
     assert message in str(error.value)
 
 
+def test_an_offset_may_begin_on_a_day_if_that_is_asked_for(rgbn: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(rgbn, folder)
+    text = (folder / "scenes.toml").read_text()
+    three = ShardOptions(SampleOptions(revisits=3), PlanOptions(), SourceOptions(source="scenes"))
+    _, usual = sharded(folder, tmp_path / "usual", three)
+    told = "scale = 0.0001\noffset = 0.25\noffset_since = 2020-06-11\n"
+    (folder / "scenes.toml").write_text(text.replace("scale = 0.0001\n", told, 1))
+    _, found = sharded(folder, tmp_path / "out", three)
+    for name, sample in found.items():
+        moved = (sample.lr.astype(int) - usual[name].lr)[..., 5:-5, 5:-5] * 3e-5
+        np.testing.assert_allclose(moved[0], 0, atol=1e-9)
+        np.testing.assert_allclose(moved[1:], 0.25, atol=4e-5)
+
+
 def test_too_few_revisits_are_refused_or_repeated(rgbn: Path, tmp_path: Path) -> None:
     many = SampleOptions(revisits=5)
     with pytest.raises(UserError, match="give --revisits 3, or --few-revisits repeat"):
@@ -352,6 +373,7 @@ def test_a_blank_revisit_is_passed_over_while_others_remain(tmp_path: Path) -> N
         ("worldstrat", {}, {"bits": 11}, "--bits is an option of pancollection"),
         ("pancollection", {}, {"chip": 20}, "--chip is an option of scenes"),
         ("pancollection", {}, {"few_revisits": "repeat"}, "--few-revisits is an option of WorldStrat and scenes"),
+        ("scenes", {}, {"mask_nodata": True}, "--mask-nodata is an option of WorldStrat, and --source is scenes"),
         ("pancollection", {"max_cloud": 3.0}, {}, "--max-cloud is an option of WorldStrat and scenes"),
     ],
 )
