@@ -17,6 +17,12 @@ from sharding.prepare.options import BAND_NAMES, SampleOptions
 IMAGES = ("lr", "clm", "hr", "pan")
 """Arrays of a sample: revisits, cloud masks, target, panchromatic image."""
 
+VALID = "valid"
+"""Further array of the samples of datasets whose facts list this mask: uint8 [1, H, W], 1 where target and PAN hold
+data, 0 elsewhere. Pixels outside it count in no loss and no metric."""
+
+Mask = Literal["clm", "valid"]
+
 Dtype = Literal["|u1", "<u2", "<f4"]
 """Type of an array's values, as numpy names it."""
 
@@ -155,8 +161,8 @@ class Facts:
     radiometry: Radiometry
     """Reflectance of stored values."""
 
-    masks: tuple[Literal["clm"]]
-    """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data."""
+    masks: tuple[Mask, ...]
+    """Arrays that are masks: ``clm`` is 0 clear, 1 cloud, 255 no data; for ``valid`` see `VALID`."""
 
     options: Mapping[Name, str | int | float] = field(default_factory=dict)
     """Options of the source that differ from the usual ones, by name."""
@@ -268,9 +274,10 @@ def refuse_layout(layout: SampleLayout, facts: Facts, revisits: int, dtype: str)
     Raises:
         ValueError: If they contradict each other; the message names the array.
     """
+    names = (*IMAGES, *(mask for mask in facts.masks if mask not in IMAGES))
     lr, clm, hr, pan = (layout.get(name) for name in IMAGES)
-    if lr is None or clm is None or hr is None or pan is None or len(layout) != len(IMAGES):
-        raise ValueError(f"it has {', '.join(layout) or 'no arrays'} where {', '.join(IMAGES)} are needed")
+    if lr is None or clm is None or hr is None or pan is None or layout.keys() != set(names):
+        raise ValueError(f"it has {', '.join(layout) or 'no arrays'} where {', '.join(names)} are needed")
     value: Dtype = "<u2" if dtype == "uint16" else "<f4"
     *_, height, width = lr.shape if len(lr.shape) == 4 else (None, None)
     *_, rows, columns = hr.shape if len(hr.shape) == 3 else (None, None)
@@ -279,8 +286,9 @@ def refuse_layout(layout: SampleLayout, facts: Facts, revisits: int, dtype: str)
         "clm": ArrayLayout((revisits, 1, height, width), "|u1"),
         "hr": ArrayLayout((len(facts.bands.hr), rows, columns), value),
         "pan": ArrayLayout((1, rows, columns), value),
+        VALID: ArrayLayout((1, rows, columns), "|u1"),
     }
-    for name, array in wanted.items():
+    for name, array in ((name, wanted[name]) for name in names):
         if layout[name] != array:
             raise ValueError(f"{name} is {layout[name]} where {array} is needed")
     for low, high in ((height, rows), (width, columns)):

@@ -43,6 +43,9 @@ class Sample(NamedTuple):
     meta: dict[str, object]
     """JSON of the sample: dates, georeference, source digests, ``clearest`` (0-based index into ``lr``) and more."""
 
+    valid: NDArray[np.uint8] | None = None
+    """[1, H, W] mask of the pixels whose target and PAN hold data, 1 or 0; None in datasets that store none."""
+
 
 def check_sample(entry: SampleEntry, data: bytes | memoryview) -> None:
     """Compare a sample's bytes with its entry in the index.
