@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from models.config import ModelConfig
 from models.registry import ABSENT, check_config
+from pipeline.clouds import CLOUDY, Cloudy
 from pipeline.quality.losses import LossConfig
 from sharding.errors import UserError, nearest
 from sharding.files import read_text
@@ -49,6 +50,10 @@ class DataConfig:
     and test, as the published training does; ``off`` reads the revisits of the dataset."""
     simulated_revisits: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Revisits of a chip that are simulated; 0 simulates as many as the dataset holds."""
+    cloudy: Cloudy = "keep"
+    """Revisits that clouds hide: ``keep`` them; ``drop`` gives the places of those that hide more than a fifth of a
+    chip to the others; ``weight`` gives each revisit places in proportion to what it shows. In training, validation
+    and test."""
     shuffle_window: Annotated[int, Meta(ge=1, le=10**6)] = 4
     """Shards whose chips are shuffled together, >= 1."""
     lanes: Annotated[int, Meta(ge=1, le=10**6)] = 8
@@ -77,6 +82,8 @@ class DataConfig:
         require_one_of("data.simulate", self.simulate, SIMULATIONS)
         count, off = self.simulated_revisits, self.simulate == "off"
         require(not (count and off), "data.simulated_revisits", count, "0, since data.simulate is off")
+        require_one_of("data.cloudy", self.cloudy, CLOUDY)
+        require(off or self.cloudy == "keep", "data.cloudy", self.cloudy, "keep, since data.simulate replaces revisits")
         require_one_of("data.damaged", self.damaged, ("stop", "quarantine"))
         absolute = not self.cache_dir or Path(self.cache_dir).is_absolute()
         require(absolute, "data.cache_dir", self.cache_dir, "an absolute path, of a folder on each node")

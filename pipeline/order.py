@@ -97,6 +97,8 @@ class OrderState:
     """Window of the `Shuffle`."""
     lanes: int
     """Lanes of the `Shuffle`."""
+    cloudy: str = "keep"
+    """Rule by which the revisits of a chip are chosen, ``data.cloudy``."""
 
     def differences(self, now: OrderState) -> dict[str, tuple[object, object]]:
         """Return each field that differs, with its value here and in ``now``."""

@@ -30,7 +30,7 @@ from pipeline.order import evaluation_slots
 from sharding.errors import UserError
 from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import SPLITS, Index
-from sharding.format.layout import smallest
+from sharding.format.layout import VALID, smallest
 from sharding.storage import open_storage
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ class ChipDataset(Dataset[Batch]):
         windows = [self.window(chip) for chip in range(self.chips_per_scene)]
         self.scenes = SceneCache(
             SampleReader(self.storage, disk),
-            WholeScenes(largest) if config.random_windows else CutScenes(self.layout, windows, largest),
+            WholeScenes(largest, config.cloudy)
+            if config.random_windows
+            else CutScenes(self.layout, windows, largest, config.cloudy),
             config.cache_mib << 20,
             # Users of scenes: a pool for training, one for evaluation, and a caller that reads a chip by its number.
             2 * config.loader_threads + 1,
@@ -193,6 +195,7 @@ class ChipDataset(Dataset[Batch]):
             offset=facts.radiometry.offset,
             native=facts.ratio is None,
             revisits=self.revisits,
+            valid=VALID in facts.masks,
         )
 
     @property
@@ -265,8 +268,9 @@ class ChipDataset(Dataset[Batch]):
         """
         stored = StoredBatch(self.layout, 1)
         with self.scenes.use(*self._places[chip // self.chips_per_scene]) as scene:
-            revisit = clearest(scene) if scene and self.simulation == "off" else 0
-            stored.begin([chip], [Variant(self.window(chip), 0, False, revisit)])
+            window = self.window(chip)
+            revisit = clearest(scene, window) if scene and self.simulation == "off" else 0
+            stored.begin([chip], [Variant(window, 0, False, revisit)])
             stored.put(0, scene)
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
 

@@ -80,6 +80,7 @@ class TrainLoader:
             plan.global_batch,
             self._shuffle.window,
             self._shuffle.lanes,
+            dataset.config.cloudy,
         )
         # Last in, first out: the memory returned last may still be in the processor's cache.
         self._memory: LifoQueue[StoredBatch] = LifoQueue()
