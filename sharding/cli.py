@@ -12,9 +12,9 @@ from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.format.index import Index
 from sharding.format.sample import fetch_sample
+from sharding.inspection.describe import SHEET_ROWS, describe, describe_sample, draw, find
 from sharding.names import local_path
 from sharding.prepare.options import SampleOptions
-from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
 from sharding.run.job import ShardJob, ShardOptions
 from sharding.run.named_file import check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
@@ -171,7 +171,8 @@ def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
     # First: the worker processes load torch while the imports below load it here.
     runner = runner or processes(job.workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1))
     # Here, not above: every other verb must run without rasterio.
-    from sharding.run.dataset import TooFewAoisError, shard_folder
+    from sharding.run.dataset import shard_folder
+    from sharding.run.planner import TooFewAoisError
 
     storage = open_storage(job.output, job.storage)
     if job.report:

@@ -114,9 +114,7 @@ class StoredChips:
         self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
         """LR [N, R, C, h, w], HR [N, C, H, W], PAN [N, 1, H, W] and the mask if there is one, views of the rows."""
 
-    def crop(
-        self, slot: int, scene: Sequence[Stored], window: Window, revisits: Sequence[int] | None = None
-    ) -> None:
+    def crop(self, slot: int, scene: Sequence[Stored], window: Window, revisits: Sequence[int] | None = None) -> None:
         """Copy a window of a scene's LR, HR, PAN and mask; ``revisits`` are taken in place of all in their order."""
         if self._native:
             window = centred(window, scene[0].shape[-2:], scene[1].shape[-2:])

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
 from pipeline.clouds import Cloudy, choose, clear_shares
+from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
 from sharding.format.entries import JSON_SUFFIX, SampleEntry
 from sharding.format.layout import VALID
 from sharding.format.sample import clearest_of, images_of
@@ -125,9 +125,7 @@ class CutScenes:
     processor's cache; a contiguous chip is then copied at the speed of memory.
     """
 
-    def __init__(
-        self, layout: ChipLayout, windows: Sequence[Window], largest: int, cloudy: Cloudy = "keep"
-    ) -> None:
+    def __init__(self, layout: ChipLayout, windows: Sequence[Window], largest: int, cloudy: Cloudy = "keep") -> None:
         """Prepare to crop ``windows`` out of samples of up to ``largest`` bytes, by a rule for cloudy revisits."""
         self._layout, self._largest, self._cloudy = layout, largest, cloudy
         self._numbers = {window: number for number, window in enumerate(windows)}

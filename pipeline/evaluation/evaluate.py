@@ -204,7 +204,9 @@ def _score(
         for number, (batch, counts) in enumerate(evaluation_batches(dataset, device=device)):
             bar.update()
             if not counts:
-                logger.warning("skipped in the metrics: %s is quarantined or holds no data", dataset.chip_id(batch.chips[0]))
+                logger.warning(
+                    "skipped in the metrics: %s is quarantined or holds no data", dataset.chip_id(batch.chips[0])
+                )
                 continue
             with torch.no_grad():
                 images = {
@@ -214,9 +216,7 @@ def _score(
             images |= baselines(batch)
             chip = batch.chips[0]
             for method in methods:
-                metrics = image_metrics(
-                    images[method], batch.hr, registration, resolution_ratio(dataset), batch.valid
-                )
+                metrics = image_metrics(images[method], batch.hr, registration, resolution_ratio(dataset), batch.valid)
                 place: dict[str, object] = {
                     "aoi": dataset.aoi(chip),
                     "chip": chip % dataset.chips_per_scene,

@@ -25,7 +25,7 @@ def registered_mask(valid: Tensor) -> Tensor:
 
 
 def window_mask(mask: Tensor, taps: int) -> Tensor:
-    """Return the mask [B, 1, H, W] of pixels whose window of ``taps`` pixels a side is whole; beyond the image it is."""
+    """Return the mask [B, 1, H, W] of pixels whose window, ``taps`` pixels a side, is whole within the image."""
     return _eroded(mask, taps, taps // 2)
 
 
