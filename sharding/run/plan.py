@@ -205,9 +205,7 @@ def _added_split(
     return Split(splits, (), torn=tuple(torn))
 
 
-def _shards(
-    split: str, members: Sequence[str], first: int, sample_bytes: int, options: PlanOptions
-) -> list[ShardPlan]:
+def _shards(split: str, members: Sequence[str], first: int, sample_bytes: int, options: PlanOptions) -> list[ShardPlan]:
     """Cut AOIs of a split into shards, numbered from ``first``."""
     ranks = options.for_ranks if split == "train" else 1
     count = _number_of_shards(len(members), sample_bytes, options.shard_bytes, ranks)
