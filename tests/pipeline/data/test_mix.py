@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from sharding.errors import UserError
 from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.run.plan import PlanOptions
+from sharding.run.splits import SPLIT_SEED
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
 from tests.datasets import made_once
@@ -26,19 +28,13 @@ SMALL = SampleOptions(revisits=2, lr_size=150, hr_size=200)
 CONFIG = DataConfig(loader_threads=2, prefetch_batches=2)
 
 
-def written(folder: Path, seed: int, sample: SampleOptions = SMALL, *, same_names: bool = False) -> None:
+def written(folder: Path, seed: int, sample: SampleOptions = SMALL, *, split_seed: int = SPLIT_SEED) -> None:
+    """Shard four generated AOIs, named Own-<seed>-<number>."""
     source = folder.with_name(f"{folder.name}-source")
-    names = write_worldstrat(source, 4, seed=seed, revisits=2, hr_side=80)
-    if not same_names:  # generated names depend on their number only
-        for number, name in enumerate(names):
-            for path in sorted(source.rglob(f"*{name}*"), key=lambda path: -len(path.parts)):
-                path.rename(path.with_name(path.name.replace(name, f"Own-{seed}-{number}")))
-        for table in source.glob("*.csv"):
-            text = table.read_text()
-            for number, name in enumerate(names):
-                text = text.replace(name, f"Own-{seed}-{number}")
-            table.write_text(text)
-    options = ShardOptions(sample, PlanOptions(splits="seeded", shard_bytes=1_300_000))
+    for number, name in enumerate(write_worldstrat(source, 4, seed=seed, revisits=2, hr_side=80)):
+        for path in sorted(source.rglob(f"*{name}*"), key=lambda path: -len(path.parts)):
+            path.rename(path.with_name(path.name.replace(name, f"Own-{seed}-{number}")))
+    options = ShardOptions(sample, PlanOptions(splits="seeded", seed=split_seed, shard_bytes=1_300_000))
     shard_folder(source, open_storage(folder), options)
 
 
@@ -85,7 +81,7 @@ def test_the_order_of_a_mix_does_not_depend_on_the_world(pair: tuple[str, str]) 
         loaders = [TrainLoader(data, plan, rank, seed=1) for rank in range(world)]
         assert loaders[0].steps_per_epoch == (2 * 18 + 9) // 4
         parts = [[list(batch.chips) for batch in loader.batches(1)] for loader in loaders]
-        orders.append([sum(step, []) for step in zip(*parts, strict=True)])
+        orders.append([list(itertools.chain(*step)) for step in zip(*parts, strict=True)])
     assert orders[0] == orders[1] == orders[2]
     names = Counter(name.partition("/")[0] for name in ids(data, orders[0]))
     assert names["0"] + names["1"] == 44
@@ -147,12 +143,9 @@ def test_another_geometry_is_refused(pair: tuple[str, str], tmp_path_factory: py
 
 
 def test_an_aoi_in_two_splits_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
-    source = Path(pair[0]).with_name("mix-5-source")
+    written(tmp_path / "other", 5, split_seed=1)
     with pytest.raises(UserError, match=r"AOI 'Own-5-\d' is in (train|val|test) of .* and in (train|val|test) of "):
-        options = ShardOptions(SMALL, PlanOptions(splits="seeded", seed=1))
-        source = source if source.exists() else Path(pair[0]).with_name("mix-5.partial-source")
-        shard_folder(source, open_storage(tmp_path), options)
-        ChipDataset([pair[0], str(tmp_path)], "train", CONFIG)
+        ChipDataset([pair[0], str(tmp_path / "other")], "train", CONFIG)
 
 
 def test_the_configuration_takes_lists(tmp_path: Path) -> None:
