@@ -13,10 +13,11 @@ from sharding.errors import UserError
 from sharding.format.index import Index
 from sharding.format.sample import fetch_sample
 from sharding.inspection.describe import SHEET_ROWS, describe, describe_sample, draw, find
+from sharding.inspection.page import write_html
 from sharding.names import local_path
 from sharding.prepare.options import SampleOptions
 from sharding.run.job import ShardJob, ShardOptions
-from sharding.run.named_file import check_report, check_sheet, write_report
+from sharding.run.named_file import check_page, check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import processes
 from sharding.schema import check_range
@@ -104,6 +105,12 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         type=partial(local_path, "--png"),
         metavar="FILE",
         help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR",
+    )
+    verb.add_argument(
+        "--html",
+        type=partial(local_path, "--html"),
+        metavar="FILE",
+        help="write a page of the whole dataset: footprints, and the grid, bands, histograms and agreement of each AOI",
     )
     verb.set_defaults(run=run_inspect)
 
@@ -234,6 +241,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     index = Index.load(storage)
     if args.png is not None:
         check_sheet(args.png)
+    if args.html is not None:
+        check_page(args.html)
+    if args.html is not None and args.aoi is not None:
+        raise UserError("--html is a page of the whole dataset: give it without --aoi")
     if args.aoi is not None:
         split, shard, entry = find(index, args.aoi)
         lines = describe_sample(split, shard, fetch_sample(storage, shard, entry), index.facts.bands.lr_rgb)
@@ -244,6 +255,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.png is not None:
         draw(index, storage, args.png, args.aoi)
         say(f"contact sheet: {args.png} (* marks the clearest revisit)")
+    if args.html is not None:
+        left_out = write_html(index, storage, args.html)
+        say(f"page: {args.html}" + (f", without {left_out} AOIs that agree best" if left_out else ""))
     return 0
 
 
