@@ -46,8 +46,9 @@ _HEAD = """<meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }}
 pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto; max-height: 24em }}
-article {{ border-top: 1px solid #ccc; padding: 1em 0; display: flex; flex-wrap: wrap; gap: 1.2em }}
+article {{ border-top: 1px solid #ccc; padding: 1em 0; display: flex; gap: 1.2em }}
 article > div:first-child {{ flex: 0 0 24em }}
+.seen {{ display: flex; flex-wrap: wrap; gap: 1.2em; align-content: flex-start }}
 h2 {{ margin-top: 1.5em }} h3 {{ margin: 0 0 .4em; overflow-wrap: anywhere }}
 figure {{ margin: 0 }} figcaption {{ font-size: 12px; color: #555 }}
 table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 0 .8em 0 0; text-align: left }}
@@ -135,7 +136,8 @@ def _article(index: Index, storage: Storage, place: _Place) -> str:
     except CorruptedError as error:
         return f'<article><div>{title}<p class="bad">{_text(error)}</p></div></article>\n'
     content = f"{title}{_facts(index, sample)}{_revisits(sample.meta, place.entry)}"
-    return f"<article><div>{content}</div>{_pictures(index, sample)}{_histograms(index, sample)}</article>\n"
+    seen = _pictures(index, sample) + _histograms(index, sample)
+    return f'<article><div>{content}</div><div class="seen">{seen}</div></article>\n'
 
 
 def _facts(index: Index, sample: Sample) -> str:
