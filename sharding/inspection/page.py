@@ -240,7 +240,8 @@ def _curve(values: NDArray[Any], top: float, style: str) -> str:
 
 
 def _known(values: NDArray[Any]) -> NDArray[Any]:
-    return values[(values > 0) & np.isfinite(values)]
+    known: NDArray[Any] = values[(values > 0) & np.isfinite(values)]
+    return known
 
 
 def _text(value: object) -> str:
