@@ -222,7 +222,7 @@ def _render(args: argparse.Namespace) -> int:
     # Other verbs render nothing.
     from cluster.deploy.render import TARGETS, render, write
     from cluster.deploy.spec import load_spec
-    from pipeline.config import require_one_of
+    from pipeline.values import require_one_of
 
     for target in args.target or ():
         require_one_of("--target", target, list(TARGETS))

@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import reprlib
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from msgspec import Meta
 
 from models.config import ModelConfig
 from models.registry import ABSENT, check_config
+from pipeline.clouds import CLOUDY, Cloudy
 from pipeline.quality.losses import LossConfig
+from pipeline.values import TEXTS, build_config, require, require_one_of
 from sharding.errors import UserError, nearest
 from sharding.files import read_text
 from sharding.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
 from sharding.schema import Seed, check_ranges
 
-T = TypeVar("T")
-Section = dict[str, str | int | float | bool]
+Section = dict[str, str | int | float | bool | list[str]]
 """Values of a section, as JSON holds them."""
 Sections = dict[str, Section]
 
@@ -38,8 +37,9 @@ SIMULATIONS = ("off", "sensor", "shifts")
 class DataConfig:
     """Source of the chips and their augmentation in training."""
 
-    uri: str = ""
-    """Folder or s3:// prefix of a dataset with an index.json, written by ``satfusion shard``."""
+    uri: str | tuple[str, ...] = ""
+    """Folder or s3:// prefix of a dataset with an index.json, written by ``satfusion shard``. A list mixes datasets of
+    one geometry: each is a URI, or ``URI*weight`` with its passes per epoch, such as 2 or 0.5; without weight 1."""
     rotate_flip: bool = True
     """Rotate by a random quarter turn and flip in training; keyed by (seed, epoch, chip)."""
     random_windows: bool = False
@@ -49,6 +49,10 @@ class DataConfig:
     and test, as the published training does; ``off`` reads the revisits of the dataset."""
     simulated_revisits: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Revisits of a chip that are simulated; 0 simulates as many as the dataset holds."""
+    cloudy: Cloudy = "keep"
+    """Revisits that clouds hide: ``keep`` them; ``drop`` gives the places of those that hide more than a fifth of a
+    chip to the others; ``weight`` gives each revisit places in proportion to what it shows. In training, validation
+    and test."""
     shuffle_window: Annotated[int, Meta(ge=1, le=10**6)] = 4
     """Shards whose chips are shuffled together, >= 1."""
     lanes: Annotated[int, Meta(ge=1, le=10**6)] = 8
@@ -72,14 +76,28 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
-        check_uri("data.uri", self.uri)
+        for uri in self.uris:
+            check_uri("data.uri", uri)
         check_ranges(self, lambda item: f"data.{item.name} =")
         require_one_of("data.simulate", self.simulate, SIMULATIONS)
         count, off = self.simulated_revisits, self.simulate == "off"
         require(not (count and off), "data.simulated_revisits", count, "0, since data.simulate is off")
+        require_one_of("data.cloudy", self.cloudy, CLOUDY)
+        require(off or self.cloudy == "keep", "data.cloudy", self.cloudy, "keep, since data.simulate replaces revisits")
         require_one_of("data.damaged", self.damaged, ("stop", "quarantine"))
         absolute = not self.cache_dir or Path(self.cache_dir).is_absolute()
         require(absolute, "data.cache_dir", self.cache_dir, "an absolute path, of a folder on each node")
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """Return the URIs without their weights; none if ``uri`` is empty.
+
+        Raises:
+            UserError: A weight is out of range.
+        """
+        if isinstance(self.uri, str):
+            return (self.uri,) if self.uri else ()
+        return tuple(split_weight(text)[0] for text in self.uri)
 
 
 @dataclass(frozen=True)
@@ -217,7 +235,10 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by section, as JSON and TOML hold them."""
-        return dataclasses.asdict(self)
+        return {
+            name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+            for name, section in dataclasses.asdict(self).items()
+        }
 
     def to_toml(self) -> str:
         """Return the whole configuration as TOML; `load_config` reads it back unchanged."""
@@ -236,7 +257,10 @@ class RunConfig:
 
         return dataclasses.replace(
             self,
-            data=dataclasses.replace(self.data, uri=absolute(self.data.uri)),
+            data=dataclasses.replace(
+                self.data,
+                uri=absolute(self.data.uri) if isinstance(self.data.uri, str) else tuple(map(absolute, self.data.uri)),
+            ),
             train=dataclasses.replace(self.train, init=absolute(self.train.init)),
             output=dataclasses.replace(self.output, uri=absolute(self.output.uri)),
         )
@@ -255,31 +279,25 @@ class RunConfig:
         return build_config(cls, values, source)
 
 
-def build_config(kind: type[T], values: Mapping[str, Any], source: str) -> T:
-    """Build a frozen dataclass, whose fields may be sections, from nested plain values such as those of a TOML file.
+MOST_PASSES = 1000.0
+"""Largest weight of a dataset in ``data.uri``."""
 
-    Args:
-        kind: Dataclass that checks its own ranges; a field is a str, int, float, bool, tuple[str, ...] or dataclass.
-        values: Values by key; absent keys keep their defaults.
-        source: File or place named in errors.
+
+def split_weight(text: str) -> tuple[str, float]:
+    """Return URI and weight of an item ``URI*weight`` of ``data.uri``; the weight is 1 if there is none.
 
     Raises:
-        UserError: An unknown key (the nearest is named), a value of the wrong type or out of range, a secret in a URI.
+        UserError: The weight is out of range.
     """
-    _refuse_secrets(values, "", source)
-    return typing.cast(T, _build(kind, values, "", source))
-
-
-def require(condition: bool, option: str, value: object, wanted: str) -> None:
-    """Raise a `UserError` about a value out of range unless ``condition`` holds."""
-    if not condition:
-        raise UserError(f"{option} = {value!r} is out of range: it must be {wanted}")
-
-
-def require_one_of(option: str, value: str, known: Sequence[str]) -> None:
-    """Raise a `UserError` that names the nearest of ``known`` unless ``value`` is one of them."""
-    if value not in known:
-        raise UserError(f"{option} = {value!r} is not known{nearest(value, known)}")
+    uri, star, tail = text.rpartition("*")
+    try:
+        weight = float(tail) if star else None
+    except ValueError:  # a URI with a star
+        weight = None
+    if weight is None:
+        return text, 1.0
+    require(0 < weight <= MOST_PASSES, f"data.uri: the weight of {uri}", weight, f"above 0 and at most {MOST_PASSES:g}")
+    return uri, weight
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -329,7 +347,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    if _is_text(section, key) and not isinstance(value, str):  # a bare date or number
+    if _is_text(section, key) and not isinstance(value, str | list):  # a bare date or number
         value = text.strip()
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
@@ -341,49 +359,4 @@ def _is_text(section: str, key: str) -> bool:
     """Return True if a key of a section is a string, or one of a few words."""
     kind = typing.get_type_hints(RunConfig).get(section)
     hint = typing.get_type_hints(kind).get(key) if kind else None
-    return hint is str or typing.get_origin(hint) is typing.Literal
-
-
-def _refuse_secrets(values: Mapping[str, Any], prefix: str, source: str) -> None:
-    """Refuse a secret in any value, before an error message repeats it."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            _refuse_secrets(value, f"{prefix}{key}.", source)
-        else:
-            refuse_secret(f"{source}: {prefix}{key}", str(value))
-
-
-def _build(kind: type, values: Mapping[str, Any], prefix: str, source: str) -> object:
-    hints = typing.get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise UserError(f"{source}: unknown key {prefix + key!r}{nearest(key, hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {prefix + key!r} is a section, written [{prefix + key}], not a value")
-            arguments[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.", source)
-        else:
-            arguments[key] = _coerce(hints[key], value, prefix + key, source)
-    try:
-        return kind(**arguments)
-    except ValueError as error:  # a section that does not use UserError, such as the one of `models`
-        raise UserError(f"{source}: {error}") from None
-
-
-def _coerce(hint: Any, value: object, option: str, source: str) -> object:
-    if typing.get_origin(hint) is typing.Literal:  # the section checks the word and names the nearest valid one
-        hint = str
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        raise UserError(f"{source}: {option} = {value!r} must be a list of strings")
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    for kind in kinds:
-        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    wanted = " or ".join(words[kind] for kind in kinds)
-    raise UserError(f"{source}: {option} = {reprlib.repr(value)} must be {wanted}")
+    return hint in (str, TEXTS) or typing.get_origin(hint) is typing.Literal

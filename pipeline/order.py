@@ -7,8 +7,10 @@ index digest, the seed, the epoch, the global batch and the shuffle settings alo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,11 +99,46 @@ class OrderState:
     """Window of the `Shuffle`."""
     lanes: int
     """Lanes of the `Shuffle`."""
+    cloudy: str = "keep"
+    """Rule by which the revisits of a chip are chosen, ``data.cloudy``."""
 
     def differences(self, now: OrderState) -> dict[str, tuple[object, object]]:
         """Return each field that differs, with its value here and in ``now``."""
         before, after = vars(self), vars(now)
         return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+class Stretch(NamedTuple):
+    """The chips of one shard in one pass of an epoch over it."""
+
+    first: int
+    """First chip of the shard in this pass. Chips of the second pass are numbered after all of the first, and so on."""
+    chips: int
+    """Chips of the shard."""
+    taken: int
+    """Number of them that an epoch takes: all, but of the last pass if the passes are no whole number."""
+
+
+def stretches(samples_per_shard: Sequence[int], chips_per_scene: int, passes: Sequence[float] = ()) -> list[Stretch]:
+    """Return the stretches of each epoch, by shard and pass.
+
+    Args:
+        samples_per_shard: Scenes in each shard, in index order.
+        chips_per_scene: Chips of each scene.
+        passes: Passes of an epoch over each shard, > 0; none for one pass over all.
+    """
+    sizes = [count * chips_per_scene for count in samples_per_shard]
+    total, first, found = sum(sizes), 0, list[Stretch]()
+    parts = 0.0  # chips of broken passes so far: shards get them rounded, so that their sum is right
+    for shard, size in enumerate(sizes):
+        whole, part = divmod(passes[shard] if passes else 1, 1)
+        found += [Stretch(first + number * total, size, size) for number in range(int(whole))]
+        if part:
+            taken = math.floor(parts + part * size + 1e-6) - math.floor(parts + 1e-6)
+            parts += part * size
+            found.append(Stretch(first + int(whole) * total, size, taken))
+        first += size
+    return found
 
 
 def epoch_chips(
@@ -111,6 +148,7 @@ def epoch_chips(
     epoch: int,
     window: int,
     chips_per_scene: int = CHIPS_PER_SCENE,
+    passes: Sequence[float] = (),
 ) -> Chips:
     """Return the order of all chips of one epoch.
 
@@ -124,18 +162,26 @@ def epoch_chips(
         epoch: Epoch, from 0.
         window: Shards shuffled together.
         chips_per_scene: Chips of each scene, a fact of the dataset.
+        passes: Passes over each shard, see `stretches`; a broken one takes other chips in each epoch.
 
     Returns:
-        [chips_per_scene * scenes] chip numbers, each once.
+        [chips_per_scene * scenes] chip numbers, each once, if there is one pass over all shards.
     """
-    starts = np.concatenate([[0], np.cumsum(samples_per_shard)]).astype(np.int64)
-    shards = permutation(len(samples_per_shard), digest, seed, epoch, "shards")
+    whole = stretches(samples_per_shard, chips_per_scene, passes)
+    shards = permutation(len(whole), digest, seed, epoch, "shards")
     parts: list[Chips] = []
     for first in range(0, len(shards), window):
-        samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]])
-        chips = (samples[:, None] * chips_per_scene + np.arange(chips_per_scene)).ravel()
+        chips = np.concatenate([_taken(whole[s], digest, seed, epoch) for s in shards[first : first + window]])
         parts.append(chips[permutation(len(chips), digest, seed, epoch, "chips", first)])
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _taken(stretch: Stretch, digest: str, seed: int, epoch: int) -> Chips:
+    """Return the chips that an epoch takes of a stretch, ascending."""
+    if stretch.taken == stretch.chips:
+        return np.arange(stretch.first, stretch.first + stretch.chips, dtype=np.int64)
+    chosen = permutation(stretch.chips, digest, seed, epoch, "part", stretch.first)[: stretch.taken]
+    return stretch.first + np.sort(chosen)
 
 
 def epoch_batches(
@@ -146,6 +192,7 @@ def epoch_batches(
     global_batch: int,
     shuffle: Shuffle,
     chips_per_scene: int = CHIPS_PER_SCENE,
+    passes: Sequence[float] = (),
 ) -> Chips:
     """Return the global batches of one epoch; they do not depend on ranks, workers and restarts.
 
@@ -157,11 +204,11 @@ def epoch_batches(
     Returns:
         [steps, global_batch] chip numbers, none twice; the tail that does not fill a batch is dropped.
     """
-    chips = epoch_chips(samples_per_shard, digest, seed, epoch, shuffle.window, chips_per_scene)
+    chips = epoch_chips(samples_per_shard, digest, seed, epoch, shuffle.window, chips_per_scene, passes)
     steps = steps_per_epoch(len(chips), global_batch)
     lanes = max(count for count in range(1, min(shuffle.lanes, global_batch) + 1) if global_batch % count == 0)
-    stretches = chips[: steps * global_batch].reshape(lanes, steps, global_batch // lanes)
-    return np.ascontiguousarray(stretches.transpose(1, 0, 2)).reshape(steps, global_batch)
+    lane_slices = chips[: steps * global_batch].reshape(lanes, steps, global_batch // lanes)
+    return np.ascontiguousarray(lane_slices.transpose(1, 0, 2)).reshape(steps, global_batch)
 
 
 def steps_per_epoch(num_chips: int, global_batch: int) -> int:

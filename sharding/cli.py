@@ -12,11 +12,12 @@ from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.format.index import Index
 from sharding.format.sample import fetch_sample
+from sharding.inspection.describe import SHEET_ROWS, describe, describe_sample, draw, find
+from sharding.inspection.page import write_html
 from sharding.names import local_path
 from sharding.prepare.options import SampleOptions
-from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw, find
 from sharding.run.job import ShardJob, ShardOptions
-from sharding.run.named_file import check_report, check_sheet, write_report
+from sharding.run.named_file import check_page, check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import processes
 from sharding.schema import check_range
@@ -106,6 +107,12 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="FILE",
         help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR",
     )
+    verb.add_argument(
+        "--html",
+        type=partial(local_path, "--html"),
+        metavar="FILE",
+        help="write a page of the whole dataset: footprints, and the grid, bands, histograms and agreement of each AOI",
+    )
     verb.set_defaults(run=run_inspect)
 
 
@@ -172,7 +179,8 @@ def run_shard(job: ShardJob, runner: Runner | None = None) -> int:
     # First: the worker processes load torch while the imports below load it here.
     runner = runner or processes(job.workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1))
     # Here, not above: every other verb must run without rasterio.
-    from sharding.run.dataset import TooFewAoisError, shard_folder
+    from sharding.run.dataset import shard_folder
+    from sharding.run.planner import TooFewAoisError
 
     storage = open_storage(job.output, job.storage)
     if job.report:
@@ -234,6 +242,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     index = Index.load(storage)
     if args.png is not None:
         check_sheet(args.png)
+    if args.html is not None:
+        check_page(args.html)
+    if args.html is not None and args.aoi is not None:
+        raise UserError("--html is a page of the whole dataset: give it without --aoi")
     if args.aoi is not None:
         split, shard, entry = find(index, args.aoi)
         lines = describe_sample(split, shard, fetch_sample(storage, shard, entry), index.facts.bands.lr_rgb)
@@ -244,6 +256,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.png is not None:
         draw(index, storage, args.png, args.aoi)
         say(f"contact sheet: {args.png} (* marks the clearest revisit)")
+    if args.html is not None:
+        left_out = write_html(index, storage, args.html)
+        say(f"page: {args.html}" + (f", without {left_out} AOIs that agree best" if left_out else ""))
     return 0
 
 

@@ -11,7 +11,7 @@ from cluster.deploy.crds import check_documents
 from cluster.deploy.spec import DeploySpec, places
 from cluster.deploy.text import MARK
 from cluster.jobs.submit import JOB_FILE
-from pipeline.config import require
+from pipeline.values import require
 from sharding.errors import UserError
 
 

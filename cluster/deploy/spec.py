@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cluster.jobs.submit import JobRequest, build_request
 from cluster.jobs.train_job import Placement
-from pipeline.config import RunConfig, build_config, load_config, require
+from pipeline.config import RunConfig, load_config
+from pipeline.values import build_config, require
 from sharding.errors import UserError
 from sharding.names import refuse_secret
 
@@ -344,5 +345,7 @@ def _name_of_secret(option: str, value: str) -> None:
 
 def places(config: RunConfig) -> dict[str, str]:
     """Return the URIs of a run that its nodes read or write, by key."""
-    found = {"data.uri": config.data.uri, "output.uri": config.output.uri, "train.init": config.train.init}
+    uris = config.data.uris
+    datasets = {"data.uri" if len(uris) == 1 else f"data.uri[{number}]": uri for number, uri in enumerate(uris)}
+    found = {**datasets, "output.uri": config.output.uri, "train.init": config.train.init}
     return {option: uri for option, uri in found.items() if uri}

@@ -175,7 +175,7 @@ def _ask_stores(config: ConfigValues) -> None:
     from pipeline.config import RunConfig  # slow: imports torch
 
     run = RunConfig.from_dict(config)
-    for uri in (run.data.uri, run.output.uri):
+    for uri in (*run.data.uris, run.output.uri):
         try:
             open_storage(uri).exists(INDEX_NAME)
         except StorageUnavailableError:

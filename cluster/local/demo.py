@@ -21,9 +21,9 @@ from cluster.local.processes import ProcessId, identify, is_running
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation.evaluate import Evaluation, evaluate_run
 from sharding.errors import UserError
+from sharding.inspection.describe import describe
 from sharding.progress import progress
 from sharding.run.dataset import shard_folder
-from sharding.run.inspection import describe
 from sharding.run.job import ShardOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.data.chips import ChipLayout, StoredChips, Variant, turn_and_flip
 from pipeline.data.scene_layout import Scene
 from pipeline.data.simulate import SIMULATORS, chip_generator
+from pipeline.quality.masks import has_data
 
 BLANK = 0.3
 """Reflectance of quarantined chips: any finite image works, since their weight is 0."""
@@ -30,14 +31,17 @@ class Batch:
     revisit: Tensor
     """[B] int64, the revisit that a head without encoder is given."""
     weight: Tensor
-    """[B] float32: 1, or 0 for a quarantined chip, which must not count."""
+    """[B] float32: 1, or 0 for a quarantined chip or one without enough data, which must not count."""
     chips: tuple[int, ...]
     """Chip numbers, chips of a scene * sample + window."""
+    valid: Tensor | None = None
+    """[B, 1, H, W] float32, 1 where target and PAN hold data, else 0; None if the dataset does not store it."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the order of the fields."""
-        return [self.lr, self.pan, self.hr, self.revisit, self.weight]
+        tensors = [self.lr, self.pan, self.hr, self.revisit, self.weight]
+        return tensors if self.valid is None else [*tensors, self.valid]
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
@@ -52,8 +56,8 @@ class Batch:
 
     @staticmethod
     def _with(tensors: Sequence[Tensor], chips: tuple[int, ...]) -> Batch:
-        lr, pan, hr, revisit, weight = tensors
-        return Batch(lr, pan, hr, revisit, weight, chips)
+        lr, pan, hr, revisit, weight, *valid = tensors
+        return Batch(lr, pan, hr, revisit, weight, chips, *valid)
 
 
 def collate(batches: Sequence[Batch]) -> Batch:
@@ -76,7 +80,7 @@ class StoredBatch:
             else torch.from_numpy(np.empty(shape, np.uint8))
         )
         """[B, chip_bytes], each chip as bytes."""
-        self.lr, self.hr, self.pan = layout.tensors(self.memory)
+        self.lr, self.hr, self.pan, *_ = layout.tensors(self.memory)
         """[B, R, C, h, w], [B, C, H, W] and [B, 1, H, W], views of it."""
         self.weight = torch.ones(size, pin_memory=pin)
         """[B], 1, or 0 for a quarantined chip."""
@@ -94,7 +98,7 @@ class StoredBatch:
         if scene is not None:
             scene.copy(self.variants[slot].window, self._stored, slot)
             return
-        for images in self._stored.images:
+        for images in self._stored.images:  # also the mask, where it counts as data
             images[slot] = (BLANK - self.layout.offset) / self.layout.unit
         self.weight[slot] = 0
 
@@ -115,7 +119,10 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
         simulate: ``off``, or the mode of simulating revisits from the target (`pipeline.data.simulate`).
         draw: Seed and epoch of the simulation.
     """
-    images = stored.layout.tensors(stored.memory.to(device, non_blocking=True))
+    *images, mask = stored.layout.tensors(stored.memory.to(device, non_blocking=True))
+    valid = (mask != 0).to(torch.float32) if stored.layout.valid else None
+    if valid is None:
+        images.append(mask)
     lr, hr, pan = (image.to(torch.float32) * stored.layout.unit for image in images)
     if stored.layout.offset:
         lr, hr, pan = (image + stored.layout.offset for image in (lr, hr, pan))
@@ -125,7 +132,7 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
     for (turns, flip), slots in groups.items():
         if turns or flip:
             chosen = send(torch.tensor(slots), device)
-            for image in (lr, hr, pan):
+            for image in (lr, hr, pan, *([] if valid is None else [valid])):
                 image[chosen] = turn_and_flip(image[chosen], turns, flip)
     if simulator := SIMULATORS.get(simulate):
         stored_revisits, *_, rows, columns = stored.layout.lr
@@ -134,11 +141,13 @@ def to_batch(stored: StoredBatch, device: torch.device, simulate: str, draw: tup
             for target, chip in zip(hr, stored.chips, strict=True)
         ]
         lr = torch.stack(made)
+    weight = stored.weight.to(device, copy=True, non_blocking=True)
     return Batch(
         lr=lr,
         pan=pan,
         hr=hr,
         revisit=send(torch.tensor([variant.revisit for variant in stored.variants]), device),
-        weight=stored.weight.to(device, copy=True, non_blocking=True),
+        weight=weight if valid is None else weight * has_data(valid),
         chips=stored.chips,
+        valid=valid,
     )

@@ -56,7 +56,10 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class ChipLayout:
-    """Shapes of a dataset's chips and the layout of one chip in memory: revisits, target, PAN, in this order."""
+    """Shapes of a dataset's chips and the layout of one chip in memory: revisits, target, PAN, in this order.
+
+    A mask of pixels with data follows if the dataset stores one, in the same data type.
+    """
 
     lr: tuple[int, int, int, int]
     """Revisits, bands, rows, columns."""
@@ -72,12 +75,15 @@ class ChipLayout:
     """True if samples differ in the ratio of their grids: an HR window is then placed by the sample's own ratio."""
     revisits: int = 0
     """Revisits to simulate; 0 for as many as are stored."""
+    valid: bool = False
+    """True if samples have a mask of pixels with data (`sharding.format.layout.VALID`)."""
 
     @cached_property
     def _parts(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """Return first byte, end byte and shape of each image."""
         parts, start = [], 0
-        for shape in (self.lr, self.hr, (1, *self.hr[1:])):
+        mask = (1, *self.hr[1:])
+        for shape in (self.lr, self.hr, mask, *([mask] if self.valid else [])):
             stop = start + math.prod(shape) * self.dtype.itemsize
             parts.append((start, stop, shape))
             start = stop
@@ -89,7 +95,10 @@ class ChipLayout:
         return self._parts[-1][1]
 
     def tensors(self, memory: Tensor) -> list[Tensor]:
-        """Return LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W] of chips, views of uint8 [N, chip_bytes]."""
+        """Return LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W] of chips, views of uint8 [N, chip_bytes].
+
+        The mask of pixels with data [N, 1, H, W], 1 or 0, follows if there is one.
+        """
         return [memory[:, start:stop].view(self.dtype).view(-1, *shape) for start, stop, shape in self._parts]
 
 
@@ -103,17 +112,17 @@ class StoredChips:
         """[N, chip_bytes], each chip as bytes."""
         self._native = layout.native
         self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
-        """LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W], views of the rows."""
+        """LR [N, R, C, h, w], HR [N, C, H, W], PAN [N, 1, H, W] and the mask if there is one, views of the rows."""
 
-    def crop(self, slot: int, scene: Sequence[Stored], window: Window) -> None:
-        """Copy a window of a scene's LR, HR and PAN."""
+    def crop(self, slot: int, scene: Sequence[Stored], window: Window, revisits: Sequence[int] | None = None) -> None:
+        """Copy a window of a scene's LR, HR, PAN and mask; ``revisits`` are taken in place of all in their order."""
         if self._native:
             window = centred(window, scene[0].shape[-2:], scene[1].shape[-2:])
         x, y, size, hr_x, hr_y, hr_size = window
-        lr, hr, pan = self.images
-        lr[slot] = scene[0][:, :, y : y + size, x : x + size]
-        hr[slot] = scene[1][:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
-        pan[slot] = scene[2][:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
+        stored = scene[0][:, :, y : y + size, x : x + size]
+        self.images[0][slot] = stored if revisits is None else stored[list(revisits)]
+        for image, whole in zip(self.images[1:], scene[1:], strict=True):
+            image[slot] = whole[:, hr_y : hr_y + hr_size, hr_x : hr_x + hr_size]
 
 
 def chip_window(chip: int, scale: float, grid: ChipGrid = WORLDSTRAT_CHIPS) -> Window:

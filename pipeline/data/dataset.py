@@ -23,15 +23,15 @@ from pipeline.config import DataConfig
 from pipeline.data.batches import Batch, StoredBatch, to_batch
 from pipeline.data.chips import ChipLayout, Variant, Window, chip_window, training_draws, training_variant
 from pipeline.data.disk_cache import DiskCache
+from pipeline.data.mix import open_dataset
 from pipeline.data.sample_reader import SampleReader
 from pipeline.data.scene_cache import SceneCache
 from pipeline.data.scene_layout import CutScenes, WholeScenes, clearest
 from pipeline.order import evaluation_slots
 from sharding.errors import UserError
 from sharding.format.entries import SampleEntry, ShardEntry
-from sharding.format.index import SPLITS, Index
-from sharding.format.layout import smallest
-from sharding.storage import open_storage
+from sharding.format.index import SPLITS
+from sharding.format.layout import VALID, smallest
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ class ChipDataset(Dataset[Batch]):
     copy, such as a worker process of torch gets, has a scene cache of its own.
     """
 
-    def __init__(self, uri: str, split: str, config: DataConfig) -> None:
+    def __init__(self, uri: str | Sequence[str], split: str, config: DataConfig) -> None:
         """Open the index.
 
         Args:
-            uri: Folder or s3:// prefix of the dataset.
+            uri: Folder or s3:// prefix of the dataset, or a list of several (`pipeline.data.mix`).
             split: ``train``, ``val`` or ``test``.
             config: Memory and disk limits, augmentation and simulation.
 
@@ -61,8 +61,8 @@ class ChipDataset(Dataset[Batch]):
         """
         if not uri:
             raise UserError("data.uri is empty: name a dataset written by `satfusion shard`, as data.uri=URI")
-        self.storage = open_storage(uri)
-        self.index = Index.load(self.storage)
+        self._opened = open_dataset(uri)
+        self.storage, self.index = self._opened.storage, self._opened.index
         self.config = config
         self._refuse_repeats()
         self.grid = self.index.facts.chips
@@ -78,7 +78,9 @@ class ChipDataset(Dataset[Batch]):
         windows = [self.window(chip) for chip in range(self.chips_per_scene)]
         self.scenes = SceneCache(
             SampleReader(self.storage, disk),
-            WholeScenes(largest) if config.random_windows else CutScenes(self.layout, windows, largest),
+            WholeScenes(largest, config.cloudy)
+            if config.random_windows
+            else CutScenes(self.layout, windows, largest, config.cloudy),
             config.cache_mib << 20,
             # Users of scenes: a pool for training, one for evaluation, and a caller that reads a chip by its number.
             2 * config.loader_threads + 1,
@@ -137,6 +139,8 @@ class ChipDataset(Dataset[Batch]):
             raise UserError(f"{self.storage.uri} has no split {split!r}: it has {', '.join(self.index.splits)}")
         self.split = split
         self.shards = self.index.splits[split]
+        self.passes = self._opened.passes(self.shards)
+        """Passes of an epoch over each shard; empty for one over all."""
         self._places = self.index.samples(split)
         if not self._places:
             raise UserError(
@@ -193,6 +197,7 @@ class ChipDataset(Dataset[Batch]):
             offset=facts.radiometry.offset,
             native=facts.ratio is None,
             revisits=self.revisits,
+            valid=VALID in facts.masks,
         )
 
     @property
@@ -236,13 +241,17 @@ class ChipDataset(Dataset[Batch]):
         """Return the chip's name, ``AOI/<number of the chip in its scene>``."""
         return f"{self.aoi(chip)}/{chip % self.chips_per_scene}"
 
+    def _place(self, chip: int) -> tuple[ShardEntry, SampleEntry]:
+        """Return shard and sample of a chip; chips of further passes are numbered after those of the first."""
+        return self._places[chip // self.chips_per_scene % len(self._places)]
+
     def aoi(self, chip: int) -> str:
         """Return the name of the chip's AOI."""
-        return self._places[chip // self.chips_per_scene][1].aoi
+        return self._place(chip)[1].aoi
 
     def agreement(self, chip: int) -> float | None:
         """Return the correlation of the revisits of the chip's AOI with its target; None if the index has none."""
-        content = self._places[chip // self.chips_per_scene][1].content
+        content = self._place(chip)[1].content
         return content.correlation if content else None
 
     def variant(self, chip: int, draws: npt.NDArray[np.uint64]) -> Variant:
@@ -264,9 +273,10 @@ class ChipDataset(Dataset[Batch]):
         Simulated revisits are all of the target, and may be fewer than the stored ones: then it is their first.
         """
         stored = StoredBatch(self.layout, 1)
-        with self.scenes.use(*self._places[chip // self.chips_per_scene]) as scene:
-            revisit = clearest(scene) if scene and self.simulation == "off" else 0
-            stored.begin([chip], [Variant(self.window(chip), 0, False, revisit)])
+        with self.scenes.use(*self._place(chip)) as scene:
+            window = self.window(chip)
+            revisit = clearest(scene, window) if scene and self.simulation == "off" else 0
+            stored.begin([chip], [Variant(window, 0, False, revisit)])
             stored.put(0, scene)
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
 
@@ -280,7 +290,7 @@ class ChipDataset(Dataset[Batch]):
         """Crop chips out of their scenes; read scenes that are not cached."""
         into.begin(chips, variants)
         for slot, chip in enumerate(chips):
-            with self.scenes.use(*self._places[chip // self.chips_per_scene]) as scene:
+            with self.scenes.use(*self._place(chip)) as scene:
                 into.put(slot, scene)
 
     @property
@@ -290,12 +300,12 @@ class ChipDataset(Dataset[Batch]):
 
     def prefetch(self, scenes: Sequence[int]) -> None:
         """Prefetch scenes of one shard, in their order in the shard."""
-        shard, _ = self._places[scenes[0]]
-        self.scenes.prefetch(shard, [self._places[scene][1] for scene in scenes])
+        found = [self._places[scene % len(self._places)] for scene in scenes]
+        self.scenes.prefetch(found[0][0], [entry for _, entry in found])
 
     def neighbourhood(self, scene: int) -> tuple[str, int]:
         """Return the shard and the part of it that one request may read; equal for all scenes of that part."""
-        shard, entry = self._places[scene]
+        shard, entry = self._places[scene % len(self._places)]
         return shard.name, entry.offset // (self.scenes.reader.request_bytes or 1)
 
 

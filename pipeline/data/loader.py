@@ -16,7 +16,7 @@ from pipeline.data.batches import Batch, StoredBatch, to_batch
 from pipeline.data.chips import training_draws
 from pipeline.data.dataset import CPU, ChipDataset
 from pipeline.data.prefetch import Prefetcher
-from pipeline.order import BatchPlan, Chips, OrderState, Shuffle, epoch_batches, rank_slots, steps_per_epoch
+from pipeline.order import BatchPlan, Chips, OrderState, Shuffle, epoch_batches, rank_slots, steps_per_epoch, stretches
 from sharding.errors import UserError
 
 T = TypeVar("T")
@@ -50,13 +50,17 @@ class TrainLoader:
         Raises:
             UserError: The split holds less than one global batch.
         """
-        self.steps_per_epoch = steps_per_epoch(dataset.num_chips, plan.global_batch)
+        self._sizes = [len(shard.samples) for shard in dataset.shards]
+        whole = stretches(self._sizes, dataset.chips_per_scene, dataset.passes)
+        num_chips = sum(stretch.taken for stretch in whole)
+        self._num_draws = max(stretch.first + stretch.chips for stretch in whole)
+        self.steps_per_epoch = steps_per_epoch(num_chips, plan.global_batch)
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"train.global_batch = {plan.global_batch} is more than the {dataset.num_chips} chips of"
-                f" split {dataset.split!r}: set it to {dataset.num_chips} or less"
+                f"train.global_batch = {plan.global_batch} is more than the {num_chips} chips of"
+                f" split {dataset.split!r}: set it to {num_chips} or less"
             )
-        self.dropped_chips = dataset.num_chips - self.steps_per_epoch * plan.global_batch
+        self.dropped_chips = num_chips - self.steps_per_epoch * plan.global_batch
         self.quarantined_chips = 0
         """Quarantined chips, of weight 0, in the batches taken so far."""
         self.wait_seconds = 0.0
@@ -80,6 +84,7 @@ class TrainLoader:
             plan.global_batch,
             self._shuffle.window,
             self._shuffle.lanes,
+            dataset.config.cloudy,
         )
         # Last in, first out: the memory returned last may still be in the processor's cache.
         self._memory: LifoQueue[StoredBatch] = LifoQueue()
@@ -87,18 +92,18 @@ class TrainLoader:
     def order(self, epoch: int) -> Chips:
         """Return the global batches [steps, global_batch] of ``epoch``."""
         if self._order is None or self._order[0] != epoch:
-            sizes = [len(shard.samples) for shard in self._dataset.shards]
             digest = self._dataset.index.digest
             self._order = (
                 epoch,
                 epoch_batches(
-                    sizes,
+                    self._sizes,
                     digest,
                     self._seed,
                     epoch,
                     self._plan.global_batch,
                     self._shuffle,
                     self._dataset.chips_per_scene,
+                    self._dataset.passes,
                 ),
             )
         return self._order[1]
@@ -163,12 +168,12 @@ class TrainLoader:
         process has a scene cache of its own, of up to ``data.cache_mib``.
         """
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
-        return _EpochBatches(self._dataset, slots, self._seed, epoch)
+        return _EpochBatches(self._dataset, slots, self._num_draws, (self._seed, epoch))
 
     def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
         """Yield ``finish`` of each batch; threads call it to prepare batches ahead of the consumer."""
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
-        draws = training_draws(self._dataset.num_chips, self._seed, epoch)
+        draws = training_draws(self._num_draws, self._seed, epoch)
         memory = self._memory
         # The batch in use, and those prepared ahead.
         while memory.qsize() <= min(len(slots), self._config.prefetch_batches):
@@ -208,9 +213,9 @@ class TrainLoader:
 class _EpochBatches(Dataset[Batch]):
     """Batches by their number."""
 
-    def __init__(self, dataset: ChipDataset, slots: Chips, seed: int, epoch: int) -> None:
-        self._dataset, self._slots, self._draw = dataset, slots, (seed, epoch)
-        self._draws = training_draws(dataset.num_chips, seed, epoch)
+    def __init__(self, dataset: ChipDataset, slots: Chips, num_draws: int, draw: tuple[int, int]) -> None:
+        self._dataset, self._slots, self._draw = dataset, slots, draw
+        self._draws = training_draws(num_draws, *draw)
 
     def __len__(self) -> int:
         return len(self._slots)

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from pipeline.data.disk_cache import DiskCache
+from pipeline.data.mix import SampleStore
 from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.sample import check_sample
-from sharding.storage import BucketNotFoundError, CorruptedError, Fill, NotFoundError, Storage
+from sharding.storage import BucketNotFoundError, CorruptedError, Fill, NotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class SampleReader:
     Each of its `Fill`s is for one sample: it fills a buffer of the sample's length, or raises.
     """
 
-    def __init__(self, storage: Storage, disk: DiskCache | None) -> None:
+    def __init__(self, storage: SampleStore, disk: DiskCache | None) -> None:
         """Read from ``disk`` if it has the sample, else from ``storage``; then store the sample in ``disk``."""
         self._storage = storage
         self._disk = disk

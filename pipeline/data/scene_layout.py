@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from pipeline.clouds import Cloudy, choose, clear_shares
 from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
 from sharding.format.entries import JSON_SUFFIX, SampleEntry
+from sharding.format.layout import VALID
 from sharding.format.sample import clearest_of, images_of
 from sharding.storage import Fill
 
@@ -24,14 +27,21 @@ class Scene(Protocol):
         """Return the sample's JSON."""
         ...
 
+    def revisits(self, window: Window) -> Sequence[int] | None:
+        """Return the stored revisits that the chip of a window consists of; None for all, each once."""
+        ...
+
     def copy(self, window: Window, into: StoredChips, slot: int) -> None:
         """Copy the chip of a window."""
         ...
 
 
-def clearest(scene: Scene) -> int:
-    """Return the clearest revisit of a scene, 0-based."""
-    return cast(int, json.loads(scene.text)["clearest"])
+def clearest(scene: Scene, window: Window) -> int:
+    """Return the place of the scene's clearest revisit in the chip of a window, 0-based; 0 if the chip lacks it."""
+    number, revisits = cast(int, json.loads(scene.text)["clearest"]), scene.revisits(window)
+    if revisits is None:
+        return number
+    return revisits.index(number) if number in revisits else 0
 
 
 class SceneLayout(Protocol):
@@ -51,14 +61,25 @@ class SceneLayout(Protocol):
 class WholeScene:
     """A sample as stored, of which any window can be cropped."""
 
-    images: tuple[Stored, Stored, Stored]
-    """LR [R, C, h, w], HR [3, H, W] and PAN [1, H, W]."""
+    images: tuple[Stored, ...]
+    """LR [R, C, h, w], HR [3, H, W], PAN [1, H, W] and, if it is stored, the mask of pixels with data [1, H, W]."""
+    clm: npt.NDArray[np.uint8]
+    """Cloud masks [R, 1, h, w]."""
     text: bytes
     """The sample's JSON."""
+    cloudy: Cloudy = "keep"
+    """Rule for cloudy revisits."""
+
+    def revisits(self, window: Window) -> tuple[int, ...] | None:
+        """Choose the revisits by their clouds in the window."""
+        if self.cloudy == "keep":
+            return None
+        rows, columns = (slice(start, start + window.size) for start in (window.y, window.x))
+        return choose(clear_shares(self.images[0][..., rows, columns], self.clm[..., rows, columns]), self.cloudy)
 
     def copy(self, window: Window, into: StoredChips, slot: int) -> None:
         """Crop the chip."""
-        into.crop(slot, self.images, window)
+        into.crop(slot, self.images, window, self.revisits(window))
 
 
 @dataclass(frozen=True)
@@ -67,10 +88,12 @@ class WholeScenes:
 
     scene_bytes: int
     """Bytes of the largest sample."""
+    cloudy: Cloudy = "keep"
+    """Rule for cloudy revisits."""
 
     def read(self, entry: SampleEntry, memory: Memory, fill: Fill) -> WholeScene:
         """Read the sample into its final memory."""
-        return _read_whole(entry, memory, fill)
+        return _read_whole(entry, memory, fill, self.cloudy)
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,12 @@ class CutScene:
     """Number of each window's chip."""
     text: bytes
     """The sample's JSON."""
+    chosen: Mapping[Window, tuple[int, ...] | None]
+    """Revisits of each window's chip."""
+
+    def revisits(self, window: Window) -> tuple[int, ...] | None:
+        """Return the revisits that were chosen when the scene was read."""
+        return self.chosen[window]
 
     def copy(self, window: Window, into: StoredChips, slot: int) -> None:
         """Copy the chip."""
@@ -96,9 +125,9 @@ class CutScenes:
     processor's cache; a contiguous chip is then copied at the speed of memory.
     """
 
-    def __init__(self, layout: ChipLayout, windows: Sequence[Window], largest: int) -> None:
-        """Prepare to crop ``windows`` out of samples of up to ``largest`` bytes."""
-        self._layout, self._largest = layout, largest
+    def __init__(self, layout: ChipLayout, windows: Sequence[Window], largest: int, cloudy: Cloudy = "keep") -> None:
+        """Prepare to crop ``windows`` out of samples of up to ``largest`` bytes, by a rule for cloudy revisits."""
+        self._layout, self._largest, self._cloudy = layout, largest, cloudy
         self._numbers = {window: number for number, window in enumerate(windows)}
         self._free_buffers: list[Memory] = []
 
@@ -114,19 +143,21 @@ class CutScenes:
         except IndexError:
             buffer = np.empty(self._largest, np.uint8)
         try:
-            scene = _read_whole(entry, buffer, fill)
+            scene = _read_whole(entry, buffer, fill, self._cloudy)
             chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
+            chosen = {window: scene.revisits(window) for window in self._numbers}
             for window, number in self._numbers.items():
-                chips.crop(number, scene.images, window)
-            return CutScene(chips, self._numbers, scene.text)
+                chips.crop(number, scene.images, window, chosen[window])
+            return CutScene(chips, self._numbers, scene.text, chosen)
         finally:
             self._free_buffers.append(buffer)
 
 
-def _read_whole(entry: SampleEntry, memory: Memory, fill: Fill) -> WholeScene:
+def _read_whole(entry: SampleEntry, memory: Memory, fill: Fill, cloudy: Cloudy) -> WholeScene:
     sample = memoryview(memory)[: entry.size]  # type: ignore[arg-type]
     fill(sample)
     images = images_of(entry, sample)
     clearest_of(entry, sample)  # so that a JSON that lacks it is damage of this sample
     offset, length = entry.members[JSON_SUFFIX]
-    return WholeScene((images["lr"], images["hr"], images["pan"]), bytes(sample[offset : offset + length]))
+    shown = tuple(images[name] for name in ("lr", "hr", "pan", VALID) if name in images)
+    return WholeScene(shown, images["clm"], bytes(sample[offset : offset + length]), cloudy)

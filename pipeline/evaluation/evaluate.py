@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from pipeline.reporting.panels import panel
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from pipeline.training.validation import resolution_ratio
 from sharding.errors import UserError
+from sharding.format.entries import agreement_bin
 from sharding.progress import progress
 from sharding.storage import Storage, open_storage
 from sharding.storage.lock import Lock
@@ -78,7 +81,21 @@ class Evaluation:
             means = self.means(method)
             lines.append(f"{method:18}" + "".join(f"{means[column]:>10.4g}" for column in COLUMNS))
         lines.append("* after bias adjustment to the truth's band means; psnr in dB, sam in degrees, ergas in percent")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._by_agreement()])
+
+    def _by_agreement(self) -> Iterator[str]:
+        """Yield a histogram of the AOIs' agreement, and the mean PSNR of each method by it."""
+        known = [row for row in self.chips if row["agreement"] is not None]
+        if not known:
+            return
+        yield "agreement of revisits with the target, correlation from: AOIs, and their mean psnr by method"
+        yield f"{'':10}{'AOIs':>6}" + "".join(f"{method:>18}" for method in self.methods)
+        known.sort(key=lambda row: cast(float, row["agreement"]))
+        for name, rows in itertools.groupby(known, lambda row: agreement_bin(cast(float, row["agreement"]))):
+            own = list(rows)
+            aois = len({row["aoi"] for row in own})
+            means = (_mean([row["psnr"] for row in own if row["method"] == method]) for method in self.methods)
+            yield f"{name:10}{aois:>6}" + "".join(f"{mean:>18.4g}" for mean in means)
 
 
 def evaluate_run(
@@ -204,7 +221,9 @@ def _score(
         for number, (batch, counts) in enumerate(evaluation_batches(dataset, device=device)):
             bar.update()
             if not counts:
-                logger.warning("skipped in the metrics: %s is quarantined", dataset.chip_id(batch.chips[0]))
+                logger.warning(
+                    "skipped in the metrics: %s is quarantined or holds no data", dataset.chip_id(batch.chips[0])
+                )
                 continue
             with torch.no_grad():
                 images = {
@@ -214,7 +233,7 @@ def _score(
             images |= baselines(batch)
             chip = batch.chips[0]
             for method in methods:
-                metrics = image_metrics(images[method], batch.hr, registration, resolution_ratio(dataset))
+                metrics = image_metrics(images[method], batch.hr, registration, resolution_ratio(dataset), batch.valid)
                 place: dict[str, object] = {
                     "aoi": dataset.aoi(chip),
                     "chip": chip % dataset.chips_per_scene,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.satfusion import Fusion
+from pipeline.quality.masks import band_means, mean_over, registered_mask, window_mask
 from pipeline.quality.registration import MODES, Mode, Registered, register
 from pipeline.quality.similarity import spectral_cosine, ssim_map, widen
 from sharding.errors import UserError, nearest
@@ -98,12 +99,15 @@ class LossParts(NamedTuple):
     """Chosen (dy, dx) of the result [B, 2], pixels."""
 
 
-def bias_adjust(prediction: Tensor, target: Tensor) -> Tensor:
-    """Shift each sample and band of [B, C, H, W] to its target's mean; the gradient flows through the mean."""
-    return prediction + (target - prediction).mean(dim=(-2, -1), keepdim=True)
+def bias_adjust(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Shift each sample and band of [B, C, H, W] to its target's mean; the gradient flows through the mean.
+
+    A mask [B, 1, H, W] limits both means to pixels with data.
+    """
+    return prediction + band_means(target - prediction, valid)
 
 
-def fusion_loss(images: Fusion, target: Tensor, config: LossConfig) -> LossParts:
+def fusion_loss(images: Fusion, target: Tensor, config: LossConfig, valid: Tensor | None = None) -> LossParts:
     """Return the loss of each sample.
 
     Half and bfloat16 images, and images under autocast, are compared in float32.
@@ -112,6 +116,7 @@ def fusion_loss(images: Fusion, target: Tensor, config: LossConfig) -> LossParts
         images: Result of the network, images [B, C, H, W], reflectance.
         target: High-resolution images of the same shape.
         config: Weights, placement and registration.
+        valid: Mask [B, 1, H, W] of pixels with data, 1 or 0; the others have no part in any value. None takes all.
 
     Raises:
         UserError: If the images are smaller than 11 px.
@@ -119,30 +124,44 @@ def fusion_loss(images: Fusion, target: Tensor, config: LossConfig) -> LossParts
     """
     with torch.autocast(target.device.type, enabled=False):
         target = widen(target)
-        prediction = _prepare(images.fused, target, config)
-        pair = _register(prediction, target, config)
-        of_encoder = _pair_of(images.mfif, images, pair, target, config)
-        of_head = _pair_of(images.msif, images, pair, target, config)
+        compared = _Compared(target, valid, config)
+        prediction = compared.adjusted(images.fused)
+        pair = compared.register(prediction)
+        of_encoder = _pair_of(images.mfif, images, pair, compared)
+        of_head = _pair_of(images.msif, images, pair, compared)
         similarity = ssim_map(of_head.prediction, of_head.target, SSIM_TAPS, mirror=True, epsilon=1e-12)
-        mse = (of_encoder.prediction - of_encoder.target).square().mean(dim=(1, 2, 3))
-        mae = (pair.prediction - pair.target).abs().mean(dim=(1, 2, 3))
-        ssim = ((1 - similarity) / 2).clamp(0, 1).mean(dim=(1, 2, 3))
-        sam = (1 - spectral_cosine(prediction, target)).mean(dim=(1, 2))
+        windows = None if compared.mask is None else window_mask(compared.mask, SSIM_TAPS)
+        mse = mean_over((of_encoder.prediction - of_encoder.target).square(), compared.mask)
+        mae = mean_over((pair.prediction - pair.target).abs(), compared.mask)
+        ssim = mean_over(((1 - similarity) / 2).clamp(0, 1), windows)
+        sam = mean_over((1 - spectral_cosine(prediction, target)).unsqueeze(1), valid)
         total = config.mse * mse + config.mae * mae + config.ssim * ssim + config.sam * sam
     return LossParts(total, mse, mae, ssim, sam, pair.shift)
 
 
-def _prepare(image: Tensor, target: Tensor, config: LossConfig) -> Tensor:
-    image = widen(image)
-    return bias_adjust(image, target) if config.bias_adjust else image
+class _Compared(NamedTuple):
+    """Target of a comparison, the pixels that count, and how images are prepared for it."""
+
+    target: Tensor
+    valid: Tensor | None
+    config: LossConfig
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Mask of the registered pixels that count; None for all."""
+        return None if self.valid is None else registered_mask(self.valid)
+
+    def adjusted(self, image: Tensor) -> Tensor:
+        image = widen(image)
+        return bias_adjust(image, self.target, self.valid) if self.config.bias_adjust else image
+
+    def register(self, prediction: Tensor) -> Registered:
+        mode = self.config.registration
+        return register(prediction, self.target, mode, PREFERENCE if mode == "centred" else 0.0, self.mask)
 
 
-def _register(prediction: Tensor, target: Tensor, config: LossConfig) -> Registered:
-    return register(prediction, target, config.registration, PREFERENCE if config.registration == "centred" else 0.0)
-
-
-def _pair_of(image: Tensor | None, images: Fusion, fused: Registered, target: Tensor, config: LossConfig) -> Registered:
+def _pair_of(image: Tensor | None, images: Fusion, fused: Registered, compared: _Compared) -> Registered:
     """Register a stage's image if the loss is staged; else, or if the image is the result, return the result's pair."""
-    if config.placement == "fused" or image is None or image is images.fused:
+    if compared.config.placement == "fused" or image is None or image is images.fused:
         return fused
-    return _register(_prepare(image, target, config), target, config)
+    return compared.register(compared.adjusted(image))

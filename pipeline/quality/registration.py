@@ -50,7 +50,13 @@ class Registered:
     """Mean squared error of every shift [81, B]."""
 
 
-def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", preference: float = 0.0) -> Registered:
+def register(
+    prediction: Tensor,
+    target: Tensor,
+    mode: Mode = "centred",
+    preference: float = 0.0,
+    mask: Tensor | None = None,
+) -> Registered:
     """Shift each sample's target to the least mean squared error to the prediction.
 
     The search has no gradient and keeps no graph; the chosen pair does. A tie that includes the zero shift, as for a
@@ -64,6 +70,7 @@ def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", prefere
             figures: it crops 3 px away from that place, has no such tie rule, and does not normalise its kernel.
         preference: Relative penalty on an error for each squared pixel of its shift's length, so that of two shifts
             that fit about equally the shorter is chosen. A zero error stays zero.
+        mask: Mask [B, 1, H - 10, W - 10] of the pixels that are compared (`pipeline.quality.masks`); None takes all.
 
     Raises:
         UserError: If the images are smaller than 11 px, or ``mode`` is unknown.
@@ -78,7 +85,7 @@ def register(prediction: Tensor, target: Tensor, mode: Mode = "centred", prefere
     crop = HALF_WIDTH if mode == "centred" else PUBLISHED_CROP
     height, width = (length - 2 * HALF_WIDTH for length in prediction.shape[-2:])
     cropped = prediction[..., crop : crop + height, crop : crop + width]
-    mse = cast(Tensor, _search(cropped.detach(), target.detach(), mode))
+    mse = cast(Tensor, _search(cropped.detach(), target.detach(), mode, mask))
     steps = _steps(target.device).to(target.dtype)
     squared_length = (steps.square().unsqueeze(1) + steps.square()).flatten()
     weighed = mse * (1 + preference * squared_length).unsqueeze(1)
@@ -122,21 +129,31 @@ def _kernels(device: torch.device, mode: Mode) -> Tensor:
 
 
 @torch.library.custom_op("satfusion::registration_search", mutates_args=())
-def _search(prediction: Tensor, target: Tensor, mode: str) -> Tensor:
+def _search(prediction: Tensor, target: Tensor, mode: str, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared error of every shift [81, B], without a graph.
 
     It is one operator for ``torch.compile``: as 300 to 2000 operators the search takes minutes to compile. As one
     operator it also rounds, hence chooses between near ties, as without compilation.
     """
-    return _search_centred(prediction, target) if mode == "centred" else _search_published(prediction, target)
+    search = _search_centred if mode == "centred" else _search_published
+    return search(prediction, target, mask)
 
 
 @_search.register_fake
-def _(prediction: Tensor, target: Tensor, mode: str) -> Tensor:
+def _(prediction: Tensor, target: Tensor, mode: str, mask: Tensor | None = None) -> Tensor:
     return prediction.new_empty(len(STEPS) ** 2, len(prediction))
 
 
-def _search_centred(prediction: Tensor, target: Tensor) -> Tensor:
+def _mean_square(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean square [B] of [B, C, H, W] over the pixels of a mask; ``error`` is overwritten."""
+    square = error.square_()
+    if mask is None:
+        return square.mean(dim=(1, 2, 3))
+    count = error.shape[1] * mask.sum(dim=(1, 2, 3)).clamp(min=1)
+    return square.mul_(mask).sum(dim=(1, 2, 3)) / count
+
+
+def _search_centred(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Search by centred kernels.
 
     A half-pixel shift has one kernel for all shifts, and whole pixels need none: four images (shifted by half a pixel
@@ -151,7 +168,7 @@ def _search_centred(prediction: Tensor, target: Tensor) -> Tensor:
             for row in range(image.shape[-2] - height + 1):
                 for column in range(image.shape[-1] - width + 1):
                     window = image.narrow(-2, row, height).narrow(-1, column, width)
-                    error = (window - prediction).square_().mean(dim=(1, 2, 3))
+                    error = _mean_square(window - prediction, mask)
                     errors[2 * row + odd_row, 2 * column + odd_column] = error
     return torch.stack([errors[shift] for shift in sorted(errors)])
 
@@ -164,14 +181,14 @@ def _phases(image: Tensor, half_pixel: list[float], axis: int) -> tuple[Tensor, 
     return image.narrow(axis, HALF_WIDTH - reach, length + 2 * reach), moved
 
 
-def _search_published(prediction: Tensor, target: Tensor) -> Tensor:
+def _search_published(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Search by published kernels, which differ for every shift."""
     errors = []
     for row_taps in TAPS["published"]:
         rows = _correlate(target, row_taps, -2)
         for column_taps in TAPS["published"]:
             shifted = _correlate(rows, column_taps, -1)
-            errors.append(shifted.sub_(prediction).square_().mean(dim=(1, 2, 3)))
+            errors.append(_mean_square(shifted.sub_(prediction), mask))
     return torch.stack(errors)
 
 

@@ -145,7 +145,7 @@ class Trainer:
         if config.train.compile:
             self.loss = compiled(fusion_loss)
         self.values = StepValues(world, config.train.log_every)
-        self._all_count = config.data.damaged == "stop"
+        self._all_count = config.data.damaged == "stop" and not train.layout.valid
         self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)
         self.profiler = StepProfiler(run.local / rank_folder(world.rank), world.rank, config.train.profile)
         self._seed_generators(checkpoint)
@@ -213,7 +213,7 @@ class Trainer:
         counted = self._counted(batch)
         sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
         for micro in batch.split(self.plan.micro_batch):
-            parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss)
+            parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss, micro.valid)
             logged = torch.stack([getattr(parts, field).detach() for field in LOSS_TAGS])
             sums += (logged * micro.weight).double().sum(dim=1)
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
@@ -248,8 +248,8 @@ class Trainer:
             by_rank = {tag: values for tag, values in row.by_rank.items() if tag != COUNTED}
             if row.by_rank[COUNTED][0] == 0:
                 raise UserError(
-                    f"every chip of global batch {row.step} is quarantined: repair the dataset with `satfusion shard`,"
-                    " which builds damaged shards again"
+                    f"every chip of global batch {row.step} is quarantined or without data: repair the dataset with"
+                    " `satfusion shard`, which builds damaged shards again, or leave out samples by its --max-nodata"
                 )
             if not all(values.isfinite().all() for values in by_rank.values()):
                 raise self._not_finite(row.step, row.epoch, by_rank)

@@ -33,6 +33,7 @@ ORDER_KEYS = {
     "global_batch": "train.global_batch",
     "shuffle_window": "data.shuffle_window",
     "lanes": "data.lanes",
+    "cloudy": "data.cloudy",
 }
 """What the user calls each field of `OrderState`."""
 
@@ -151,4 +152,5 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
 def order_state(config: RunConfig, index_digest: str) -> OrderState:
     """Return the state that the order of a run's chips depends on."""
     data, train = config.data, config.train
-    return OrderState(index_digest, SPLIT, train.seed, train.global_batch, data.shuffle_window, data.lanes)
+    shuffle = data.shuffle_window, data.lanes
+    return OrderState(index_digest, SPLIT, train.seed, train.global_batch, *shuffle, data.cloudy)

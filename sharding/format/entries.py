@@ -54,6 +54,11 @@ class Content:
     """West, south, east, north in EPSG:4326; None if unknown."""
 
 
+def agreement_bin(correlation: float) -> str:
+    """Return the name of a correlation's bin in a histogram: ``below 0``, or its first value, ``0.0`` to ``0.9``."""
+    return "below 0" if correlation < 0 else f"{min(9, int(correlation * 10)) / 10:.1f}"
+
+
 @dataclass(frozen=True)
 class SampleEntry:
     """Place of one sample in its shard."""

@@ -80,6 +80,9 @@ class Index:
     format_version: int = FORMAT_VERSION
     """Version of this layout."""
 
+    appended: tuple[tuple[str, ...], ...] = ()
+    """AOIs that were added to the dataset after it was made, for each addition in order."""
+
     @cached_property
     def data(self) -> bytes:
         """Bytes of ``index.json``: those that were read, or the canonical JSON of a new index."""
@@ -105,6 +108,8 @@ class Index:
             if not self.facts.options:  # as in the indexes of earlier versions
                 del facts["options"]
             table |= {"facts": facts, "layouts": layouts.to_json()}
+            if self.appended:
+                table["appended"] = self.appended
         return json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
 
     @cached_property
@@ -183,6 +188,7 @@ class Index:
             skipped=stored.skipped,
             facts=facts,
             format_version=stored.format_version,
+            appended=stored.appended if isinstance(stored, _Stored) else (),
         )
 
     @classmethod
@@ -273,3 +279,4 @@ class _Stored(_Stored2, kw_only=True):
 
     facts: Facts
     layouts: tuple[dict[str, ArrayLayout], ...]
+    appended: tuple[tuple[str, ...], ...] = ()

@@ -80,6 +80,9 @@ class ShardTask:
     published: bool = False
     """True if the published index lists the shard: then only damage is a reason to build it again."""
 
+    trusted: bool = False
+    """True if its bytes need not be read again, since the run only adds other shards to it."""
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that determines the shard's bytes, except the content of the source files.
@@ -162,7 +165,7 @@ def build_shard(task: ShardTask) -> ShardResult:
         and same
         and (task.published or earlier.substitutes == task.substitutes(earlier.skipped, earlier.passed))
     ):
-        damage = damage_of(task.output, earlier.entry) if earlier.entry else None
+        damage = damage_of(task.output, earlier.entry) if earlier.entry and not task.trusted else None
         if damage is None:
             for item in earlier.skipped:
                 _refuse_if_strict(item, task.strict)

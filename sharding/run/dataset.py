@@ -4,40 +4,34 @@ The plan is pure: it assigns each AOI to a split and a shard. A shard is built b
 output: it is written to a temporary file, digested on the way, described by a sidecar, then published under its name,
 in the folder of the plan's generation. The index is written last: until then an earlier dataset is published, and
 its shards stay until `prune`. A run that resumes keeps each shard whose sidecar has the same plan and whose bytes have
-the sidecar's digest. Files that this program did not write are never overwritten or deleted, see `sharding.run.output`.
+the sidecar's digest. AOIs that the source gained are added (`sharding.run.planner`): the shards of the others stay, and
+the index lists all. Files that this program did not write are never overwritten or deleted, see `sharding.run.output`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sharding.errors import UnusableError, UserError
 from sharding.format.entries import ShardEntry, Skipped
 from sharding.format.index import INDEX_NAME, SPLITS, Index, Measured
 from sharding.format.layout import describe_chips
 from sharding.format.statistics import Histogram
-from sharding.prepare.sample import make_sample
 from sharding.progress import progress
-from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
-from sharding.run.groups import groups_of
+from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask
 from sharding.run.job import ShardOptions
-from sharding.run.output import check_space, generation_of, keys_of, look
-from sharding.run.plan import Plan, make_plan
-from sharding.run.splits import TooFewError, describe_split, natural_key
+from sharding.run.output import check_space, generation_of, keys_of, look, shards_of
+from sharding.run.plan import Plan
+from sharding.run.planner import NOT_LISTED, TORN, Planner, plan_digest, skipped_table
+from sharding.run.splits import describe_split, natural_key
 from sharding.run.workers import processes
 from sharding.sources.registry import open_source
-from sharding.sources.source import SceneFiles
 from sharding.storage import Storage
 from sharding.storage.lock import Lock
-
-_NOT_LISTED = "not-in-split-file"
-"""Reason of an AOI that is complete but in no split."""
 
 EXAMPLES = 5
 """Number of passed-over revisits that a summary names."""
@@ -46,21 +40,6 @@ Runner = Callable[[Sequence[ShardTask]], Iterator[ShardResult]]
 """Function that runs all tasks, anywhere and in any order, and yields each result when it is ready."""
 
 logger = logging.getLogger(__name__)
-
-
-class TooFewAoisError(UserError):
-    """Error of a source with too few usable AOIs; the message counts the reasons, each with an example."""
-
-    def __init__(self, message: str, skipped: Sequence[Skipped]) -> None:
-        self.skipped = tuple(skipped)
-        examples = {item.reason: f"{item.aoi!r}, {item.detail}" for item in reversed(skipped)}
-        counts = Counter(item.reason for item in skipped).most_common()
-        reasons = "; ".join(f"{count} {reason} (such as {examples[reason]})" for reason, count in counts)
-        super().__init__(f"{message}; skipped: {reasons}" if reasons else message)
-
-    def to_json(self) -> dict[str, object]:
-        """Return the reasons as the table for a JSON file that a finished run's report is too."""
-        return {"error": str(self), **_skipped_table(self.skipped)}
 
 
 @dataclass(frozen=True)
@@ -107,13 +86,36 @@ class Report:
             "index_sha256": self.index.digest,
             "aois": {split: len(self.index.samples(split)) for split in SPLITS},
             "shards": self.shards,
-            **_skipped_table(self.index.skipped),
+            **skipped_table(self.index.skipped),
             "passed_over": list(self.passed),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
         }
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Tasks of a plan with the folders of their shards."""
+
+    folder: str
+    """Folder of new shards; empty beside the index."""
+
+    folders: Mapping[str, str]
+    """Folders of the shards that an index lists, by name without folder."""
+
+    tasks: list[ShardTask] = field(default_factory=list)
+    """Tasks that build the shards there."""
+
+    def of(self, name: str) -> str:
+        """Return the folder of a shard."""
+        return self.folders.get(name, self.folder)
+
+    def key(self, name: str) -> str:
+        """Return the key of a shard."""
+        below = self.of(name)
+        return f"{below}/{name}" if below else name
 
 
 def shard_folder(
@@ -151,41 +153,38 @@ class _Sharding:
         self.start = time.monotonic()
         self.output, self.options = output, options
         self.source = open_source(folder, options.sample, options.source)
-        self.found = _chosen(self.source.scenes, options.aois)
-        self.rows = None if options.plan.splits == "seeded" else self.source.split_rows()
-        self.usable, self.skipped = _sift(self.found, options)
-        groups = groups_of(list(self.usable.values()))
-        self.groups = groups if any(group != name for name, group in groups.items()) else None
+        self.planner = Planner(self.source, output, options)
         self.notes: list[str] = []
         self._say = say
         for line in self.source.notes:
             self._note(line)
 
     def run(self, runner: Runner, overwrite: bool) -> Report:
-        plan, tasks = self._plan(self.usable)  # refuses a source with too few AOIs before anything is written
+        plan, tasks = self.planner.plan()  # refuses a source with too few AOIs before anything is written
         with Lock(self.output, "shard", self._note) as lock:
             self.there = look(self.output)
-            if self.there.index and self.there.index.plan != _digest(tasks):
-                plan, tasks = self._plan_as_before(self.there.index) or (plan, tasks)
+            index = self.there.latest
+            if index and index.plan != plan_digest(tasks):
+                plan, tasks = self.planner.adopt(index, extend=not overwrite) or (plan, tasks)
             return self._make(plan, tasks, runner, overwrite, lock)
 
     def _make(self, plan: Plan, tasks: list[ShardTask], runner: Runner, overwrite: bool, lock: Lock) -> Report:
         results: list[ShardResult] = []
         abandoned: set[str] = set()
         while True:
-            folder, tasks = self._placed(plan, tasks, overwrite)
-            now, counted = self._do(tasks, runner)
+            placed = self._placed(plan, tasks, overwrite)
+            now, counted = self._do(placed.tasks, runner)
             results += now
             unread = [item for result in now for item in result.skipped]
-            self.skipped += unread
+            self.planner.skipped += unread
             for item in unread:
-                del self.usable[item.aoi]
+                del self.planner.usable[item.aoi]
             if {task.split for task, result in zip(tasks, now, strict=True) if result.entry} == set(SPLITS):
                 break
             # All AOIs of a split proved unreadable: plan again with the readable ones.
-            abandoned |= {_below(folder, task.name + suffix) for task in tasks for suffix in ("", SIDECAR_SUFFIX)}
-            plan, tasks = self._plan(self.usable)
-        index = self._publish(self._index(plan, tasks, folder, now, counted), folder, lock)
+            abandoned |= {placed.key(task.name) + suffix for task in tasks for suffix in ("", SIDECAR_SUFFIX)}
+            plan, tasks = self.planner.plan()
+        index = self._publish(self._index(plan, placed, now, counted), placed.folder, lock)
         for key in sorted(abandoned - self.there.ours - keys_of(index)):
             self.output.delete(key)
         return Report(
@@ -198,70 +197,42 @@ class _Sharding:
             bytes_out=sum(result.bytes_out for result in results),
         )
 
-    def _placed(self, plan: Plan, tasks: Sequence[ShardTask], overwrite: bool) -> tuple[str, list[ShardTask]]:
-        """Return the folder of a plan's generation, and the tasks that build it there.
+    def _placed(self, plan: Plan, tasks: Sequence[ShardTask], overwrite: bool) -> Placed:
+        """Return the folders of a plan's shards, and the tasks that build them there.
+
+        Shards to which others are added keep their places, and their bytes are not read again.
 
         Raises:
             UserError: Files that this program did not write are in the way, another dataset is published there, or the
                 disk is too small.
         """
-        prints = [task.fingerprint for task in tasks]
-        folder = self.there.folder(_digest(tasks), prints)
+        digest, prints, earlier = plan_digest(tasks), [task.fingerprint for task in tasks], self.there.latest
+        folder = self.there.folder(digest, prints)
+        adds = earlier is not None and earlier.plan != digest and bool(self.planner.additions)
         self.there.refuse_foreign(folder)
-        if not overwrite and self.there.holds_another(_digest(tasks), prints):
+        if not (overwrite or adds) and self.there.holds_another(digest, prints):
             self.there.refuse_another(self.options.sample, plan.rule, self.options.plan.seed)
-        missing = [task for task in tasks if _below(folder, task.name) not in self.there.ours]
+        kept = shards_of(earlier) if earlier and (adds or earlier.plan == digest) else {}
+        placed = Placed(folder, {name: entry.name.rpartition("/")[0] for name, entry in kept.items()})
+        missing = [task for task in tasks if placed.key(task.name) not in self.there.ours]
         size = self.source.sample_bytes(self.options.sample)
         check_space(self.output, size * sum(len(task.aois) for task in missing))
         for line in describe_split(plan.split):
             self._note(line)
-        output = self.output.child(folder) if folder else self.output
-        published = self.there.index is not None and self.there.index.plan == _digest(tasks)
-        return folder, [replace(task, output=output, published=published) for task in tasks]
-
-    def _plan(self, usable: Mapping[str, SceneFiles]) -> tuple[Plan, list[ShardTask]]:
-        names = [aoi.name for aoi in self.found]
-        sample, strict = self.options.sample, self.options.strict
-        size = self.source.sample_bytes(sample)
-        try:
-            plan = make_plan(list(usable), names, self.rows, size, self.options.plan, self.groups)
-        except TooFewError as error:
-            raise TooFewAoisError(str(error), self.skipped) from None
-        facts = self.source.facts(sample, ())
-        tasks = [
-            ShardTask(shard.split, shard.name, aois, sample, strict, self.output, facts, self.options.source)
-            for shard in plan.shards
-            for aois in [tuple(usable[aoi] for aoi in shard.aois)]
-        ]
-        return plan, tasks
-
-    def _plan_as_before(self, index: Index) -> tuple[Plan, list[ShardTask]] | None:
-        """Return the plan of an existing dataset if these options give it, else None.
-
-        Its plan differs from the first plan of these options if all AOIs of a split proved unreadable: it was then
-        planned again without the unreadable ones.
-        """
-        left_out = {item.aoi for item in index.skipped if item.reason != _NOT_LISTED} & self.usable.keys()
-        usable = {name: aoi for name, aoi in self.usable.items() if name not in left_out}
-        try:
-            plan, tasks = self._plan(usable)
-        except UserError:  # too few
-            return None
-        if index.plan != _digest(tasks):
-            return None
-        if not all(self._unread(self.usable[name]) for name in left_out):
-            return None  # an AOI that was damaged then can be read now
-        self.usable = usable
-        self.skipped += [item for item in index.skipped if item.aoi in left_out]
-        return plan, tasks
-
-    def _unread(self, aoi: SceneFiles) -> Skipped | None:
-        """Return the index entry of an AOI that cannot be prepared, else None."""
-        try:
-            make_sample(aoi, self.options.sample)
-        except UnusableError as error:
-            return skip(aoi.name, error, self.options.strict)
-        return None
+        if adds:
+            self._note(f"{len(self.planner.additions[-1])} AOIs are added; the shards of the others stay as they are")
+        for task in tasks:
+            below = placed.of(task.name)
+            entry = kept.get(task.name)
+            placed.tasks.append(
+                replace(
+                    task,
+                    output=self.output.child(below) if below else self.output,
+                    published=self.there.index is not None and (entry is not None or self.there.index.plan == digest),
+                    trusted=adds and entry is not None and self.there.sizes.get(entry.name) == entry.bytes,
+                )
+            )
+        return placed
 
     def _do(self, tasks: Sequence[ShardTask], runner: Runner) -> tuple[list[ShardResult], dict[Measured, Histogram]]:
         """Run all tasks; return their results in task order, and the sum of their histograms."""
@@ -280,7 +251,7 @@ class _Sharding:
                 read += result.bytes_in
                 written += result.bytes_out
                 rates = {"in": f"{read / seconds / 1e6:.0f} MB/s", "out": f"{written / seconds / 1e6:.0f} MB/s"}
-                shown.update(sizes[result.name], **rates, skipped=len(self.skipped) + skipped)
+                shown.update(sizes[result.name], **rates, skipped=len(self.planner.skipped) + skipped)
                 if result.why:
                     self._note(f"{result.name} {result.why}")
         return [by_name[task.name] for task in tasks], counted
@@ -288,21 +259,21 @@ class _Sharding:
     def _index(
         self,
         plan: Plan,
-        tasks: Sequence[ShardTask],
-        folder: str,
+        placed: Placed,
         results: Sequence[ShardResult],
         counted: Mapping[Measured, Histogram],
     ) -> Index:
-        done = list(zip(tasks, results, strict=True))
+        done = list(zip(placed.tasks, results, strict=True))
         splits: dict[str, tuple[ShardEntry, ...]] = {
             split: tuple(
-                replace(result.entry, name=_below(folder, result.name))
+                replace(result.entry, name=placed.key(result.name))
                 for task, result in done
                 if task.split == split and result.entry
             )
             for split in SPLITS
         }
-        not_listed = [Skipped(aoi, _NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
+        not_listed = [Skipped(aoi, NOT_LISTED, "the split file does not list it") for aoi in plan.split.left_out]
+        torn = [Skipped(aoi, TORN, f"it shows land of {' and '.join(splits)}") for aoi, splits in plan.split.torn]
         samples = [(item.aoi, item.layout) for shards in splits.values() for shard in shards for item in shard.samples]
         facts = self.source.facts(self.options.sample, (layout for _, layout in samples))
         for line in describe_chips(facts, self.options.source.chip, samples):
@@ -311,11 +282,12 @@ class _Sharding:
             preparation=self.options.sample,
             split_rule=plan.rule,
             split_seed=self.options.plan.seed,
-            plan=_digest(tasks),
+            plan=plan_digest(placed.tasks),
             splits=splits,
             statistics={name: histogram.statistics() for name, histogram in counted.items()},
-            skipped=tuple(sorted([*self.skipped, *not_listed], key=lambda item: natural_key(item.aoi))),
+            skipped=tuple(sorted([*self.planner.skipped, *not_listed, *torn], key=lambda item: natural_key(item.aoi))),
             facts=replace(facts, options=self.options.source.given),
+            appended=self.planner.additions,
         )
 
     def _publish(self, index: Index, folder: str, lock: Lock) -> Index:
@@ -344,22 +316,6 @@ class _Sharding:
             self._say(line)
 
 
-def _skipped_table(skipped: Sequence[Skipped]) -> dict[str, object]:
-    return {
-        "skipped": dict(Counter(item.reason for item in skipped)),
-        "skipped_aois": [vars(item) for item in skipped],
-    }
-
-
-def _digest(tasks: Sequence[ShardTask]) -> str:
-    """Return the digest of a plan: SHA-256, in hex, of its tasks' fingerprints."""
-    return hashlib.sha256("".join(task.fingerprint for task in tasks).encode()).hexdigest()
-
-
-def _below(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
 def _same(one: Index, other: Index) -> bool:
     """Return True if two indexes have the same plan, shards and skipped AOIs, whatever their format versions."""
 
@@ -368,32 +324,3 @@ def _same(one: Index, other: Index) -> bool:
         return index.plan, shards, [(item.aoi, item.reason) for item in index.skipped]
 
     return content(one) == content(other)
-
-
-def _chosen(found: Sequence[SceneFiles], wanted: Sequence[str] | None) -> list[SceneFiles]:
-    if wanted is None:
-        return list(found)
-    missing = sorted(set(wanted) - {aoi.name for aoi in found}, key=natural_key)
-    if missing:
-        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"--aois names {missing[0]!r}{rest}, which the input does not hold: correct or remove the line")
-    return [aoi for aoi in found if aoi.name in set(wanted)]
-
-
-def _sift(found: Sequence[SceneFiles], options: ShardOptions) -> tuple[dict[str, SceneFiles], list[Skipped]]:
-    """Separate the AOIs with complete files from the others.
-
-    Raises:
-        UserError: If none is complete, and all lack only targets that another option does not need.
-    """
-    usable: dict[str, SceneFiles] = {}
-    skipped = []
-    for aoi in found:
-        try:
-            aoi.check(options.sample)
-            usable[aoi.name] = aoi
-        except UnusableError as error:
-            skipped.append(skip(aoi.name, error, options.strict))
-    if not usable and skipped and all("--hr rgbn" in item.detail for item in skipped):
-        raise UserError(f"AOI {skipped[0].aoi!r} and all others cannot be used: {skipped[0].detail}")
-    return usable, skipped

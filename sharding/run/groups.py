@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sharding.format.index import SPLITS, Index
 from sharding.run.splits import Split, Splits, TooFewError, natural_key, permutation
-from sharding.sources.source import Corners, SceneFiles
+from sharding.sources.source import Bounds, Corners, SceneFiles
 
 SHRUNK = 0.99
 """Factor by which footprints are shrunk before they are compared: neighbours that only touch do not overlap."""
@@ -25,6 +25,12 @@ def overlaps(footprints: Mapping[str, Corners]) -> Iterator[tuple[str, str]]:
         active.append(name)
 
 
+def rectangle(land: Bounds) -> Corners:
+    """Return the corners of a piece of land from its west, south, east and north."""
+    west, south, east, north = land
+    return ((west, north), (east, north), (east, south), (west, south))
+
+
 def leaks(index: Index) -> Iterator[str]:
     """Yield a line on each pair of samples that show the same land in different splits."""
     places = {}
@@ -32,8 +38,7 @@ def leaks(index: Index) -> Iterator[str]:
     for split in SPLITS:
         for _, entry in index.samples(split):
             if entry.content is not None and entry.content.land is not None:
-                west, south, east, north = entry.content.land
-                places[entry.aoi] = ((west, north), (east, north), (east, south), (west, south))
+                places[entry.aoi] = rectangle(entry.content.land)
                 splits[entry.aoi] = split
     for one, other in overlaps(places):
         if splits[one] != splits[other]:

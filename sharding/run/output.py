@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sharding.errors import UserError
+from sharding.format.entries import ShardEntry
 from sharding.format.index import INDEX_NAME, SPLITS, Index
 from sharding.prepare.options import SampleOptions
 from sharding.run.build import SIDECAR_SUFFIX, read_sidecar
@@ -47,6 +48,11 @@ def keys_of(index: Index) -> set[str]:
     return shards | {name + SIDECAR_SUFFIX for name in shards}
 
 
+def shards_of(index: Index) -> dict[str, ShardEntry]:
+    """Return an index's shards by their names without folder, which are unique."""
+    return {shard.name.rpartition("/")[2]: shard for shards in index.splits.values() for shard in shards}
+
+
 @dataclass(frozen=True)
 class Output:
     """Contents of the place of a dataset."""
@@ -73,6 +79,13 @@ class Output:
     """Those of these keys that this program wrote."""
 
     @property
+    def latest(self) -> Index | None:
+        """Index of the published generation; if it is damaged, of the one with the most additions."""
+        if self.index is not None or not self.damaged_index:
+            return self.index
+        return max(self.generations.values(), key=lambda index: len(index.appended), default=None)
+
+    @property
     def damaged_index(self) -> bool:
         """True if there is an index of this program that cannot be read."""
         return self.index is None and INDEX_NAME in self.ours
@@ -80,7 +93,7 @@ class Output:
     def folder(self, plan: str, fingerprints: Collection[str]) -> str:
         """Return the folder of a plan's shards: its generation's, or "" if an earlier version wrote them there."""
         known = self.generations.get(generation_of(plan))
-        if known is not None and known.plan == plan:
+        if known is not None and known.plan == plan and not known.appended:
             return "" if any("/" not in key for key in keys_of(known)) else generation_of(plan)
         begun = {print_ for key, print_ in self.fingerprints.items() if "/" not in key}
         return "" if begun & set(fingerprints) else generation_of(plan)
@@ -103,6 +116,8 @@ class Output:
         """Return True if a dataset is published that does not have this plan, or may not have it."""
         if self.index is not None:
             return self.index.plan != plan
+        if self.latest is not None and self.latest.appended and self.latest.plan == plan:
+            return False
         others = {index.plan for index in self.generations.values()} - {plan}
         return self.damaged_index and bool(others or set(self.fingerprints.values()) - set(fingerprints))
 
@@ -221,7 +236,10 @@ def _copy_of_index(output: Storage, folder: str, sizes: Mapping[str, int]) -> In
     index = _parse_index(_read_index(output, key)) if key in sizes else None
     if index is None or generation_of(index.plan) != folder:
         return None
-    return index if all(_is_shard(name) and name.rpartition("/")[0] in ("", folder) for name in _names(index)) else None
+    places = {name.rpartition("/")[0] for name in _names(index)} - {"", folder}
+    # Shards to which others were added stay in the folders of their own generations.
+    sound = len(places) <= len(index.appended) and all(map(_GENERATION.fullmatch, places))
+    return index if sound and all(map(_is_shard, _names(index))) else None
 
 
 def _names(index: Index) -> Iterator[str]:

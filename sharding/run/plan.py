@@ -15,7 +15,16 @@ from sharding.arguments import check_values
 from sharding.errors import UserError
 from sharding.format.index import SPLITS
 from sharding.run.groups import grouped_split
-from sharding.run.splits import FRACTIONS, SPLIT_SEED, Split, published_split, seeded_split
+from sharding.run.splits import (
+    FRACTIONS,
+    SPLIT_SEED,
+    Split,
+    listed_split,
+    natural_key,
+    published_split,
+    seeded_split,
+    split_of_added,
+)
 from sharding.schema import Seed
 
 SPLIT_FILE = "stratified_train_val_test_split.csv"
@@ -128,10 +137,80 @@ def make_plan(
         members = list(split.splits[name])
         if rule == "published" or groups:
             random.Random(f"{options.seed}:{name}").shuffle(members)  # noqa: S311 - repeatable, no secret
-        ranks = options.for_ranks if name == "train" else 1
-        parts = evenly(members, _number_of_shards(len(members), sample_bytes, options.shard_bytes, ranks))
-        shards += [ShardPlan(name, f"{name}-{i:05d}.tar", tuple(part)) for i, part in enumerate(parts)]
+        shards += _shards(name, members, 0, sample_bytes, options)
     return Plan(split, rule, tuple(shards))
+
+
+def extend_plan(
+    plan: Plan,
+    aois: Sequence[str],
+    number: int,
+    rows: Sequence[tuple[str, str]] | None,
+    sample_bytes: int,
+    options: PlanOptions,
+    groups: Mapping[str, str],
+) -> Plan:
+    """Add AOIs to a plan: no AOI of it moves, and the new ones get shards of their own.
+
+    Args:
+        plan: The plan so far.
+        aois: Usable AOIs that it lacks.
+        number: Number of additions before.
+        rows: Rows (AOI, split) of the published split file, as in `make_plan`.
+        sample_bytes: Expected size of a sample in a shard.
+        options: Rule, seed and sizes.
+        groups: Group of each AOI, old and new; an AOI that shows land of one split goes there, one of several nowhere.
+    """
+    if plan.rule == "published":
+        new = listed_split(aois, rows or [])
+    else:
+        new = _added_split(plan.split.splits, aois, groups, options)
+    shards = list(plan.shards)
+    for name in SPLITS:
+        members = list(new.splits[name])
+        random.Random(f"{options.seed}:{number}:{name}").shuffle(members)  # noqa: S311 - repeatable, no secret
+        first = sum(shard.split == name for shard in plan.shards)
+        shards += _shards(name, members, first, sample_bytes, options)
+    whole = Split(
+        {name: [*plan.split.splits[name], *new.splits[name]] for name in SPLITS},
+        plan.split.moved,
+        (*plan.split.left_out, *new.left_out),
+        (*plan.split.disputed, *new.disputed),
+        (*plan.split.torn, *new.torn),
+    )
+    return Plan(whole, plan.rule, tuple(shards))
+
+
+def _added_split(
+    old: Mapping[str, Sequence[str]], aois: Sequence[str], groups: Mapping[str, str], options: PlanOptions
+) -> Split:
+    places = {groups[aoi]: set[str]() for aois in old.values() for aoi in aois}
+    for name in SPLITS:
+        for aoi in old[name]:
+            places[groups[aoi]].add(name)
+    free: dict[str, list[str]] = {}
+    for aoi in aois:
+        if groups[aoi] not in places:
+            free.setdefault(groups[aoi], []).append(aoi)
+    sizes = {name: len(old[name]) for name in SPLITS}
+    chosen = {group: {split} for group, split in split_of_added(free, sizes, options.seed, options.fractions).items()}
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    torn = []
+    for aoi in sorted(aois, key=natural_key):
+        found = (chosen | places)[groups[aoi]]
+        if len(found) > 1:
+            torn.append((aoi, tuple(name for name in SPLITS if name in found)))
+        else:
+            splits[next(iter(found))].append(aoi)
+    return Split(splits, (), torn=tuple(torn))
+
+
+def _shards(split: str, members: Sequence[str], first: int, sample_bytes: int, options: PlanOptions) -> list[ShardPlan]:
+    """Cut AOIs of a split into shards, numbered from ``first``."""
+    ranks = options.for_ranks if split == "train" else 1
+    count = _number_of_shards(len(members), sample_bytes, options.shard_bytes, ranks)
+    parts = evenly(members, count) if members else []
+    return [ShardPlan(split, f"{split}-{first + i:05d}.tar", tuple(part)) for i, part in enumerate(parts)]
 
 
 def evenly(items: Sequence[str], parts: int) -> list[Sequence[str]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from sharding.errors import UserError
 from sharding.format.index import SPLITS
@@ -37,6 +37,9 @@ class Split:
 
     disputed: tuple[tuple[str, tuple[str, ...], str], ...] = ()
     """AOIs that the file lists in several splits: (AOI, these splits, the chosen one)."""
+
+    torn: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Added AOIs that show land of several splits, and so are in none: (AOI, these splits)."""
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:
@@ -92,6 +95,16 @@ def published_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Spl
     Raises:
         UserError: For an unknown split in the file, or if it lists fewer than three of the AOIs.
     """
+    split = listed_split(aois, rows)
+    return replace(split, moved=_fill(split.splits))
+
+
+def listed_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Split:
+    """Split the AOIs like `published_split`; splits may stay empty.
+
+    Raises:
+        UserError: For an unknown split in the file.
+    """
     unknown = sorted({split for _, split in rows} - set(SPLITS))
     if unknown:
         raise UserError(f"the split file names the split {unknown[0]!r}: it may say {', '.join(SPLITS)}")
@@ -109,7 +122,33 @@ def published_split(aois: Sequence[str], rows: Sequence[tuple[str, str]]) -> Spl
         splits[chosen].append(aoi)
         if len(wanted[aoi]) > 1:
             disputed.append((aoi, tuple(sorted(wanted[aoi])), chosen))
-    return Split(splits, _fill(splits), tuple(left_out), tuple(disputed))
+    return Split(splits, (), tuple(left_out), tuple(disputed))
+
+
+def split_of_added(
+    groups: Mapping[str, Sequence[str]], sizes: Mapping[str, int], seed: int, fractions: Sequence[float]
+) -> dict[str, str]:
+    """Return the splits of groups of AOIs that are added to a dataset, whose AOIs stay where they are.
+
+    The groups are shuffled; each goes to the split that is furthest below its share of the whole.
+
+    Args:
+        groups: AOIs of each new group.
+        sizes: Number of AOIs in each split so far.
+        seed: Seed of the permutation.
+        fractions: Shares of train, val and test; the remainder is added to train.
+    """
+    names = sorted(groups, key=natural_key)
+    counts = {split: sizes[split] for split in SPLITS}
+    total = sum(counts.values()) + sum(map(len, groups.values()))
+    shares = {"train": 1 - fractions[1] - fractions[2], "val": fractions[1], "test": fractions[2]}
+    found = {}
+    for place in permutation(len(names), seed):
+        group = names[place]
+        split = max(SPLITS, key=lambda name: shares[name] * total - counts[name])
+        counts[split] += len(groups[group])
+        found[group] = split
+    return found
 
 
 def describe_split(split: Split) -> list[str]:

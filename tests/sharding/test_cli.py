@@ -4,6 +4,8 @@ import argparse
 import json
 import re
 import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ from PIL import Image
 
 from sharding.cli import add_verbs
 from sharding.errors import UserError
+from sharding.format.entries import Skipped
 from sharding.format.index import INDEX_NAME, SPLITS, Index
 from sharding.format.sample import fetch_sample
+from sharding.format.writer import NewSample, ShardWriter
+from sharding.inspection.page import write_html
 from sharding.storage import open_storage
 from tests.sharding.conftest import Dataset, World, aois_of
 
@@ -191,3 +196,89 @@ def test_more_bad_options_are_refused(
     usual = ("--input", tiny.folder, "--output", tmp_path) if verb == "shard" else (tmp_path,)
     with pytest.raises(UserError, match=re.escape(words)):
         run(verb, *usual, *options)
+
+
+class _Page(HTMLParser):
+    """Tags, attributes and texts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_a_page_shows_every_aoi(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "page.html"
+    assert run("inspect", dataset.folder, "--html", path) == 0
+    assert f"page: {path}" in capsys.readouterr().out
+    text = path.read_text()
+    page = _Page(text)
+    shown = "".join(page.texts)
+    for split in SPLITS:
+        for _, entry in dataset.index.samples(split):
+            assert entry.aoi in page.texts
+            assert entry.content is not None
+            assert f"{split}, agreement {entry.content.correlation:.3f}" in shown
+    assert "160 x 160 LR px, 500 x 500 PAN px, ratio 3.125" in page.texts
+    assert "EPSG:" in shown
+    # Three bands of revisits and target each, nine chips, one footprint, for each of six AOIs.
+    assert sum(tag == "polyline" for tag, _ in page.tags) == 6 * 3 * 2
+    assert sum(tag == "rect" for tag, _ in page.tags) == 6 * 9 + 6
+    # Nothing is loaded from elsewhere.
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    sources = [values[name] or "" for _, values in page.tags for name in ("src", "href") if name in values]
+    assert len(sources) == 12
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert len(text) < 200_000
+    # It may be written again, another file may not.
+    assert run("inspect", dataset.folder, "--html", path) == 0
+    path.write_text("<!doctype html> mine")
+    with pytest.raises(UserError, match="exists, and this program did not write it"):
+        run("inspect", dataset.folder, "--html", path)
+    with pytest.raises(UserError, match=r"does not end in \.html"):
+        run("inspect", dataset.folder, "--html", tmp_path / "page.png")
+    with pytest.raises(UserError, match="give it without --aoi"):
+        run("inspect", dataset.folder, "--html", tmp_path / "other.html", "--aoi", "x")
+
+
+def test_a_page_escapes_what_a_dataset_says(dataset: Dataset, tmp_path: Path) -> None:
+    """Names, places and dates of a dataset are text, whatever they hold; a damaged sample is told."""
+    evil = "</td><script>alert(1)</script>" + "x" * 1000
+    writer = ShardWriter((tmp_path / "a.tar").open("wb"))
+    for number, split in enumerate(SPLITS):
+        sample = fetch_sample(dataset.storage, *dataset.index.samples(split)[0])
+        images = {name: getattr(sample, name) for name in ("lr", "clm", "hr", "pan")}
+        meta = {**sample.meta, "crs": evil, "revisits": [{"date": evil}, 7], "bounds": [evil]}
+        writer.add(NewSample(f"{evil[:40]}{number}", images, meta))
+    shard = writer.finish("a.tar")
+    writer._file.close()
+    splits = {split: (replace(shard, samples=(entry,)),) for split, entry in zip(SPLITS, shard.samples, strict=True)}
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[shard.samples[2].offset + 2000] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
+    index = replace(dataset.index, splits=splits, skipped=(Skipped(evil, "r", evil),), appended=())
+    path = tmp_path / "page.html"
+    assert write_html(index, open_storage(tmp_path), path) == 0
+    page = _Page(path.read_text())
+    assert not any(tag == "script" for tag, _ in page.tags)
+    assert "x" * 400 not in path.read_text()
+    assert "fails its CRC-32" in "".join(page.texts)
+
+
+def test_a_page_is_bounded(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The AOIs that agree least are shown."""
+    monkeypatch.setattr("sharding.inspection.page.MOST_AOIS", 2)
+    path = tmp_path / "page.html"
+    assert write_html(dataset.index, dataset.storage, path) == 4
+    found = [entry for split in SPLITS for _, entry in dataset.index.samples(split)]
+    least = sorted(found, key=lambda entry: entry.content.correlation if entry.content else 2)[:2]
+    page = _Page(path.read_text())
+    titles = [text for text in page.texts if text in {entry.aoi for entry in found}]
+    assert list(dict.fromkeys(titles[-2:])) == [entry.aoi for entry in least]

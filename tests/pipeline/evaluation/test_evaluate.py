@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data import ChipDataset
-from pipeline.evaluation.evaluate import BASELINES, baselines, evaluate_run
+from pipeline.evaluation.evaluate import BASELINES, COLUMNS, Evaluation, baselines, evaluate_run
 from pipeline.quality.metrics import image_metrics
 from pipeline.training.loop import run_training
 from pipeline.world import World
@@ -103,3 +103,23 @@ def test_a_dataset_of_other_revisits_is_refused(run: Path, tmp_path: Path) -> No
     shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(replace(SMALL, revisits=4)))
     with pytest.raises(UserError, match=r"model\.revisits = 2, but .+ holds 4 revisits"):
         evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "four"))
+
+
+def test_the_table_shows_quality_by_agreement() -> None:
+    metrics = dict.fromkeys(COLUMNS, 1.0)
+    rows: list[dict[str, object]] = []
+    for aoi, agreement, psnr in (("a", -0.2, 20.0), ("b", 0.85, 30.0), ("c", 1.0, 40.0), ("d", None, 9.0)):
+        for chip in range(2):
+            for method, more in (("fused", 1), (BASELINES[0], 0), (BASELINES[1], 0)):
+                place = {"aoi": aoi, "chip": chip, "method": method, "agreement": agreement}
+                rows.append({**place, **metrics, "psnr": psnr + more + chip})
+    result = Evaluation("step-1", "test", "off", "centred", rows, ("fused", *BASELINES), "folder")
+    head, *lines = result.table().splitlines()[-4:]
+    assert head.split() == ["AOIs", "fused", *BASELINES]
+    assert [line.split() for line in lines] == [
+        ["below", "0", "1", "21.5", "20.5", "20.5"],
+        ["0.8", "1", "31.5", "30.5", "30.5"],
+        ["0.9", "1", "41.5", "40.5", "40.5"],
+    ]
+    unknown = replace(result, chips=[row | {"agreement": None} for row in rows])
+    assert "agreement" not in unknown.table()

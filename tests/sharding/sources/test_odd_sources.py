@@ -13,8 +13,9 @@ from sharding.errors import UnusableError, UserError
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.run.build import read_sidecar
-from sharding.run.dataset import TooFewAoisError, shard_folder
+from sharding.run.dataset import shard_folder
 from sharding.run.job import ShardOptions, _read_names
+from sharding.run.planner import TooFewAoisError
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.sources.worldstrat.files import open_source
 from sharding.sources.worldstrat.layout import SPLIT_FILE, AoiFiles, check_files, find_aois, read_split_file

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from PIL.PngImagePlugin import PngInfo
 
 from sharding.errors import UserError, nearest
-from sharding.format.entries import SampleEntry, ShardEntry
+from sharding.format.entries import SampleEntry, ShardEntry, agreement_bin
 from sharding.format.index import SPLITS, Index
 from sharding.format.sample import Sample, fetch_sample
 from sharding.picture import Tile, robust_high, sheet, to_rgb8
@@ -97,8 +97,8 @@ def _agreement(index: Index) -> Iterator[str]:
     ]
     if not found:
         return
-    counts = Counter(min(9, max(-1, int(value * 10 // 1))) for value, _ in found)
-    parts = (f"{'below 0' if step < 0 else f'{step / 10:.1f}'}: {counts[step]}" for step in sorted(counts))
+    counts = Counter(agreement_bin(value) for value, _ in sorted(found))
+    parts = (f"{name}: {count}" for name, count in counts.items())
     yield f"agreement of revisits with the target, correlation from: {', '.join(parts)}"
     for value, aoi in sorted(found)[:LEAST]:
         yield f"  {value:.3f}  {aoi}"
