@@ -13,7 +13,8 @@ import torch
 
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data import ChipDataset
-from pipeline.evaluation.evaluate import BASELINES, baselines, evaluate_run
+from pipeline.evaluation.baselines import BASELINES, baselines
+from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
 from pipeline.quality.metrics import image_metrics
 from pipeline.training.loop import run_training
 from pipeline.world import World
@@ -23,6 +24,9 @@ from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
 from tests.command import column
 from tests.conftest import SMALL
+
+
+NO_PANELS = EvaluateOptions(panels=0)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +51,13 @@ def test_baselines_are_bicubic_of_the_clearest_and_of_the_median(dataset_uri: st
 
 
 def test_the_table_is_the_mean_over_chips(run: Path, small_uri: str) -> None:
-    result = evaluate_run(str(run), "test", "best", panels=2)
+    result = evaluate_run(str(run), "test", "best", options=EvaluateOptions(panels=2))
     assert len(result.chips) == 9 * len(result.methods)
     folder = Path(result.folder)
     assert sorted(path.name for path in folder.iterdir()) == [
         "aois.csv",
         "chips.csv",
+        "groups.csv",
         "panel-000.png",
         "panel-001.png",
         "table.txt",
@@ -73,14 +78,14 @@ def test_the_table_is_the_mean_over_chips(run: Path, small_uri: str) -> None:
 
 
 def test_validation_and_evaluation_agree(run: Path) -> None:
-    result = evaluate_run(str(run), "val", "last", panels=0)
+    result = evaluate_run(str(run), "val", "last", options=NO_PANELS)
     assert result.checkpoint == "step-3"
     for name in ("psnr", "psnr_adjusted", "sam", "ergas"):
         assert result.means("fused")[name] == pytest.approx(float(column(run, f"val/{name}")[-1]), rel=1e-5)
 
 
 def test_checkpoints_are_chosen_by_rule_or_step(run: Path) -> None:
-    assert evaluate_run(str(run), "val", "2", panels=0).checkpoint == "step-2"
+    assert evaluate_run(str(run), "val", "2", options=NO_PANELS).checkpoint == "step-2"
     with pytest.raises(UserError, match=r"no checkpoint '5': complete ones are best \(step 3\), 2, 3"):
         evaluate_run(str(run), "val", "5")
 
@@ -88,12 +93,12 @@ def test_checkpoints_are_chosen_by_rule_or_step(run: Path) -> None:
 def test_what_is_not_as_usual_has_a_folder_of_its_own(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = evaluate_run(str(run), "test", "best", panels=0)
-    published = evaluate_run(str(run), "test", "best", registration="published", panels=0)
+    usual = evaluate_run(str(run), "test", "best", options=NO_PANELS)
+    published = evaluate_run(str(run), "test", "best", options=EvaluateOptions("published", 0))
     assert published.means("fused")["mse"] != usual.means("fused")["mse"]
     write_worldstrat(tmp_path / "source", 3, seed=9, revisits=2, hr_side=80)
     shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions(SMALL))
-    other = evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "other"), panels=0)
+    other = evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "other"), options=NO_PANELS)
     assert len({usual.folder, published.folder, other.folder}) == 3
     assert "is not the dataset that" in caplog.text
 
