@@ -9,13 +9,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset
 from pipeline.evaluation.perturb import Kind
-from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation
+from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation, Row
 from pipeline.evaluation.scoring import draw, score
 from pipeline.networks import load_network, load_published_network
 from pipeline.quality.registration import Mode
@@ -57,9 +56,13 @@ class Job:
     trained: bool
     """Whether the weights are known to be trained on this dataset."""
 
-    def panel(self, chip: int, world: World) -> bytes:
-        """Return a picture of a chip as PNG."""
-        return draw(self.networks[FUSED], self.dataset, chip, world.device)
+    def picture(self, row: Row) -> bytes:
+        """Return the panel of a row's chip as PNG."""
+        own = range(self.dataset.num_chips)
+        place = row["aoi"], row["chip"]
+        each = self.dataset.chips_per_scene
+        chip = next(chip for chip in own if (self.dataset.aoi(chip), chip % each) == place)
+        return draw(self.networks[FUSED], self.dataset, chip)
 
 
 def evaluate_run(
@@ -198,7 +201,7 @@ def _measure(job: Job, options: EvaluateOptions, world: World) -> Evaluation:
     )
     if world.is_main:
         for chip in [chip for chip in scores.chips if chip < options.panels]:
-            folder.write(f"panel-{chip:03d}.png", job.panel(chip, world))
+            folder.write(f"panel-{chip:03d}.png", draw(job.networks[FUSED], dataset, chip))
         result.write(folder)
     return result
 

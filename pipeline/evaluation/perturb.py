@@ -79,9 +79,7 @@ def _blur(batch: Batch, level: float) -> Batch:
 
 def _shift(batch: Batch, level: float) -> Batch:
     generator = _generator(batch, "shift")
-    rows, columns = (
-        move(side, level * uniform(batch.lr.shape[1], -1, 1, generator)) for side in batch.lr.shape[-2:]
-    )
+    rows, columns = (move(side, level * uniform(batch.lr.shape[1], -1, 1, generator)) for side in batch.lr.shape[-2:])
     return replace(batch, lr=_each(rows, columns, batch.lr))
 
 

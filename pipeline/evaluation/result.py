@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.evaluation.baselines import BASELINES, PANSHARPENED
+from pipeline.evaluation.baselines import BASELINES
 from pipeline.evaluation.intervals import METHOD, Estimate, estimate
 from pipeline.evaluation.perturb import UNITS, Kind
 from pipeline.quality.metrics import ADJUSTED, METRICS
@@ -78,7 +78,8 @@ class Evaluation:
 
     def difference(self, column: str, method: str, other: str) -> Estimate:
         """Return the mean difference of two methods on the same chips, with its interval."""
-        return paired(*([row for row in self.chips if row["method"] == name] for name in (method, other)), column)
+        first, second = ([row for row in self.chips if row["method"] == name] for name in (method, other))
+        return paired(first, second, column)
 
     def groups(self) -> dict[str, dict[str, list[Row]]]:
         """Return the rows by ``agreement`` and, where it is known, by ``class``: by kind, then by name of the group."""
@@ -206,7 +207,7 @@ def better(column: str, difference: float) -> bool:
 
 
 def _estimate(values: Iterable[tuple[object, object]]) -> Estimate:
-    by_aoi: Mapping[object, list[float]] = {}
+    by_aoi: dict[object, list[float]] = {}
     for aoi, value in values:
         number = _number(value)
         if not math.isnan(number):
@@ -240,6 +241,3 @@ def _csv(rows: list[Row]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-__all__ = ["AVERAGED", "BASELINES", "COLUMNS", "COMPARED", "FUSED", "PANSHARPENED", "Evaluation", "Row"]

@@ -93,9 +93,9 @@ def score(
     )
 
 
-def draw(network: nn.Module, dataset: ChipDataset, chip: int, device: torch.device) -> bytes:
-    """Return the panel of a chip as PNG."""
-    batch = dataset.evaluation_batch(chip, device)
+def draw(network: nn.Module, dataset: ChipDataset, chip: int) -> bytes:
+    """Return the panel of a chip as PNG, computed on the network's device."""
+    batch = dataset.evaluation_batch(chip, next(network.parameters()).device)
     with torch.no_grad():
         picture = panel(batch, _fuse(network, batch), dataset.chip_id(chip), dataset.index.facts.bands.hr_rgb)
     buffer = io.BytesIO()

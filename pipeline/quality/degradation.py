@@ -32,9 +32,7 @@ def degrade(image: Tensor, size: tuple[int, int], gain: float = GAIN) -> Tensor:
     Returns:
         [..., h, w], of the image's type.
     """
-    rows, columns = (
-        _weights(image, fine, coarse, gain) for fine, coarse in zip(image.shape[-2:], size, strict=True)
-    )
+    rows, columns = (_weights(image, fine, coarse, gain) for fine, coarse in zip(image.shape[-2:], size, strict=True))
     return rows @ image @ columns.T
 
 

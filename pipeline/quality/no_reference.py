@@ -96,7 +96,8 @@ def hypercomplex_quality(a: Tensor, b: Tensor, blocks: tuple[int, int]) -> Tenso
     squares = (mean_a**2 + mean_b**2).sum(1).squeeze(-1)
     structure = torch.where(variances > TINY, 2 * covariance / variances.clamp(min=TINY), 1.0)
     luminance = torch.where(squares > TINY, 2 * product / squares.clamp(min=TINY), 1.0)
-    return (structure * luminance).mean(-1)
+    index: Tensor = (structure * luminance).mean(-1)
+    return index
 
 
 def _blocks(image: Tensor) -> tuple[int, int]:
@@ -107,9 +108,9 @@ def _blocks(image: Tensor) -> tuple[int, int]:
 def _cut(image: Tensor, blocks: tuple[int, int]) -> Tensor:
     """Cut [B, C, H, W] into equal blocks [B, C, blocks, pixels]; the rows and columns that remain are left out."""
     rows, columns = blocks
-    height, width = (side // number for side, number in zip(image.shape[-2:], blocks, strict=True))
-    cut = image[..., : rows * height, : columns * width].unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
-    return cut.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    height, width = image.shape[-2] // rows, image.shape[-1] // columns
+    whole = image[..., : rows * height, : columns * width]
+    return whole.reshape(*image.shape[:2], rows, height, columns, width).transpose(3, 4).flatten(4).flatten(2, 3)
 
 
 def _padded(spectra: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from sharding.storage import LocalStorage
 
 SOFTWARE = "satfusion inspect"
 """Text ``Software`` of each contact sheet, by which it is recognised."""
+PAGE_START = '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta name="generator" content="satfusion">\n'
+"""First lines of each page of ours, by which it is recognised."""
 _REPORTS = ({"index_sha256", "shards", "skipped_aois"}, {"error", "skipped", "skipped_aois"})
 """Keys of the report of a dataset, and of a source without enough usable AOIs."""
 _LARGEST_REPORT = 256 << 20
@@ -37,6 +39,17 @@ def check_report(path: Path) -> None:
         UserError: For a place that cannot be written to, or a file that is no report of ours.
     """
     _check("--report", path, _is_report)
+
+
+def check_page(option: str, path: Path) -> None:
+    """Check that a page may be written to ``path``.
+
+    Raises:
+        UserError: For another suffix than .html, a place that cannot be written to, or a file that is no page of ours.
+    """
+    if path.suffix.lower() != ".html":
+        raise UserError(f"{option} {path} does not end in .html: give a file name that does")
+    _check(option, path, _is_page)
 
 
 def write_file(option: str, path: Path, data: bytes) -> None:
@@ -84,6 +97,14 @@ def _is_sheet(path: Path) -> bool:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get("Software") == SOFTWARE
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        return False
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(PAGE_START)) == PAGE_START.encode()
+    except OSError:
         return False
 
 

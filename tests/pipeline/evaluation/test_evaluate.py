@@ -25,7 +25,6 @@ from sharding.storage import open_storage
 from tests.command import column
 from tests.conftest import SMALL
 
-
 NO_PANELS = EvaluateOptions(panels=0)
 
 
