@@ -102,7 +102,7 @@ def comparison_page(found: Comparison) -> bytes:
         _facts(found.first),
         "<h2>Differences on the same chips</h2>",
         f"<p>Means of the fused images, and paired differences with 95 % intervals ({METHOD}). A difference whose"
-        " interval holds zero is undecided. About one interval in twenty misses the truth: of many columns one may.</p>",
+        " interval holds zero is undecided. One interval in twenty misses the truth: of many columns one may.</p>",
         _table(titles, rows),
         "<h2>Distributions over chips</h2>",
         distributions(TITLES["psnr"], values),
