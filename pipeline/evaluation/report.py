@@ -50,6 +50,9 @@ LOW_AGREEMENT = 0.5
 FAR = 1.0
 """Median offset, high-resolution pixels, above which the report warns."""
 
+UNMOVED = 0.05
+"""Change of PSNR over all levels of a perturbation, dB, below which the report says that revisits have no part."""
+
 Picture = Callable[[Row], bytes]
 """Function that draws the chip of a row as PNG."""
 
@@ -131,7 +134,7 @@ def cautions(result: Evaluation) -> list[str]:
     low = sum(1 for value in aois.values() if isinstance(value, float) and value < LOW_AGREEMENT)
     if low:
         found.append(
-            f"In {low} AOIs the revisits agree with the target by less than {LOW_AGREEMENT:g}: other land or days."
+            f"AOIs whose revisits agree with the target by less than {LOW_AGREEMENT:g}, as on other days: {low}."
         )
     if any(value is None for value in aois.values()):
         found.append("The agreement of revisits and target is unknown for some AOIs.")
@@ -147,6 +150,10 @@ def cautions(result: Evaluation) -> list[str]:
     ]
     if worse:
         found.append(f"A bicubic baseline is better than the fused images in: {', '.join(worse)}.")
+    for kind, methods in result.curves().items():
+        psnr = [estimate_rows(rows, "psnr").mean for rows in methods[FUSED].values()]
+        if len(psnr) > 1 and max(psnr) - min(psnr) < UNMOVED:
+            found.append(f"Perturbed revisits ({kind}) hardly change the fused images: they are made of PAN alone.")
     found.append("Adjusted columns use the truth's band means, which no user has.")
     found.append("Columns without target compare with the inputs alone: a method that copies them scores well.")
     return found
@@ -174,7 +181,7 @@ def _tables(result: Evaluation) -> Iterable[str]:
             [method, *(_cell(result.estimate(method, column), method == best[column]) for column in columns)]
             for method in result.methods
         ]
-        yield _table(["", *(_title(column) for column in columns)], rows)
+        yield _table(["", *(TITLES[column.removesuffix(ADJUSTED)] for column in columns)], rows)
     yield "<h2>Fused minus baseline, on the same chips</h2>"
     others = [method for method in result.methods if method != FUSED]
     shown = ("psnr", "ssim", "sam", "ergas", "hqnr")

@@ -19,6 +19,8 @@ MEASURES = ("d_lambda", "d_s", "hqnr", "pan_offset", "lr_offset")
 
 BLOCK = 32
 """Side of a block of the quality indexes, about; pixels of the grid that is compared."""
+FARTHEST = 4.0
+"""Largest offset, pixels of the compared grid: a farther peak of the correlation is one by chance."""
 TINY = 1e-14
 """Squared reflectance below which a block is flat, or black."""
 
@@ -33,7 +35,8 @@ def no_reference(fused: Tensor, lr: Tensor, pan: Tensor) -> dict[str, Tensor]:
         pan: Panchromatic images [B, 1, H, W].
 
     Returns:
-        A tensor [B], float64, for each name of ``MEASURES``; an offset is NaN where nothing correlates.
+        A tensor [B], float64, for each name of ``MEASURES``; an offset is NaN where nothing
+        correlates within FARTHEST.
     """
     fused, lr, pan = fused.double(), lr.double(), pan.double()
     size = (lr.shape[-2], lr.shape[-1])
@@ -139,5 +142,6 @@ def _offset(image: Tensor, other: Tensor) -> Tensor:
     lengths = []
     for a, b in zip(image.mean(1).cpu().numpy(), other.mean(1).cpu().numpy(), strict=True):
         shift = shift_between(a, b)
-        lengths.append(np.nan if shift is None else np.hypot(*shift))
+        length = np.inf if shift is None else np.hypot(*shift)
+        lengths.append(length if length <= FARTHEST else np.nan)
     return torch.tensor(lengths, dtype=torch.float64)

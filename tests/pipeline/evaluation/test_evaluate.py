@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.cli import main
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data import ChipDataset
 from pipeline.evaluation.baselines import BASELINES, baselines
 from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
+from pipeline.evaluation.result import Row
 from pipeline.quality.metrics import image_metrics
 from pipeline.training.loop import run_training
 from pipeline.world import World
@@ -24,6 +26,7 @@ from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
 from tests.command import column
 from tests.conftest import SMALL
+from tests.distributed import Rank, run_ranks
 
 NO_PANELS = EvaluateOptions(panels=0)
 
@@ -107,3 +110,61 @@ def test_a_dataset_of_other_revisits_is_refused(run: Path, tmp_path: Path) -> No
     shard_folder(tmp_path / "source", open_storage(tmp_path / "four"), ShardOptions(replace(SMALL, revisits=4)))
     with pytest.raises(UserError, match=r"model\.revisits = 2, but .+ holds 4 revisits"):
         evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "four"))
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_table_of_one_process(run: Path, tmp_path: Path) -> None:
+    # Nine chips: one of the ranks has a filler.
+    (alone,) = run_ranks(_evaluate, 1, tmp_path / "one", str(run), str(tmp_path / "alone"), seconds=300)
+    both = run_ranks(_evaluate, 2, tmp_path / "two", str(run), str(tmp_path / "both"), seconds=300)
+    assert both == [alone, alone]
+    ours, theirs = (next((tmp_path / name).iterdir()) for name in ("alone", "both"))
+    for name in ("chips.csv", "aois.csv", "groups.csv", "perturbed.csv", "table.txt"):
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
+
+
+def _evaluate(rank: Rank, run: str, output: str) -> list[Row]:
+    options = EvaluateOptions(panels=0, perturb=("revisits",))
+    return evaluate_run(run, "test", "last", output=output, options=options).chips
+
+
+def test_two_runs_are_compared_on_the_same_chips_and_not_on_other_datasets(
+    run: Path, make_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(make_config(tmp_path / "second", "train.max_steps=1"))
+    page = tmp_path / "page.html"
+    assert main(["evaluate", "--compare", str(run), str(tmp_path / "second"), "--report", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert f"first: {run}, checkpoint best-" in printed
+    first = evaluate_run(str(run), "test", "best", options=NO_PANELS)
+    second = evaluate_run(str(tmp_path / "second"), "test", "best", options=NO_PANELS)
+    means = [result.means("fused")["psnr"] for result in (first, second)]
+    line = next(line for line in printed.splitlines() if line.startswith("psnr "))
+    assert line.split() == ["psnr", *(f"{mean:.4g}" for mean in means), f"{means[1] - means[0]:.4g}", "undecided"]
+    assert page.read_bytes().endswith(b"</html>\n")
+
+    write_worldstrat(tmp_path / "source", 6, seed=9, revisits=2, hr_side=80)
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions(SMALL))
+    run_training(make_config(tmp_path / "third", "train.max_steps=1", f"data.uri={tmp_path / 'other'}"))
+    assert main(["evaluate", "--compare", str(run), str(tmp_path / "third")]) == 2
+    assert "cannot pair chips: the dataset of the first is" in capsys.readouterr().err
+    assert not (tmp_path / "third" / "evaluation").exists()
+    assert main(["evaluate", str(run), "--compare", str(run), str(run)]) == 2
+    assert f"--compare names both runs: drop RUN {run}" in capsys.readouterr().err
+
+
+def test_classes_come_from_a_split_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aoi = evaluate_run(str(run), "test", "best", options=NO_PANELS).chips[0]["aoi"]
+    table = tmp_path / "split.csv"
+    table.write_text(f"tile,IPCC Class,split\n{aoi},Wetland,test\n{aoi},Forest,test\n")
+    page = tmp_path / "page.html"
+    arguments = ["evaluate", str(run), "--classes", str(table), "--panels", "0", "--report", str(page)]
+    assert main([*arguments, "--perturb", "noise"]) == 0
+    printed = capsys.readouterr().out
+    assert "class Wetland, 1 AOIs: psnr of fused" in printed
+    assert "noise (standard deviation, reflectance): psnr of fused" in printed
+    assert b"Wetland (1 AOIs)" in page.read_bytes()
+    assert page.read_bytes().count(b"data:image/png") == 3
+    table.write_text("tile,split\n")
+    assert main(arguments) == 2
+    assert "lacks the column 'tile' or 'IPCC Class'" in capsys.readouterr().err
