@@ -108,8 +108,8 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     predict = verbs.add_parser(
         "predict",
         help="fuse whole scenes to GeoTIFFs",
-        description="Fuse AOIs of a WorldStrat folder or a dataset; no target is needed. Each gets a Cloud-optimised "
-        "GeoTIFF, a preview and a sidecar. The same command resumes after an interruption.",
+        description="Fuse AOIs of a WorldStrat folder, of own GeoTIFFs or of a dataset; no target is needed. Each gets "
+        "a Cloud-optimised GeoTIFF, a preview and a sidecar. The same command resumes after an interruption.",
     )
     predict.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
     predict.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
@@ -125,7 +125,8 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--input",
         required=True,
         metavar="URI",
-        help="folder with hr_dataset and lr_dataset, or with their zips; or a dataset, local or s3://",
+        help="folder with hr_dataset and lr_dataset, or with their zips; a scenes.toml, see docs/own-data.md; or a "
+        "dataset, local or s3://",
     )
     predict.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
     predict.add_argument("--aoi", nargs="+", default=(), metavar="NAME", help="fuse only these AOIs (default: all)")
