@@ -190,12 +190,8 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     check_range("--panels", args.panels, 0, 10**6)
     from pipeline.evaluation import command  # slow: imports torch
-    from pipeline.world import leave_world
 
-    try:
-        return command.evaluate(args)
-    finally:
-        leave_world()
+    return command.evaluate(args)
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+import torch.distributed as dist
+
 from pipeline.evaluation.classes import read_classes
 from pipeline.evaluation.compare import compare_runs
 from pipeline.evaluation.evaluate import EvaluateOptions, Job, measure, published_job, run_job
 from pipeline.evaluation.report import comparison_page, evaluation_page
-from pipeline.world import current_world
+from pipeline.world import current_world, leave_world
 from sharding.errors import UserError
 from sharding.run.named_file import check_page, write_file
 from sharding.terminal import say
@@ -28,7 +30,12 @@ def evaluate(args: argparse.Namespace) -> int:
         tuple(dict.fromkeys(args.perturb)),
         read_classes(args.classes) if args.classes else {},
     )
-    return _compare(args, options) if args.compare else _measure(args, options)
+    joined = dist.is_initialized()  # the caller's group stays
+    try:
+        return _compare(args, options) if args.compare else _measure(args, options)
+    finally:
+        if not joined:
+            leave_world()
 
 
 def _measure(args: argparse.Namespace, options: EvaluateOptions) -> int:

@@ -14,6 +14,7 @@ from pipeline.evaluation.compare import Comparison
 from pipeline.evaluation.intervals import LEAST, METHOD, Estimate
 from pipeline.evaluation.perturb import UNITS
 from pipeline.evaluation.result import COLUMNS, FUSED, HIGHER_IS_BETTER, Evaluation, Row, better, estimate_rows
+from pipeline.quality import opensr
 from pipeline.quality.metrics import ADJUSTED, METRICS
 from pipeline.quality.no_reference import MEASURES
 from sharding.run.named_file import PAGE_START
@@ -40,6 +41,11 @@ TITLES = {
     "hqnr": "HQNR",
     "pan_offset": "offset to PAN, px",
     "lr_offset": "offset to revisits, px",
+    "reflectance": "reflectance, L1",
+    "spectral": "spectral, degrees",
+    "improvement": "improvement",
+    "omission": "omission",
+    "hallucination": "hallucination",
 }
 """Headings of the columns."""
 DRAWN = ("psnr", "ssim", "sam", "ergas", "hqnr")
@@ -173,6 +179,7 @@ def _tables(result: Evaluation) -> Iterable[str]:
     for heading, columns in (
         ("Against the target", METRICS),
         ("Against the target, after adjusting each band's mean to it", tuple(name + ADJUSTED for name in METRICS)),
+        ("As opensr-test: consistency with the revisits' median, and correctness", opensr.MEASURES),
         ("Without the target: distortions against the revisits' median and PAN, offsets", MEASURES),
     ):
         yield f"<h2>{heading}</h2>"

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.evaluation.baselines import BASELINES
 from pipeline.evaluation.intervals import METHOD, Estimate, estimate
 from pipeline.evaluation.perturb import UNITS, Kind
+from pipeline.quality import opensr
 from pipeline.quality.metrics import ADJUSTED, METRICS
 from pipeline.quality.no_reference import MEASURES
 from pipeline.quality.registration import Mode
@@ -22,9 +23,9 @@ FUSED, AVERAGED = "fused", "fused_ema"
 """Methods of the weights, and of their moving average if the run keeps one (``train.ema``)."""
 COMPARED = tuple(name + suffix for suffix in ("", ADJUSTED) for name in METRICS)
 """Columns that compare with the target."""
-COLUMNS = (*COMPARED, *MEASURES)
+COLUMNS = (*COMPARED, *MEASURES, *opensr.MEASURES)
 
-HIGHER_IS_BETTER = {"psnr", "ssim", "psnr_adjusted", "ssim_adjusted", "hqnr"}
+HIGHER_IS_BETTER = {"psnr", "ssim", "psnr_adjusted", "ssim_adjusted", "hqnr", "improvement"}
 """Columns of quality; all others are errors."""
 
 AGREEMENTS = (0.5, 0.7, 0.9)
@@ -114,9 +115,10 @@ class Evaluation:
         for method in self.methods:
             lines.append(f"{method:18}" + "".join(f"{means[method][column]:>10.4g}" for column in COMPARED))
         lines.append("* after bias adjustment to the truth's band means; psnr in dB, sam in degrees, ergas in percent")
-        lines.append(f"{'without target':18}" + "".join(f"{name:>12}" for name in MEASURES))
-        for method in self.methods:
-            lines.append(f"{method:18}" + "".join(f"{means[method][column]:>12.4g}" for column in MEASURES))
+        for title, columns in (("without target", MEASURES), ("as opensr-test", opensr.MEASURES)):
+            lines.append(f"{title:18}" + "".join(f"{name:>14}" for name in columns))
+            for method in self.methods:
+                lines.append(f"{method:18}" + "".join(f"{means[method][column]:>14.4g}" for column in columns))
         lines.append(f"intervals of 95 %, {METHOD}:")
         for method in self.methods:
             cells = (f"{name} {self.estimate(method, name)}" for name in ("psnr", "ssim", "sam", "ergas"))

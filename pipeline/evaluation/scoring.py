@@ -20,6 +20,7 @@ from pipeline.evaluation.perturb import Kind, levels, perturb, unperturbed
 from pipeline.evaluation.result import COLUMNS, COMPARED, FUSED, Row
 from pipeline.quality.metrics import image_metrics
 from pipeline.quality.no_reference import no_reference
+from pipeline.quality.opensr import opensr_measures
 from pipeline.quality.registration import Mode
 from pipeline.reporting.panels import panel
 from pipeline.training.validation import resolution_ratio
@@ -120,7 +121,8 @@ def _rows(
     images = {method: _fuse(network, batch) for method, network in networks.items()} | baselines(batch)
     middle = median(batch)
     for method, image in images.items():
-        values = image_metrics(image, batch.hr, registration, ratio) | no_reference(image, middle, batch.pan)
+        values = image_metrics(image, batch.hr, registration, ratio)
+        values |= no_reference(image, middle, batch.pan) | opensr_measures(image, middle, batch.hr)
         yield {**place, "method": method, **{column: _value(values[column]) for column in COLUMNS}}
 
 
