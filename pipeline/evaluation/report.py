@@ -47,7 +47,7 @@ TITLES = {
     "omission": "omission",
     "hallucination": "hallucination",
 }
-"""Headings of the columns."""
+"""Headings of columns; others are headed by their name."""
 DRAWN = ("psnr", "ssim", "sam", "ergas", "hqnr")
 """Columns whose distributions are drawn."""
 FEW = 30
@@ -188,7 +188,7 @@ def _tables(result: Evaluation) -> Iterable[str]:
             [method, *(_cell(result.estimate(method, column), method == best[column]) for column in columns)]
             for method in result.methods
         ]
-        yield _table(["", *(TITLES[column.removesuffix(ADJUSTED)] for column in columns)], rows)
+        yield _table(["", *(_title(column.removesuffix(ADJUSTED)) for column in columns)], rows)
     yield "<h2>Fused minus baseline, on the same chips</h2>"
     others = [method for method in result.methods if method != FUSED]
     shown = ("psnr", "ssim", "sam", "ergas", "hqnr")
@@ -258,7 +258,7 @@ def _values(result: Evaluation, column: str) -> dict[str, list[float]]:
 
 def _title(column: str) -> str:
     name = column.removesuffix(ADJUSTED)
-    return TITLES[name] + (", adjusted" if name != column else "")
+    return TITLES.get(name, name) + (", adjusted" if name != column else "")
 
 
 def _cell(estimate: Estimate, best: bool = False) -> Cell:
