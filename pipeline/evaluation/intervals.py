@@ -38,7 +38,9 @@ class Estimate:
     """Number of AOIs."""
 
     def __str__(self) -> str:
-        """Return the numbers with four digits, such as ``34.21 [33.02, 35.16]``."""
+        """Return the numbers with four digits, such as ``34.21 [33.02, 35.16]``; a dash for no mean."""
+        if math.isnan(self.mean):
+            return "-"
         if math.isnan(self.low):
             return f"{self.mean:.4g}"
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"

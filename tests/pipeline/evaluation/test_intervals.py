@@ -61,6 +61,7 @@ def test_too_few_aois_and_infinite_values_have_a_mean_alone() -> None:
     assert few.mean == 1
     assert math.isnan(few.low)
     assert str(few) == "1"
+    assert str(Estimate(math.nan, math.nan, math.nan, 0)) == "-"
     endless = estimate(np.array([math.inf, *range(9)], float), np.ones(10))
     assert endless.mean == math.inf
     assert math.isnan(endless.high)
