@@ -224,7 +224,7 @@ def _number(value: object) -> float:
     """Return a value of a row as a number; NaN for none."""
     if value is None:
         return math.nan
-    assert isinstance(value, float)
+    assert isinstance(value, int | float)
     return value
 
 
