@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.phase import offset
 from pipeline.config import RunConfig, load_config
 from pipeline.data import ChipDataset, evaluation_batches
-from pipeline.evaluation.evaluate import baselines
+from pipeline.evaluation.baselines import baselines
 from pipeline.networks import load_network
 from pipeline.quality.registration import MODES, Mode
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint

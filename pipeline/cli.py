@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
 from sharding.names import local_path
 from sharding.schema import check_range
 from sharding.terminal import say
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.evaluate import Evaluation
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,7 +23,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     evaluate = verbs.add_parser(
         "evaluate",
         help="measure a checkpoint on a split",
-        description="Print metrics, raw and bias-adjusted, beside two baselines; write CSVs and panels to the run.",
+        description="Print metrics beside baselines, with intervals; write CSVs and panels to the run. Under "
+        "torchrun the ranks share the chips.",
     )
     evaluate.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
@@ -52,6 +49,28 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     evaluate.add_argument("--registration", default="centred", choices=("centred", "published"))
     evaluate.add_argument("--panels", type=int, default=9, metavar="N", help="chips drawn as PNG (default 9)")
+    evaluate.add_argument(
+        "--compare", nargs=2, metavar="RUN", help="score two runs on the same chips and print their differences"
+    )
+    evaluate.add_argument(
+        "--perturb",
+        nargs="+",
+        default=(),
+        choices=("noise", "blur", "shift", "revisits"),
+        help="also score revisits that are perturbed in levels",
+    )
+    evaluate.add_argument(
+        "--classes",
+        type=partial(local_path, "--classes"),
+        metavar="FILE",
+        help="WorldStrat's split file, to score by land-cover class",
+    )
+    evaluate.add_argument(
+        "--report",
+        type=partial(local_path, "--report"),
+        metavar="FILE.html",
+        help="write a report with charts and pictures, one file that needs no other",
+    )
     evaluate.set_defaults(run=_evaluate)
 
     _add_predict(verbs)
@@ -89,8 +108,8 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     predict = verbs.add_parser(
         "predict",
         help="fuse whole scenes to GeoTIFFs",
-        description="Fuse AOIs of a WorldStrat folder or a dataset; no target is needed. Each gets a Cloud-optimised "
-        "GeoTIFF, a preview and a sidecar. The same command resumes after an interruption.",
+        description="Fuse AOIs of a WorldStrat folder, of own GeoTIFFs or of a dataset; no target is needed. Each gets "
+        "a Cloud-optimised GeoTIFF, a preview and a sidecar. The same command resumes after an interruption.",
     )
     predict.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
     predict.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
@@ -106,7 +125,8 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--input",
         required=True,
         metavar="URI",
-        help="folder with hr_dataset and lr_dataset, or with their zips; or a dataset, local or s3://",
+        help="folder with hr_dataset and lr_dataset, or with their zips; a scenes.toml, see docs/own-data.md; or a "
+        "dataset, local or s3://",
     )
     predict.add_argument("--output", required=True, metavar="URI", help="local folder or s3://BUCKET/PREFIX")
     predict.add_argument("--aoi", nargs="+", default=(), metavar="NAME", help="fuse only these AOIs (default: all)")
@@ -169,57 +189,19 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     check_range("--panels", args.panels, 0, 10**6)
-    result = _evaluate_published(args) if args.published_checkpoint else _evaluate_run(args)
-    print(result.table())
-    say(f"written to {result.folder}: chips.csv, aois.csv, panel-*.png")
-    return 0
+    from pipeline.evaluation import command  # slow: imports torch
 
-
-def _evaluate_run(args: argparse.Namespace) -> Evaluation:
-    from pipeline.evaluation.evaluate import evaluate_run  # slow: imports torch
-
-    if args.run_uri is None:
-        raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE")
-    for option in ("model", "simulate"):
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option} is only for --published-checkpoint: a run has its own")
-    return evaluate_run(
-        args.run_uri,
-        args.split,
-        args.checkpoint or "best",
-        data_uri=args.data,
-        output=args.output or "",
-        registration=args.registration,
-        panels=args.panels,
-    )
-
-
-def _evaluate_published(args: argparse.Namespace) -> Evaluation:
-    from pipeline.evaluation.evaluate import evaluate_published  # slow: imports torch
-
-    _refuse_both(args)
-    for option in ("model", "data"):
-        if not getattr(args, option):
-            raise UserError(f"--published-checkpoint needs --{option} {'ENCODER+HEAD' if option == 'model' else 'URI'}")
-    return evaluate_published(
-        args.published_checkpoint,
-        args.model,
-        args.data,
-        args.split,
-        args.output or "evaluation",
-        simulate=args.simulate or "off",
-        registration=args.registration,
-        panels=args.panels,
-    )
+    return command.evaluate(args)
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from pipeline.evaluation.command import refuse_both  # slow: imports torch
     from pipeline.prediction import predict  # slow: imports torch and rasterio
 
     options = predict.PredictOptions(args.pixels, args.overwrite)
     bf16 = args.precision == "bf16"
     if args.published_checkpoint:
-        _refuse_both(args)
+        refuse_both(args)
         if args.model is None:
             raise UserError("--published-checkpoint needs --model ENCODER+HEAD")
         if args.weights is not None:
@@ -268,12 +250,6 @@ def _export(args: argparse.Namespace) -> int:
     )
     say(f"written to {folder}: {', '.join(names)}")
     return 0
-
-
-def _refuse_both(args: argparse.Namespace) -> None:
-    if args.run_uri is not None or args.checkpoint is not None:
-        given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
-        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is not a run")
 
 
 def _monitor(args: argparse.Namespace) -> int:

@@ -50,6 +50,8 @@ class World:
 
     def gather_objects(self, value: T) -> list[T]:
         """Return every rank's ``value``, any picklable object, in rank order."""
+        if self.size == 1:
+            return [value]
         everyone: list[T] = [value] * self.size
         dist.all_gather_object(everyone, value)
         return everyone
@@ -77,6 +79,16 @@ def join_world() -> World:
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def current_world() -> World:
+    """Return the group that this process is in or that the environment describes; else a world of one, without group.
+
+    Evaluation needs no more than this: unlike DeepSpeed it works without a process group.
+    """
+    if dist.is_initialized() or "RANK" in os.environ:
+        return join_world()
+    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _cuda(index: int) -> torch.device:

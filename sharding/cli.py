@@ -243,7 +243,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.png is not None:
         check_sheet(args.png)
     if args.html is not None:
-        check_page(args.html)
+        check_page("--html", args.html)
     if args.html is not None and args.aoi is not None:
         raise UserError("--html is a page of the whole dataset: give it without --aoi")
     if args.aoi is not None:

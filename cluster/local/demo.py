@@ -19,7 +19,8 @@ from cluster.local import nodes as local
 from cluster.local.objectstore import ObjectStore, remove_sockets
 from cluster.local.processes import ProcessId, identify, is_running
 from pipeline.config import RunConfig, load_config
-from pipeline.evaluation.evaluate import Evaluation, evaluate_run
+from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.evaluation.result import Evaluation
 from sharding.errors import UserError
 from sharding.inspection.describe import describe
 from sharding.progress import progress

@@ -61,19 +61,19 @@ def sensor_revisits(target: Tensor, revisits: int, size: tuple[int, int], genera
     Returns:
         [R, C, h, w] float32, 0 to 1.
     """
-    shift_x, shift_y = (_uniform(revisits, -SENSOR_SHIFT, SENSOR_SHIFT, generator) for _ in "xy")
-    deviation = _uniform(revisits, *SENSOR_BLUR, generator)
+    shift_x, shift_y = (uniform(revisits, -SENSOR_SHIFT, SENSOR_SHIFT, generator) for _ in "xy")
+    deviation = uniform(revisits, *SENSOR_BLUR, generator)
     # A narrower point spread is also cut off earlier: at 5 px up to a deviation of 1.83, then at 6 px.
     reach = (3 * deviation + 0.5).floor().clamp(min=1)
-    taps = _gaussian(deviation, reach)
+    taps = gaussian(deviation, reach)
 
     rows, columns = (
         functional.interpolate(
-            functional.avg_pool1d(_blur(_move(length, shift), taps), SENSOR_POOLING), pixels, mode="linear"
+            functional.avg_pool1d(blur(move(length, shift), taps), SENSOR_POOLING), pixels, mode="linear"
         )
         for length, shift, pixels in zip(target.shape[-2:], (shift_y, shift_x), size, strict=True)
     )
-    seen = _apply(rows, columns, target)
+    seen = apply(rows, columns, target)
     shot, read = (torch.randn(seen.shape, generator=generator).to(seen.device) for _ in range(2))
     seen = seen + shot * (FULL_SCALE * seen).clamp(min=0).sqrt() / FULL_SCALE
     return (seen + READ_NOISE * read).clamp(0, 1)
@@ -93,14 +93,14 @@ def shifted_revisits(target: Tensor, revisits: int, size: tuple[int, int], gener
     Returns:
         [R, C, h, w] float32, 0 to 1.
     """
-    deviation = _uniform(1, *SHIFTS_BLUR, generator)
-    taps = _gaussian(deviation, torch.full_like(deviation, SHIFTS_REACH))
+    deviation = uniform(1, *SHIFTS_BLUR, generator)
+    taps = gaussian(deviation, torch.full_like(deviation, SHIFTS_REACH))
     still = torch.zeros_like(deviation)
     rows, columns = (
-        functional.interpolate(_blur(_move(length, still), taps), pixels, mode="linear")
+        functional.interpolate(blur(move(length, still), taps), pixels, mode="linear")
         for length, pixels in zip(target.shape[-2:], size, strict=True)
     )
-    seen = _apply(rows, columns, target)[0]
+    seen = apply(rows, columns, target)[0]
     most = INTEGER_SHIFT
     shift_x, shift_y = (torch.randint(-most, most + 1, (revisits,), generator=generator).tolist() for _ in "xy")
     padded = functional.pad(seen, (most, most, most, most))
@@ -114,18 +114,19 @@ def shifted_revisits(target: Tensor, revisits: int, size: tuple[int, int], gener
     contrast = moved.double().std(dim=(1, 2, 3), keepdim=True).float()
     noise = torch.randn(moved.shape, generator=generator).to(moved.device)
     noisy = (moved + RELATIVE_NOISE * contrast * noise).clamp(0, 1)
-    brightness = _uniform(revisits, *BRIGHTNESS, generator).float().to(moved.device)
+    brightness = uniform(revisits, *BRIGHTNESS, generator).float().to(moved.device)
     return (noisy * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
 SIMULATORS: dict[str, Simulator] = {"shifts": shifted_revisits, "sensor": sensor_revisits}
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Return random numbers [count], float64 on the CPU, from ``low`` to ``high``."""
     return low + (high - low) * torch.rand(count, dtype=torch.float64, generator=generator)
 
 
-def _gaussian(deviation: Tensor, reach: Tensor) -> Tensor:
+def gaussian(deviation: Tensor, reach: Tensor) -> Tensor:
     """Return taps [R, K] of sum 1, zero beyond the ``reach`` [R] of each deviation [R]; K is odd."""
     most = int(reach.max())
     tap = torch.arange(-most, most + 1, dtype=torch.float64)
@@ -133,7 +134,7 @@ def _gaussian(deviation: Tensor, reach: Tensor) -> Tensor:
     return taps / taps.sum(dim=1, keepdim=True)
 
 
-def _move(length: int, shift: Tensor) -> Tensor:
+def move(length: int, shift: Tensor) -> Tensor:
     """Return matrices [R, length, length] that shift an axis by each ``shift`` [R], from their rows to their columns.
 
     Bilinear: pixel i of the result is read at i - shift, clamped to the image.
@@ -143,15 +144,15 @@ def _move(length: int, shift: Tensor) -> Tensor:
     return (1 - (pixel.unsqueeze(1) - place.unsqueeze(1)).abs()).clamp(min=0)
 
 
-def _blur(axis: Tensor, taps: Tensor) -> Tensor:
+def blur(axis: Tensor, taps: Tensor) -> Tensor:
     """Correlate the last axis of [R, N, L] with the taps [R, K] of each; the border is mirrored without the edge."""
     reach = taps.shape[1] // 2
     padded = functional.pad(axis, (reach, reach), mode="reflect").transpose(0, 1)
     return functional.conv1d(padded, taps.unsqueeze(1), groups=len(taps)).transpose(0, 1)
 
 
-def _apply(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
-    """Return ``target`` [C, H, W] multiplied by matrices [R, H, h] and [R, W, w], as float32 [R, C, h, w].
+def apply(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
+    """Return ``target`` [C, H, W] or [R, C, H, W] multiplied by matrices [R, H, h] and [R, W, w], float32 [R, C, h, w].
 
     In float64, so that neither the threads nor the machine's matrix product change the result.
     """

@@ -13,8 +13,10 @@ from sharding.format.entries import SampleEntry, ShardEntry
 from sharding.format.index import INDEX_NAME, SPLITS, Index
 from sharding.format.layout import Facts, worldstrat_facts
 from sharding.format.sample import fetch_sample
-from sharding.prepare.inputs import SceneInput, read_input, sample_input
+from sharding.prepare.inputs import SceneInput, read_input, read_whole_scene, sample_input
 from sharding.prepare.options import SampleOptions
+from sharding.sources.scenes.description import FILE_NAME
+from sharding.sources.scenes.whole import find_whole_scenes
 from sharding.sources.worldstrat.files import open_source
 from sharding.sources.worldstrat.layout import AoiFiles, check_files, find_aois
 from sharding.storage import Storage, open_storage
@@ -63,25 +65,35 @@ class FoundInputs:
 
 
 def find_inputs(
-    uri: str, prepare: Callable[[], SampleOptions], *, aois: Sequence[str] = (), split: str | None = None
+    uri: str,
+    prepare: Callable[[], SampleOptions],
+    scenes: Callable[[], SampleOptions],
+    *,
+    aois: Sequence[str] = (),
+    split: str | None = None,
 ) -> FoundInputs:
-    """Return the scenes of a WorldStrat folder or of a dataset.
+    """Return the scenes of a WorldStrat folder, of a description of a user's GeoTIFFs, or of a dataset.
 
     Args:
-        uri: Folder with ``hr_dataset`` and ``lr_dataset`` or their zips, or one of these zips; or a dataset, local or
-            s3://.
-        prepare: Function that returns the preparation of a folder's AOIs; a dataset has its own.
+        uri: Folder with ``hr_dataset`` and ``lr_dataset`` or their zips, or one of these zips; a ``scenes.toml``
+            or its folder; or a dataset, local or s3://.
+        prepare: Function that returns the preparation of a WorldStrat folder's AOIs; a dataset has its own.
+        scenes: Function that returns the preparation of a user's scenes.
         aois: Names of the AOIs; empty for all.
         split: Split of a dataset; None for all.
 
     Raises:
         UserError: No such input, AOI or split.
     """
-    storage = None if uri.endswith(".zip") else open_storage(uri)
+    storage = None if uri.endswith((".zip", ".toml")) else open_storage(uri)
     if storage is not None and ("://" in uri or storage.exists(INDEX_NAME)):
         inputs = _samples(storage, split)
     elif split is not None:
         raise UserError(f"--split {split} is for a dataset, and --input {uri} is none: drop it")
+    elif uri.endswith(".toml"):
+        inputs = _whole_scenes(Path(uri), scenes())
+    elif (Path(uri) / FILE_NAME).exists():
+        inputs = _whole_scenes(Path(uri) / FILE_NAME, scenes())
     else:
         inputs = _aois(Path(uri), prepare())
     if not aois:
@@ -114,6 +126,15 @@ def _aois(folder: Path, options: SampleOptions) -> FoundInputs:
     source = open_source(folder.parent if folder.suffix == ".zip" else folder, options.level)
     scenes = [NamedInput(aoi.name, partial(_read_aoi, aoi, options)) for aoi in find_aois(source)]
     return FoundInputs(str(folder), worldstrat_facts(options), options.revisits, scenes)
+
+
+def _whole_scenes(path: Path, options: SampleOptions) -> FoundInputs:
+    found = find_whole_scenes(path.parent, path.name)
+    facts = found.facts(options)
+    scenes = [
+        NamedInput(scene.name, partial(read_whole_scene, scene, options, facts.bands.lr)) for scene in found.scenes
+    ]
+    return FoundInputs(str(path), facts, options.revisits, scenes)
 
 
 def _read_aoi(aoi: AoiFiles, options: SampleOptions) -> SceneInput:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from pipeline.networks import Weights, load_weights
 from pipeline.prediction.fusion import Fusion
 from pipeline.prediction.inputs import NamedInput, find_inputs
-from pipeline.prediction.preparation import folder_preparation, training_dataset
+from pipeline.prediction.preparation import folder_preparation, scene_preparation, training_dataset
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from sharding.errors import UnusableError, UserError
 from sharding.format.checks import key_of
+from sharding.format.layout import Facts
 from sharding.prepare.inputs import SceneInput
 from sharding.prepare.options import SampleOptions
 from sharding.progress import progress
@@ -88,14 +90,27 @@ def predict_run(
     run = open_storage(run_uri)
     found = read_checkpoint(run, select_checkpoint(run, checkpoint))
     network, dataset, model = load_weights(found, weights), training_dataset(found), found.config.model
-    inputs = find_inputs(input_uri, lambda: folder_preparation(dataset, model), aois=aois, split=split)
+    inputs = find_inputs(
+        input_uri,
+        lambda: folder_preparation(dataset, model),
+        lambda: scene_preparation(dataset, model),
+        aois=aois,
+        split=split,
+    )
     inputs.check_fits(model, simulated=found.config.data.simulate != "off")
     if dataset and dataset.index.facts.bands.lr != inputs.facts.bands.lr:
         names = (list(known.facts.bands.lr) for known in (inputs, dataset.index))
         logger.warning("%s has the bands %s, and the weights were trained on %s, in this order", input_uri, *names)
+    if dataset and _ratio(dataset.index.facts) != _ratio(inputs.facts):
+        trained, given = (_ratio(known) for known in (dataset.index.facts, inputs.facts))
+        logger.warning("%s has a ratio of %s, and the weights were trained at %s", input_uri, given, trained)
     window = (dataset.index if dataset else inputs).facts.chips.size
     fusion = Fusion.of(network, found.name, window=window, weights=weights, bf16=bf16)
     return predict_scenes(fusion, inputs.scenes, open_storage(output_uri), options, strict=bool(aois))
+
+
+def _ratio(facts: Facts) -> str:
+    return f"{Fraction(*facts.ratio)}" if facts.ratio else "several values"
 
 
 def predict_published(
@@ -113,7 +128,8 @@ def predict_published(
 
     Bands, revisits and the size of windows are a dataset's; AOIs of a folder are prepared as in the published training.
     """
-    inputs = find_inputs(input_uri, SampleOptions, aois=aois, split=split)
+    unsized = SampleOptions(lr_size=None, hr_size=None)
+    inputs = find_inputs(input_uri, SampleOptions, lambda: unsized, aois=aois, split=split)
     facts = inputs.facts
     fusion = Fusion.load_published(
         path, pair, bands=len(facts.bands.lr), revisits=inputs.revisits, window=facts.chips.size, bf16=bf16

@@ -54,6 +54,13 @@ def folder_preparation(dataset: ChipDataset | None, model: ModelConfig) -> Sampl
     return options
 
 
+def scene_preparation(dataset: ChipDataset | None, model: ModelConfig) -> SampleOptions:
+    """Return the preparation of a user's scenes: that of the training's scenes, with the weights' revisits."""
+    known = dataset is not None and dataset.index.facts.source == "scenes"
+    usual = dataset.index.preparation if dataset is not None and known else SampleOptions()
+    return replace(usual, revisits=model.revisits, lr_size=None, hr_size=None)
+
+
 def default_preparation(model: ModelConfig) -> SampleOptions | None:
     """Return WorldStrat's default preparation with a model's bands and revisits; None if it has no such bands."""
     if model.bands == len(RGB_BANDS):

@@ -54,6 +54,8 @@ figure {{ margin: 0 }} figcaption {{ font-size: 12px; color: #555 }}
 table {{ border-collapse: collapse; font-size: 12px }} td, th {{ padding: 0 .8em 0 0; text-align: left }}
 svg {{ background: #fafafa; border: 1px solid #ddd }} .bad {{ color: #b00 }}
 </style>
+</head>
+<body>
 """
 
 
@@ -89,6 +91,7 @@ def write_html(index: Index, storage: Storage, path: Path) -> int:
                 for place in shown:
                     file.write(_article(index, storage, place))
                     bar.update()
+            file.write("</body>\n</html>\n")
         write_page(path, draft)
     return len(places) - len(shown)
 

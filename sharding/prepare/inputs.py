@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,13 @@ from sharding.format.sample import Sample
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import check_pictures, cloud_percent, grid_transform, stored_images
 from sharding.prepare.scene import choose_revisits, prepare_inputs
+from sharding.sources.scenes.source import TileFiles
+from sharding.sources.source import Scene
 from sharding.sources.worldstrat.layout import AoiFiles, check_files
 from sharding.sources.worldstrat.rasters import read_scene
 
 Stored = NDArray[Any]
+Files = TypeVar("Files", AoiFiles, TileFiles)
 
 _DESCRIBED = ("hr_date", "level", "bands", "revisits", "sources")
 """Parts of a sample's JSON that describe its inputs."""
@@ -100,21 +104,48 @@ def read_input(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
     Raises:
         UnusableError: If it cannot be read, or an image shows nothing.
     """
+    provenance: dict[str, object] = {"level": options.level, "bands": list(options.band_numbers)}
+
+    def read(of: AoiFiles) -> SceneInput:
+        scene = read_scene(of, options, target=False)
+        return _input(scene, options, worldstrat_facts(options).bands.lr, provenance)
+
+    return _passing(aoi, read, lambda of: check_files(of, options, target=False))
+
+
+def read_whole_scene(scene: TileFiles, options: SampleOptions, bands: tuple[str, ...]) -> SceneInput:
+    """Read a user's whole scene as `read_input` reads an AOI; ``bands`` are the names of the revisits' bands.
+
+    Raises:
+        UnusableError: Like `read_input`.
+    """
+    scene.check(options)
+    read = partial(_whole_input, options=options, bands=bands)
+    return _passing(scene, read, lambda of: of.check(options))
+
+
+def _whole_input(scene: TileFiles, options: SampleOptions, bands: tuple[str, ...]) -> SceneInput:
+    return _input(scene.read(options), options, bands, {"bands": list(bands)})
+
+
+def _passing(files: Files, read: Callable[[Files], SceneInput], check: Callable[[Files], None]) -> SceneInput:
+    """Read a scene; revisits that show nothing are passed over while ``check`` accepts what remains."""
     first: RevisitError | None = None
     while True:
         try:
-            return _read(aoi, options)
+            return read(files)
         except RevisitError as error:
             first = first or error
-            aoi = aoi.without(error.number)
+            files = files.without(error.number)
             try:
-                check_files(aoi, options, target=False)
+                check(files)
             except UnusableError:
                 raise first from None
 
 
-def _read(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
-    scene = read_scene(aoi, options, target=False)
+def _input(
+    scene: Scene, options: SampleOptions, bands: tuple[str, ...], provenance: Mapping[str, object]
+) -> SceneInput:
     chosen = choose_revisits(scene, options)
     check_pictures(scene, chosen.revisits)
     lr, pan = prepare_inputs(scene, chosen.revisits, options)
@@ -127,11 +158,10 @@ def _read(aoi: AoiFiles, options: SampleOptions) -> SceneInput:
         clearest=chosen.clearest,
         crs=scene.crs,
         transform=tuple(grid_transform(scene.bounds, *pan.shape[-2:])),
-        bands=worldstrat_facts(options).bands.lr,
+        bands=bands,
         provenance={
             "hr_date": scene.hr_date,
-            "level": options.level,
-            "bands": list(options.band_numbers),
+            **provenance,
             "revisits": [
                 {**vars(scene.revisits[index]), "cloud_percent": cloud_percent(scene, index)}
                 for index in chosen.revisits

@@ -14,8 +14,8 @@ from sharding.storage import LocalStorage
 
 SOFTWARE = "satfusion inspect"
 """Text ``Software`` of each contact sheet, by which it is recognised."""
-PAGE_START = f'<!doctype html>\n<meta name="generator" content="{SOFTWARE}">\n'
-"""Beginning of each page, by which it is recognised."""
+PAGE_START = '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta name="generator" content="satfusion">\n'
+"""First lines of each page of ours, by which it is recognised."""
 _REPORTS = ({"index_sha256", "shards", "skipped_aois"}, {"error", "skipped", "skipped_aois"})
 """Keys of the report of a dataset, and of a source without enough usable AOIs."""
 _LARGEST_REPORT = 256 << 20
@@ -41,15 +41,15 @@ def check_report(path: Path) -> None:
     _check("--report", path, _is_report)
 
 
-def check_page(path: Path) -> None:
+def check_page(option: str, path: Path) -> None:
     """Check that a page may be written to ``path``.
 
     Raises:
         UserError: For another suffix than .html, a place that cannot be written to, or a file that is no page of ours.
     """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--html {path} does not end in .html: give a file name that does")
-    _check("--html", path, _is_page)
+    if path.suffix.lower() != ".html":
+        raise UserError(f"{option} {path} does not end in .html: give a file name that does")
+    _check(option, path, _is_page)
 
 
 def write_page(path: Path, draft: Path) -> None:

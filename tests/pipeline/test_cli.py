@@ -133,7 +133,7 @@ def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tm
     ended = satfusion("evaluate", *options, "--model", "SRCNN+PNN", "--panels", "1", "--simulate", "sensor")
     assert ended.returncode == 0, ended.stderr
     assert "simulated revisits (sensor)" in ended.stdout
-    written = {"chips.csv", "aois.csv", "table.txt", "panel-000.png"}
+    written = {"chips.csv", "aois.csv", "groups.csv", "table.txt", "panel-000.png"}
     assert {path.name for path in folder.iterdir()} == written | {"of-mine.txt"}
     batch = ChipDataset(dataset_uri, "test", DataConfig(simulate="sensor")).evaluation_batch(0)
     with torch.no_grad():

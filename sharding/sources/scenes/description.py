@@ -64,8 +64,8 @@ class ListedScene:
     pan: str
     """File of the panchromatic image."""
 
-    target: str
-    """File of the target."""
+    target: str = ""
+    """File of the target; empty without one."""
 
     masks: tuple[str, ...] = ()
     """Files of the cloud masks, one per revisit; empty without masks."""
@@ -102,13 +102,13 @@ _KINDS = ("revisits", "pan", "target", "masks")
 _MASK_KEYS = ("files", "cloud", "unknown")
 
 
-def read_description(folder: Path) -> Description:
-    """Read ``scenes.toml`` of a folder.
+def read_description(folder: Path, name: str = FILE_NAME, *, target: bool = True) -> Description:
+    """Read ``scenes.toml`` of a folder, or another description; without ``target`` it may name none.
 
     Raises:
         UserError: If it is missing or wrong; the message names the key.
     """
-    path = folder / FILE_NAME
+    path = folder / name
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} has more than {MAX_BYTES} bytes: it should only describe the files")
@@ -119,11 +119,11 @@ def read_description(folder: Path) -> Description:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as TOML ({error}): correct it") from error
-    return parse(table, str(path))
+    return parse(table, str(path), target=target)
 
 
-def parse(table: Mapping[str, Any], path: str) -> Description:
-    """Parse the table of a description; ``path`` names it in messages.
+def parse(table: Mapping[str, Any], path: str, *, target: bool = True) -> Description:
+    """Parse the table of a description; ``path`` names it in messages. Without ``target`` it may name none.
 
     Raises:
         UserError: For an unknown key or a value of a wrong type.
@@ -133,8 +133,9 @@ def parse(table: Mapping[str, Any], path: str) -> Description:
     listed = table.get("scene", [])
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise UserError(f"{path}: scene must be a list of tables, each written [[scene]]")
-    scenes = tuple(_listed(item, path) for item in listed)
-    patterns = [kind for kind in ("revisits", "pan", "target") if not kinds[kind].files]
+    needed = ("revisits", "pan", "target") if target else ("revisits", "pan")
+    scenes = tuple(_listed(item, path, needed) for item in listed)
+    patterns = [kind for kind in needed if not kinds[kind].files]
     if not scenes and patterns:
         raise UserError(f"{path}: {patterns[0]}.files is missing: give a pattern, or list the files by [[scene]]")
     names = [scene.name for scene in scenes]
@@ -185,15 +186,16 @@ def _images(table: Any, kind: str, path: str) -> Images:
     return Images(**found)
 
 
-def _listed(table: Mapping[str, Any], path: str) -> ListedScene:
+def _listed(table: Mapping[str, Any], path: str, needed: tuple[str, ...]) -> ListedScene:
     _known(table, tuple(ListedScene.__dataclass_fields__), "scene.", path)
-    for key in ("name", "revisits", "pan", "target"):
+    for key in ("name", *needed):
         if key not in table:
-            raise UserError(f"{path}: a [[scene]] lacks {key}: each needs name, revisits, pan and target")
+            raise UserError(f"{path}: a [[scene]] lacks {key}: each needs name, {', '.join(needed)}")
     lists: dict[str, Any] = {
         key: _texts(table.get(key, []), f"scene.{key}", path) for key in ("revisits", "masks", "dates")
     }
-    texts: dict[str, Any] = {key: _text(table[key], f"scene.{key}", path) for key in ("name", "pan", "target")}
+    given = [key for key in ("name", "pan", "target") if key in table]
+    texts: dict[str, Any] = {key: _text(table[key], f"scene.{key}", path) for key in given}
     return ListedScene(**texts, **lists)
 
 

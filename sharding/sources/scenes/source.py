@@ -58,6 +58,9 @@ class TileFiles:
     few_revisits: str = "drop"
     """``drop`` or ``repeat``, see `SourceOptions`."""
 
+    target: bool = True
+    """Whether the target is read; a prediction has none."""
+
     @property
     def recipe(self) -> str:
         """Text of everything beside files and options that decides the pixels."""
@@ -131,7 +134,8 @@ class TileFiles:
 
         visits = self._candidates(options)
         lr = np.stack([read("lr", visit.layer, coarse) for visit in visits])
-        hr, pan = read("hr", scene.target, grid), read("pan", scene.pan, grid)
+        pan = read("pan", scene.pan, grid)
+        hr = read("hr", scene.target, grid) if self.target else np.empty((0, *pan.shape[1:]), np.float32)
         valid = _seen(lr)
         clm = np.stack([self._mask(visit, coarse) for visit in visits])
         clm[~valid] = NO_CLM

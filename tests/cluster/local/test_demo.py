@@ -20,7 +20,8 @@ import pytest
 from cluster.cli import main
 from cluster.local import demo, objectstore
 from cluster.local.processes import identify, running_with, stop
-from pipeline.evaluation.evaluate import BASELINES, COLUMNS, FUSED, Evaluation
+from pipeline.evaluation.baselines import BASELINES
+from pipeline.evaluation.result import COLUMNS, FUSED, Evaluation
 from sharding.sources.synthetic.rasters import write_worldstrat
 from tests.listening import is_loopback, listening
 
@@ -187,7 +188,15 @@ def test_a_demo_that_runs_keeps_its_folder(tmp_path: Path, capsys: pytest.Captur
 def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:
     methods = (FUSED, *BASELINES)
     rows: list[dict[str, object]] = [
-        {"aoi": "a", "chip": 0, "method": method, **dict.fromkeys(COLUMNS, 0.0), "psnr": psnr, "psnr_adjusted": shifted}
+        {
+            "aoi": "a",
+            "chip": 0,
+            "method": method,
+            **dict.fromkeys(COLUMNS, 0.0),
+            "agreement": None,
+            "psnr": psnr,
+            "psnr_adjusted": shifted,
+        }
         for method, psnr, shifted in zip(methods, raw, adjusted, strict=True)
     ]
     return Evaluation("best-2", "test", "off", "centred", rows, methods, "s3://satfusion/run/evaluation/test-best-2")

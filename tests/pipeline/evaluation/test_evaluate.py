@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.cli import main
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data import ChipDataset
-from pipeline.evaluation.evaluate import BASELINES, COLUMNS, Evaluation, baselines, evaluate_run
+from pipeline.evaluation.baselines import BASELINES, baselines
+from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
+from pipeline.evaluation.result import Row
 from pipeline.quality.metrics import image_metrics
 from pipeline.training.loop import run_training
 from pipeline.world import World
@@ -23,6 +26,9 @@ from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
 from tests.command import column
 from tests.conftest import SMALL
+from tests.distributed import Rank, run_ranks
+
+NO_PANELS = EvaluateOptions(panels=0)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +53,13 @@ def test_baselines_are_bicubic_of_the_clearest_and_of_the_median(dataset_uri: st
 
 
 def test_the_table_is_the_mean_over_chips(run: Path, small_uri: str) -> None:
-    result = evaluate_run(str(run), "test", "best", panels=2)
+    result = evaluate_run(str(run), "test", "best", options=EvaluateOptions(panels=2))
     assert len(result.chips) == 9 * len(result.methods)
     folder = Path(result.folder)
     assert sorted(path.name for path in folder.iterdir()) == [
         "aois.csv",
         "chips.csv",
+        "groups.csv",
         "panel-000.png",
         "panel-001.png",
         "table.txt",
@@ -73,14 +80,14 @@ def test_the_table_is_the_mean_over_chips(run: Path, small_uri: str) -> None:
 
 
 def test_validation_and_evaluation_agree(run: Path) -> None:
-    result = evaluate_run(str(run), "val", "last", panels=0)
+    result = evaluate_run(str(run), "val", "last", options=NO_PANELS)
     assert result.checkpoint == "step-3"
     for name in ("psnr", "psnr_adjusted", "sam", "ergas"):
         assert result.means("fused")[name] == pytest.approx(float(column(run, f"val/{name}")[-1]), rel=1e-5)
 
 
 def test_checkpoints_are_chosen_by_rule_or_step(run: Path) -> None:
-    assert evaluate_run(str(run), "val", "2", panels=0).checkpoint == "step-2"
+    assert evaluate_run(str(run), "val", "2", options=NO_PANELS).checkpoint == "step-2"
     with pytest.raises(UserError, match=r"no checkpoint '5': complete ones are best \(step 3\), 2, 3"):
         evaluate_run(str(run), "val", "5")
 
@@ -88,12 +95,12 @@ def test_checkpoints_are_chosen_by_rule_or_step(run: Path) -> None:
 def test_what_is_not_as_usual_has_a_folder_of_its_own(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = evaluate_run(str(run), "test", "best", panels=0)
-    published = evaluate_run(str(run), "test", "best", registration="published", panels=0)
+    usual = evaluate_run(str(run), "test", "best", options=NO_PANELS)
+    published = evaluate_run(str(run), "test", "best", options=EvaluateOptions("published", 0))
     assert published.means("fused")["mse"] != usual.means("fused")["mse"]
     write_worldstrat(tmp_path / "source", 3, seed=9, revisits=2, hr_side=80)
     shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions(SMALL))
-    other = evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "other"), panels=0)
+    other = evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "other"), options=NO_PANELS)
     assert len({usual.folder, published.folder, other.folder}) == 3
     assert "is not the dataset that" in caplog.text
 
@@ -105,21 +112,59 @@ def test_a_dataset_of_other_revisits_is_refused(run: Path, tmp_path: Path) -> No
         evaluate_run(str(run), "test", "best", data_uri=str(tmp_path / "four"))
 
 
-def test_the_table_shows_quality_by_agreement() -> None:
-    metrics = dict.fromkeys(COLUMNS, 1.0)
-    rows: list[dict[str, object]] = []
-    for aoi, agreement, psnr in (("a", -0.2, 20.0), ("b", 0.85, 30.0), ("c", 1.0, 40.0), ("d", None, 9.0)):
-        for chip in range(2):
-            for method, more in (("fused", 1), (BASELINES[0], 0), (BASELINES[1], 0)):
-                place = {"aoi": aoi, "chip": chip, "method": method, "agreement": agreement}
-                rows.append({**place, **metrics, "psnr": psnr + more + chip})
-    result = Evaluation("step-1", "test", "off", "centred", rows, ("fused", *BASELINES), "folder")
-    head, *lines = result.table().splitlines()[-4:]
-    assert head.split() == ["AOIs", "fused", *BASELINES]
-    assert [line.split() for line in lines] == [
-        ["below", "0", "1", "21.5", "20.5", "20.5"],
-        ["0.8", "1", "31.5", "30.5", "30.5"],
-        ["0.9", "1", "41.5", "40.5", "40.5"],
-    ]
-    unknown = replace(result, chips=[row | {"agreement": None} for row in rows])
-    assert "agreement" not in unknown.table()
+@pytest.mark.distributed
+def test_two_ranks_give_the_table_of_one_process(run: Path, tmp_path: Path) -> None:
+    # Nine chips: one of the ranks has a filler.
+    (alone,) = run_ranks(_evaluate, 1, tmp_path / "one", str(run), str(tmp_path / "alone"), seconds=300)
+    both = run_ranks(_evaluate, 2, tmp_path / "two", str(run), str(tmp_path / "both"), seconds=300)
+    assert both == [alone, alone]
+    ours, theirs = (next((tmp_path / name).iterdir()) for name in ("alone", "both"))
+    for name in ("chips.csv", "aois.csv", "groups.csv", "perturbed.csv", "table.txt"):
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
+
+
+def _evaluate(rank: Rank, run: str, output: str) -> list[Row]:
+    options = EvaluateOptions(panels=0, perturb=("revisits",))
+    return evaluate_run(run, "test", "last", output=output, options=options).chips
+
+
+def test_two_runs_are_compared_on_the_same_chips_and_not_on_other_datasets(
+    run: Path, make_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(make_config(tmp_path / "second", "train.max_steps=1"))
+    page = tmp_path / "page.html"
+    assert main(["evaluate", "--compare", str(run), str(tmp_path / "second"), "--report", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert f"first: {run}, checkpoint best-" in printed
+    first = evaluate_run(str(run), "test", "best", options=NO_PANELS)
+    second = evaluate_run(str(tmp_path / "second"), "test", "best", options=NO_PANELS)
+    means = [result.means("fused")["psnr"] for result in (first, second)]
+    line = next(line for line in printed.splitlines() if line.startswith("psnr "))
+    assert line.split() == ["psnr", *(f"{mean:.4g}" for mean in means), f"{means[1] - means[0]:.4g}", "undecided"]
+    assert page.read_bytes().endswith(b"</html>\n")
+
+    write_worldstrat(tmp_path / "source", 6, seed=9, revisits=2, hr_side=80)
+    shard_folder(tmp_path / "source", open_storage(tmp_path / "other"), ShardOptions(SMALL))
+    run_training(make_config(tmp_path / "third", "train.max_steps=1", f"data.uri={tmp_path / 'other'}"))
+    assert main(["evaluate", "--compare", str(run), str(tmp_path / "third")]) == 2
+    assert "cannot pair chips: the dataset of the first is" in capsys.readouterr().err
+    assert not (tmp_path / "third" / "evaluation").exists()
+    assert main(["evaluate", str(run), "--compare", str(run), str(run)]) == 2
+    assert f"--compare names both runs: drop RUN {run}" in capsys.readouterr().err
+
+
+def test_classes_come_from_a_split_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aoi = evaluate_run(str(run), "test", "best", options=NO_PANELS).chips[0]["aoi"]
+    table = tmp_path / "split.csv"
+    table.write_text(f"tile,IPCC Class,split\n{aoi},Wetland,test\n{aoi},Forest,test\n")
+    page = tmp_path / "page.html"
+    arguments = ["evaluate", str(run), "--classes", str(table), "--panels", "0", "--report", str(page)]
+    assert main([*arguments, "--perturb", "noise"]) == 0
+    printed = capsys.readouterr().out
+    assert "class Wetland, 1 AOIs: psnr of fused" in printed
+    assert "noise (standard deviation, reflectance): psnr of fused" in printed
+    assert b"Wetland (1 AOIs)" in page.read_bytes()
+    assert page.read_bytes().count(b"data:image/png") == 3
+    table.write_text("tile,split\n")
+    assert main(arguments) == 2
+    assert "lacks the column 'tile' or 'IPCC Class'" in capsys.readouterr().err

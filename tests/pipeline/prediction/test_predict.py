@@ -250,7 +250,7 @@ def test_bands_and_windows_are_those_of_the_dataset(averaged: str, four_bands: s
     (path,) = tmp_path.glob("*.tif")
     with rasterio.open(path) as fused:
         assert fused.descriptions == ("red", "green", "blue", "nir")
-    scene = find_inputs(four_bands, SampleOptions).scenes[0].read()
+    scene = find_inputs(four_bands, SampleOptions, SampleOptions).scenes[0].read()
     assert (scene.bands, scene.rgb) == (("red", "green", "blue", "nir"), (0, 1, 2))
     assert replace(scene, bands=("nir", "blue", "green", "red")).rgb == (3, 2, 1)
     sidecar = json.loads(path.with_suffix(".json").read_text())

@@ -17,7 +17,7 @@ from pipeline.data import ChipDataset, TrainLoader
 from pipeline.data.batches import Batch, StoredBatch, to_batch
 from pipeline.data.chips import ChipLayout, Variant, make_window
 from pipeline.data.dataset import CPU
-from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
 from pipeline.order import CHIPS_PER_SCENE, BatchPlan, rank_slots
 from pipeline.quality.losses import PLACEMENTS, LossConfig, fusion_loss
 from pipeline.quality.registration import MODES
@@ -173,11 +173,11 @@ def run(world: World, make_small: MakeConfig, tmp_path_factory: pytest.TempPathF
 def test_evaluation_leaves_quarantined_chips_out_and_says_so(
     run: Path, shards: dict[int, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = evaluate_run(str(run), "train", "last", panels=0).chips
+    whole = evaluate_run(str(run), "train", "last", options=EvaluateOptions(panels=0)).chips
     damaged = damage(shards[3], tmp_path / "damaged", [3])
     lost = Index.load(open_storage(damaged)).samples("train")[3][1].aoi
     caplog.clear()
-    result = evaluate_run(str(run), "train", "last", data_uri=damaged, panels=0)
+    result = evaluate_run(str(run), "train", "last", data_uri=damaged, options=EvaluateOptions(panels=0))
     assert result.chips == [row for row in whole if row["aoi"] != lost]
     assert len(result.chips) == 4 * CHIPS_PER_SCENE * len(result.methods)
     assert "36 chips" in result.table()
@@ -190,7 +190,7 @@ def test_a_split_that_is_quarantined_whole_is_refused(
 ) -> None:
     nothing = damage(shards[3], tmp_path / "nothing", range(5))
     with pytest.raises(UserError, match=r"every chip of split 'train' of .+ is quarantined"):
-        evaluate_run(str(run), "train", "last", data_uri=nothing, panels=0)
+        evaluate_run(str(run), "train", "last", data_uri=nothing, options=EvaluateOptions(panels=0))
 
 
 def test_a_validation_that_is_quarantined_whole_is_refused(
