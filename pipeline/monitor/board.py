@@ -27,16 +27,22 @@ _KEPT = ("loss/", "quality", "speed/")
 _COUNTS = "store/"
 """Beginning of the tags that are held back while they are zero."""
 _ALL = STATISTICS[0]
+_PAGES = "(layout)"
+"""Run of TensorBoard that holds what belongs to no run of ours."""
+_MOST_PENDING = 10_000
+"""Events of a run that wait to be written together, so that a restart can still drop them."""
 
 
 class Board:
     """TensorBoard's folder, with one event file in each folder below it."""
 
     def __init__(self, root: Path) -> None:
-        """Write below ``root`` the columns of the page HParams and the operator's layout."""
+        """Write the columns of the page HParams and the operator's layout into a folder of ``root``."""
         self.root = root
         self._name = f"events.out.tfevents.{int(time.time()):010d}.monitor"
-        self.write("", [Event(wall_time=time.time(), summary=page) for page in (pages.experiment(), pages.layout())])
+        self.write(
+            _PAGES, [Event(wall_time=time.time(), summary=page) for page in (pages.experiment(), pages.layout())]
+        )
 
     def write(self, folder: str, events: Sequence[Event]) -> None:
         """Append events to the file of a folder, a run of TensorBoard.
@@ -54,8 +60,8 @@ class Board:
             file.write(b"".join(as_record(event) for event in (*first, *events)))
 
     def path(self, folder: str) -> Path:
-        """Return the path of a folder; the empty name is the one above all runs."""
-        return path_below(self.root, folder, "the runs") if folder else self.root
+        """Return the path of a folder."""
+        return path_below(self.root, folder, "the runs")
 
 
 class RunOnBoard:
@@ -93,7 +99,7 @@ class RunOnBoard:
                 self._restart(event, first_void)
             elif event.HasField("summary"):
                 self._show(event)
-            if count % 1000 == 0:
+            if count % _MOST_PENDING == 0:
                 self._flush()
         if self.facts is None and (count or self._folders):
             self._show_facts(0)
@@ -106,6 +112,9 @@ class RunOnBoard:
         """Drop the steps that the run repeats; its configuration may be another one."""
         self.curves.drop(first_void)
         self._changed(first_void)
+        # TensorBoard's fast loader drops a step only when a curve takes it again; what it never saw needs no drop.
+        for events in self._pending.values():
+            events[:] = [before for before in events if before.step < first_void]
         for folder in self._folders or {self.name}:
             self._pending[folder].append(event)
         self._show_facts(first_void)
