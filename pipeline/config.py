@@ -193,6 +193,21 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class AlertsConfig:
+    """Rules of alerts (`pipeline.reporting.alerts`); a loss that is not finite always raises one."""
+
+    stalled_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 0.0
+    """Seconds without a step or a validation that end in an alert; 0 raises none. A validation is one pause, so choose
+    more than it takes."""
+    psnr_below: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """PSNR of a validation below which an alert is raised, dB; 0 raises none."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self, lambda item: f"alerts.{item.name} =")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Complete configuration of a run; saved in the run folder and in each checkpoint."""
 
@@ -206,6 +221,8 @@ class RunConfig:
     """Optimisation."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Run folder."""
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    """Rules of alerts."""
 
     def __post_init__(self) -> None:
         """Refuse a model that cannot be built, and a stage to freeze that it lacks or is all of it."""

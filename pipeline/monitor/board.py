@@ -17,7 +17,7 @@ from pipeline.monitor.facts import Facts, read_facts
 from pipeline.monitor.feed import Feed, restarted
 from pipeline.monitor.records import as_record
 from pipeline.reporting.events import AGGREGATE
-from pipeline.reporting.tags import STATISTICS, shown, shown_image
+from pipeline.reporting.tags import ALERTS, STATISTICS, shown, shown_image
 from sharding.names import path_below
 
 TRACE_SUFFIX = ".pt.trace.json.gz"
@@ -130,15 +130,17 @@ class RunOnBoard:
     def _show(self, event: Event) -> None:
         """Show the values of a step."""
         scalars: dict[str, dict[str, float]] = {statistic: {} for statistic in STATISTICS}
-        images = []
+        others = []
         for value in event.summary.value:
             kind = value.WhichOneof("value")
             if kind == "simple_value":
                 place = shown(value.tag)
                 scalars[place.statistic][place.tag] = value.simple_value
             elif kind == "image":
-                images.append(Summary.Value(tag=shown_image(value.tag), image=value.image))
-        self._write(self.name, event, self._held_back(event, scalars[_ALL]), images)
+                others.append(Summary.Value(tag=shown_image(value.tag), image=value.image))
+            elif kind == "tensor" and value.tag == ALERTS:
+                others.append(value)
+        self._write(self.name, event, self._held_back(event, scalars[_ALL]), others)
         for tag, number in scalars[_ALL].items():
             if tag.startswith(_KEPT):
                 self.curves.add(tag, event.step, event.wall_time, number)
@@ -164,8 +166,8 @@ class RunOnBoard:
             kept[tag] = number
         return kept
 
-    def _write(self, folder: str, event: Event, numbers: dict[str, float], images: list[Summary.Value]) -> None:
-        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()] + images
+    def _write(self, folder: str, event: Event, numbers: dict[str, float], others: list[Summary.Value]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()] + others
         if values:
             summary = Summary(value=values)
             self._pending[folder].append(Event(wall_time=event.wall_time, step=event.step, summary=summary))

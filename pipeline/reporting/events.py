@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from torch import Tensor
 
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX, RunFolder
@@ -65,6 +66,10 @@ class AggregateEvents:
             if tag.startswith("time/"):
                 values[f"{tag}_p95"] = ranks.double().quantile(0.95).item()
         self._file.add(step, _scalars(values))
+
+    def text(self, step: int, text: str, tag: str) -> None:
+        """Write a text in Markdown."""
+        self._file.add(step, text_pb(tag, text))
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8], folder: Path) -> None:
         """Write an image [H, W, 3], also as ``<tag>-step-<n>.png`` below ``folder``."""

@@ -49,6 +49,8 @@ AVERAGED = "val_ema"
 VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
 
 
+ALERTS = "alerts"
+"""Tag of the texts of alerts."""
 STATISTICS = ("all", "min", "max", "p95")
 """Statistics of a stored tag: the one value of all ranks under the tag itself, others with a suffix."""
 _SHOWN: Mapping[str, str] = {
