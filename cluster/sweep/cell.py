@@ -43,8 +43,13 @@ class Result(msgspec.Struct):
     """Time of the training steps, validations and restarts not counted."""
 
     def is_of(self, config: RunConfig, index_digest: str, split: str) -> bool:
-        """Return True if these are the figures of this configuration on this dataset."""
-        return (self.config, self.index_digest, self.split) == (config.to_dict(), index_digest, split)
+        """Return True if these are the figures of this configuration on this dataset; new keys have their defaults.
+
+        Raises:
+            UserError: The recorded configuration is none of this version.
+        """
+        same = RunConfig.from_dict(self.config, RESULT_FILE) == config
+        return same and (self.index_digest, self.split) == (index_digest, split)
 
 
 def read_result(run: Storage) -> Result | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -93,10 +94,17 @@ def test_what_failed_runs_again_and_what_is_done_is_kept(
 
 def test_figures_of_another_configuration_are_refused(config: RunConfig, trained: Trained, tmp_path: Path) -> None:
     assert run_sweep(job(config, 1, ["pnn"]), trained) == 0
+    # One of a version that had fewer keys is of this configuration.
+    file = tmp_path / "sweep/srcnn+pnn/seed-1" / RESULT_FILE
+    older = json.loads(file.read_text())
+    del older["config"]["alerts"]
+    file.write_text(json.dumps(older))
+    trained.started = []
+    assert (run_sweep(job(config, 1, ["pnn"]), trained), trained.started) == (0, [])
     values = {**config.to_dict(), "train": {**config.to_dict()["train"], "learning_rate": 0.5}}
     with pytest.raises(UserError, match="figures of another configuration"):
         run_sweep(SweepJob(values, SweepOptions(("srcnn",), ("pnn",))), trained)
-    (tmp_path / "sweep/srcnn+pnn/seed-1" / RESULT_FILE).write_text("[]")
+    file.write_text("[]")
     with pytest.raises(UserError, match=r"sweep.json holds no figures of a sweep"):
         run_sweep(job(config, 1, ["pnn"]), trained)
 
@@ -125,7 +133,7 @@ def test_the_plan_holds_each_pair_once(config: RunConfig) -> None:
         (["--encoders", ",", "--heads", "pnn"], "--encoders names nothing"),
         (["--encoders", "none", "--heads", "none"], "is no model"),
         (["--encoders", "srcnn", "--heads", "pnn", "--seeds", "0"], "--seeds"),
-        (["--encoders", "srcnn", "--heads", "pnn", "model.hidden=3"], "srcnn+pnn cannot be swept"),
+        (["--encoders", "srcnn", "--heads", "pnn", "model.hidden=3"], "hidden = 3"),
     ],
 )
 def test_refusals(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
