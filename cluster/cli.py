@@ -193,15 +193,15 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     """Sweep in processes of this machine, or as a job of a Ray cluster."""
-    from cluster.sweep.plan import SweepJob
-    from pipeline.config import load_config  # slow: imports torch
+    from cluster.sweep.plan import SweepJob  # slow: imports torch
+    from pipeline.config import load_config
 
     options = read_options(SweepOptions, vars(args))
     config = load_config(args.config, args.overrides).with_absolute_uris(Path.cwd())
     job = SweepJob(config.to_dict(), options)
     job.cells()  # refuses pairs that cannot be built before anything is sent
     if args.address is None:
-        from cluster.sweep.here import cells_here
+        from cluster.sweep.here import cells_here  # imports torch
         from cluster.sweep.run import run_sweep
 
         return run_sweep(job, cells_here(options.parallel, options.split))

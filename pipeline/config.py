@@ -20,6 +20,7 @@ from msgspec import Meta
 from models.config import ModelConfig
 from models.registry import ABSENT, check_config
 from pipeline.quality.losses import LossConfig
+from pipeline.reporting.alerts import AlertsConfig
 from sharding.errors import UserError, nearest
 from sharding.files import read_text
 from sharding.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
@@ -190,21 +191,6 @@ class OutputConfig:
         check_uri("output.uri", self.uri)
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
         check_ranges(self, lambda item: f"output.{item.name} =")
-
-
-@dataclass(frozen=True)
-class AlertsConfig:
-    """Rules of alerts (`pipeline.reporting.alerts`); a loss that is not finite always raises one."""
-
-    stalled_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 0.0
-    """Seconds without a step or a validation that end in an alert; 0 raises none. A validation is one pause, so choose
-    more than it takes."""
-    psnr_below: Annotated[float, Meta(ge=0, le=1000)] = 0.0
-    """PSNR of a validation below which an alert is raised, dB; 0 raises none."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that are out of range."""
-        check_ranges(self, lambda item: f"alerts.{item.name} =")
 
 
 @dataclass(frozen=True)

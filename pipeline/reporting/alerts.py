@@ -12,18 +12,36 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import urllib3
+from msgspec import Meta
 
-from pipeline.config import AlertsConfig
 from sharding.errors import UserError
 from sharding.files import read_text
+from sharding.schema import check_ranges
 
 logger = logging.getLogger(__name__)
 
 URL_VARIABLE, FILE_VARIABLE = "SATFUSION_ALERT_WEBHOOK", "SATFUSION_ALERT_WEBHOOK_FILE"
 _TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class AlertsConfig:
+    """Rules of alerts; a loss that is not finite always raises one."""
+
+    stalled_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 0.0
+    """Seconds without a step or a validation that end in an alert; 0 raises none. A validation is one pause, so choose
+    more than it takes."""
+    psnr_below: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """PSNR of a validation below which an alert is raised, dB; 0 raises none."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self, lambda item: f"alerts.{item.name} =")
 
 
 class Alerts:

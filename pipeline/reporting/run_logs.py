@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.config import AlertsConfig, TrainConfig
-from pipeline.reporting.alerts import Alerts
+from pipeline.config import TrainConfig
+from pipeline.reporting.alerts import Alerts, AlertsConfig
 from pipeline.reporting.events import AggregateEvents, CsvLog, RankEvents
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.tags import ALERTS, RENAMED, STEP_TAGS, VAL_TAGS, Averaged, over_ranks

@@ -13,9 +13,9 @@ from queue import Queue
 import pytest
 import torch
 
-from pipeline.config import AlertsConfig, RunConfig, TrainConfig
+from pipeline.config import RunConfig, TrainConfig
 from pipeline.monitor.feed import Feed
-from pipeline.reporting.alerts import FILE_VARIABLE, URL_VARIABLE, Alerts, webhook_address
+from pipeline.reporting.alerts import FILE_VARIABLE, URL_VARIABLE, Alerts, AlertsConfig, webhook_address
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.run_logs import RunLogs
 from pipeline.reporting.tags import VAL_TAGS
