@@ -16,6 +16,7 @@ import sharding.cli
 from cluster import __version__
 from cluster.jobs.train_job import Placement
 from cluster.logs import configure_logging
+from cluster.sweep.options import SweepOptions
 from pipeline.signals import sigterm_as_interrupt
 from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
@@ -72,13 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit``, ``demo`` and ``cluster`` to the command, and the cluster options to ``shard``."""
+    """Add ``submit``, ``sweep``, ``demo`` and ``cluster`` to the command, and the cluster options to ``shard``."""
     shard = verbs.choices["shard"]
     shard.add_argument(
         "--address", metavar="URL", help="shard on a Ray cluster by its job server, http://HOST:8265; it sees --input"
     )
     shard.set_defaults(run=_shard)
     _add_submit(verbs)
+    _add_sweep(verbs)
     demo = verbs.add_parser(
         "demo",
         help="run all steps on this machine, in minutes",
@@ -147,6 +149,19 @@ def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     submit.set_defaults(run=_submit)
 
 
+def _add_sweep(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sweep = verbs.add_parser(
+        "sweep",
+        help="train every pair of some encoders and heads, and write one table",
+        description="Train and evaluate each pair with each seed, on a Ray cluster or on this machine, and write "
+        "sweep.md and sweep.csv to output.uri. The same command again keeps what is done and runs the rest.",
+    )
+    pipeline.cli.add_config_arguments(sweep)
+    sweep.add_argument("--address", metavar="URL", help="Ray's job server, http://HOST:8265 (default: this machine)")
+    add_options(sweep, SweepOptions)
+    sweep.set_defaults(run=_sweep)
+
+
 def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
     """Add the overrides that follow a verb's options, which argparse does not consume."""
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(args, "overrides")):
@@ -174,6 +189,25 @@ def _submit(args: argparse.Namespace) -> int:
     print(job_id)
     print(how_to_follow(args.address, job_id))
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    """Sweep in processes of this machine, or as a job of a Ray cluster."""
+    from cluster.sweep.plan import SweepJob  # slow: imports torch
+    from pipeline.config import load_config
+
+    options = read_options(SweepOptions, vars(args))
+    config = load_config(args.config, args.overrides).with_absolute_uris(Path.cwd())
+    job = SweepJob(config.to_dict(), options)
+    job.cells()  # refuses pairs that cannot be built before anything is sent
+    if args.address is None:
+        from cluster.sweep.here import cells_here  # imports torch
+        from cluster.sweep.run import run_sweep
+
+        return run_sweep(job, cells_here(options.parallel, options.split))
+    from cluster.jobs.submit import build_sweep_request, run  # Ray is slow to import
+
+    return run(build_sweep_request(job, os.environ), args.address, sys.stdout)
 
 
 def _shard(args: argparse.Namespace) -> int:

@@ -77,12 +77,23 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     _add_export(verbs)
 
     monitor = verbs.add_parser(
-        "monitor", help="show runs in TensorBoard", description="Serve TensorBoard on run folders, live."
+        "monitor",
+        help="show runs in TensorBoard",
+        description="Serve TensorBoard on the runs in folders and prefixes, live: runs that begin later appear.",
     )
-    monitor.add_argument("uris", nargs="+", metavar="RUN", help="run folders, local or s3://")
+    monitor.add_argument("uris", nargs="+", metavar="URI", help="runs, or what lies above runs; local or s3://")
     monitor.add_argument("--host", default="127.0.0.1")
     monitor.add_argument("--port", type=int, default=6006)
-    monitor.add_argument("--refresh", type=float, default=5.0, metavar="SECONDS", help="time between polls of s3://")
+    monitor.add_argument("--refresh", type=float, default=5.0, metavar="SECONDS", help="time between looks (default 5)")
+    monitor.add_argument(
+        "--once", action="store_true", help="print each run's last step and figures, and serve nothing"
+    )
+    monitor.add_argument(
+        "--export",
+        type=partial(local_path, "--export"),
+        metavar="FILE",
+        help="write all scalars to FILE, .csv or .parquet, and serve nothing",
+    )
     monitor.set_defaults(run=_monitor)
 
     models = verbs.add_parser(
@@ -255,9 +266,15 @@ def _export(args: argparse.Namespace) -> int:
 def _monitor(args: argparse.Namespace) -> int:
     check_range("--refresh", args.refresh, 0.01, 10**6, " seconds")
     check_range("--port", args.port, 0, 65535)
-    from pipeline.reporting.monitor import monitor  # slow: imports torch
+    from pipeline.monitor import serve  # slow: imports torch
 
-    return monitor(args.uris, args.host, args.port, args.refresh)
+    if args.export is not None:
+        from pipeline.monitor.export import export  # slow: imports pyarrow
+
+        say(f"{export(args.uris, args.export):,} values written to {args.export}")
+    if args.once:
+        return serve.list_once(args.uris)
+    return 0 if args.export is not None else serve.monitor(args.uris, args.host, args.port, args.refresh)
 
 
 def _models(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from models.config import ModelConfig
 from models.registry import ABSENT, check_config
 from pipeline.clouds import CLOUDY, Cloudy
 from pipeline.quality.losses import LossConfig
+from pipeline.reporting.alerts import AlertsConfig
 from pipeline.values import TEXTS, build_config, require, require_one_of
 from sharding.errors import UserError, nearest
 from sharding.files import read_text
@@ -224,6 +225,8 @@ class RunConfig:
     """Optimisation."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Run folder."""
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    """Rules of alerts."""
 
     def __post_init__(self) -> None:
         """Refuse a model that cannot be built, and a stage to freeze that it lacks or is all of it."""

@@ -31,6 +31,7 @@ from sharding.scratch import scratch_folder
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from cluster.sweep.plan import SweepJob
     from pipeline.config import RunConfig
     from sharding.run.job import ShardJob
 
@@ -129,6 +130,25 @@ def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: P
         environment={**_travelling(environment), "CUDA_VISIBLE_DEVICES": "", **_RAY_HABITS},
         metadata={"shard": job.output},
         entrypoint=f"python -m cluster.jobs.shard_job {JOB_FILE}",
+    )
+
+
+def build_sweep_request(job: SweepJob, environment: Mapping[str, str]) -> JobRequest:
+    """Build the request for a sweep on a cluster.
+
+    Args:
+        job: The sweep, without relative local paths.
+        environment: The submitter's variables; endpoint and region are sent with the job.
+
+    Raises:
+        UserError: An endpoint holds a password.
+    """
+    no_gpus = {} if job.options.gpus_per_run else {"CUDA_VISIBLE_DEVICES": ""}
+    return JobRequest(
+        job=job,
+        environment={**_travelling(environment), **no_gpus, **_RAY_HABITS},
+        metadata={"sweep": str(job.config["output"]["uri"])},
+        entrypoint=f"python -m cluster.sweep.job {JOB_FILE}",
     )
 
 

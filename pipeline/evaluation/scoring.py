@@ -73,7 +73,9 @@ def score(
             bar.update()
             if not counts:
                 if not batch.weight[0]:
-                    logger.warning("skipped in the metrics: %s is quarantined or holds no data", dataset.chip_id(batch.chips[0]))
+                    logger.warning(
+                        "skipped in the metrics: %s is quarantined or holds no data", dataset.chip_id(batch.chips[0])
+                    )
                 continue
             place = _place(dataset, batch.chips[0], classes)
             with torch.no_grad():

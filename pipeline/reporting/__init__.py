@@ -1,5 +1,5 @@
-"""Output of a run, and the way to watch it.
+"""Output of a run.
 
 `run_logs` writes a rank's values through `events` (TensorBoard, CSV) and `panels` into the `run_folder`, which is
-synchronised to S3; `monitor` serves TensorBoard on run folders. Training and evaluation import it.
+synchronised to S3; `tags` names every value. Training, evaluation and the monitor import it.
 """

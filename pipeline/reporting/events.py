@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from torch import Tensor
 
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX, RunFolder
@@ -42,14 +43,17 @@ class RankEvents:
 
 
 class AggregateEvents:
-    """TensorBoard events of all ranks, by rank 0: one value under the rank's tag, minimum and maximum with a suffix."""
+    """TensorBoard events of all ranks, by rank 0: one value under the rank's tag, others with a suffix.
+
+    These are ``_min`` and ``_max`` over the ranks, and for times ``_p95``, the 95th percentile.
+    """
 
     def __init__(self, run: RunFolder, first_step: int) -> None:
         """Open a new event file (see `RankEvents`)."""
         self._file = _event_file(run, AGGREGATE, first_step)
 
     def scalars(self, step: int, by_rank: Mapping[str, Tensor], merged: Mapping[str, float]) -> None:
-        """Write one value of all ranks for each tag, and the minimum and maximum over ranks.
+        """Write one value of all ranks for each tag, and its spread over ranks.
 
         Args:
             step: Optimizer step.
@@ -59,7 +63,13 @@ class AggregateEvents:
         values: dict[str, float] = {}
         for tag, ranks in by_rank.items():
             values |= {tag: merged[tag], f"{tag}_min": ranks.amin().item(), f"{tag}_max": ranks.amax().item()}
+            if tag.startswith("time/"):
+                values[f"{tag}_p95"] = ranks.double().quantile(0.95).item()
         self._file.add(step, _scalars(values))
+
+    def text(self, step: int, text: str, tag: str) -> None:
+        """Write a text in Markdown."""
+        self._file.add(step, text_pb(tag, text))
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8], folder: Path) -> None:
         """Write an image [H, W, 3], also as ``<tag>-step-<n>.png`` below ``folder``."""

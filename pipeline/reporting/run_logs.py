@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.config import TrainConfig
+from pipeline.reporting.alerts import Alerts, AlertsConfig
 from pipeline.reporting.events import AggregateEvents, CsvLog, RankEvents
 from pipeline.reporting.run_folder import RunFolder
-from pipeline.reporting.tags import RENAMED, STEP_TAGS, VAL_TAGS, Averaged, over_ranks
+from pipeline.reporting.tags import ALERTS, RENAMED, STEP_TAGS, VAL_TAGS, Averaged, over_ranks
 from pipeline.world import World
 
 
 class RunLogs:
     """The open log files of one rank; close it when training ends."""
 
-    def __init__(self, run: RunFolder, world: World, config: TrainConfig, first_step: int) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        world: World,
+        config: TrainConfig,
+        first_step: int,
+        alerts: AlertsConfig | None = None,
+    ) -> None:
         """Open the files to resume at ``first_step``; later steps, written by a killed process, are dropped."""
         self._run = run
         self._rank = world.rank
@@ -28,12 +37,15 @@ class RunLogs:
         self._aggregate: AggregateEvents | None = None
         self._metrics: CsvLog | None = None
         self._batches: CsvLog | None = None
+        self._alerts: Alerts | None = None
         if world.is_main:
             self._aggregate = AggregateEvents(run, first_step)
             columns = ["step", "epoch", *STEP_TAGS, *VAL_TAGS]
             self._metrics = CsvLog(run.fetch("metrics.csv"), columns, first_step - 1, RENAMED)
             if config.log_batches:
                 self._batches = CsvLog(run.fetch("batches.csv"), ["step", "epoch", "chips"], first_step - 1)
+            if alerts:
+                self._alerts = Alerts(alerts, run.storage.uri, partial(self._aggregate.text, tag=ALERTS))
 
     @property
     def wants_batches(self) -> bool:
@@ -54,6 +66,8 @@ class RunLogs:
             by_rank: Values [ranks] of each of STEP_TAGS.
             validation: Means by VAL_TAGS if a validation followed this step, else empty.
         """
+        if self._alerts:
+            self._alerts.step(step)
         self._since.add(by_rank)
         if step % self._every and not validation:
             return
@@ -73,6 +87,8 @@ class RunLogs:
             by_rank: [ranks, VAL_TAGS] means over each rank's chips, NaN for a rank without chips.
             group: First part of the tags in the events.
         """
+        if self._alerts and group == "val":
+            self._alerts.validated(step, metrics)
         tags = [f"{group}/{tag.removeprefix('val/')}" for tag in VAL_TAGS]
         if not by_rank[self._rank].isnan().any():
             self._events.scalars(step, dict(zip(tags, by_rank[self._rank].tolist(), strict=True)))
@@ -87,8 +103,15 @@ class RunLogs:
         if self._aggregate:
             self._aggregate.image(step, tag, image, self._run.local / "images")
 
+    def alert(self, step: int, reason: str) -> None:
+        """Raise an alert; nothing happens on other ranks than 0, or without rules."""
+        if self._alerts:
+            self._alerts.send(step, reason)
+
     def close(self) -> None:
         """Flush and close every file."""
+        if self._alerts:
+            self._alerts.close()
         for log in (self._events, self._aggregate, self._metrics, self._batches):
             if log is not None:
                 log.close()

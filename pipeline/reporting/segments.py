@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import socket
 import threading
@@ -136,12 +135,6 @@ class EventFile:
         self._closed += 1
 
 
-def without_segment(name: str) -> str:
-    """Return the name of an event file without the number of its segment, if it has one."""
-    return _SEGMENT.sub(r"\1", name)
-
-
-_SEGMENT = re.compile(r"(.*tfevents\..*\.[0-9]{4})\.[0-9]{6}")
 # A process may open several files in one second.
 _numbers = itertools.count()
 

@@ -49,6 +49,57 @@ AVERAGED = "val_ema"
 VAL_TAGS = ("val/loss", *(f"val/{name}{suffix}" for suffix in ("", ADJUSTED) for name in METRICS))
 
 
+ALERTS = "alerts"
+"""Tag of the texts of alerts."""
+STATISTICS = ("all", "min", "max", "p95")
+"""Statistics of a stored tag: the one value of all ranks under the tag itself, others with a suffix."""
+_SHOWN: Mapping[str, str] = {
+    "train/loss": "loss/train",
+    "train": "training",
+    "val/loss": "loss/val",
+    f"{AVERAGED}/loss": f"loss/{AVERAGED}",
+    "val": "quality",
+    AVERAGED: "quality_ema",
+    "time": "speed",
+    "data/retries": "store/dataset_retries",
+    "store/retries": "store/run_folder_retries",
+    "data": "store",
+}
+"""Tags that the monitor shows, by stored tag or by its group: the groups sort as loss, quality, speed, store."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Place of a stored tag in the monitor."""
+
+    tag: str
+    """Tag under which it is shown."""
+    statistic: str
+    """One of STATISTICS."""
+
+
+def shown(stored: str) -> Shown:
+    """Return the place of a scalar of the aggregate events in the monitor; tags of older runs are recognised too."""
+    statistic = STATISTICS[0]
+    for suffix in STATISTICS[1:]:
+        if stored.endswith(f"_{suffix}"):
+            stored, statistic = stored.removesuffix(f"_{suffix}"), suffix
+    stored = RENAMED.get(stored, stored)
+    group, _, name = stored.partition("/")
+    if stored in _SHOWN:
+        return Shown(_SHOWN[stored], statistic)
+    group = _SHOWN.get(group, group)
+    if group.startswith("quality") and name.endswith(ADJUSTED):
+        group, name = group + ADJUSTED, name.removesuffix(ADJUSTED)
+    return Shown(f"{group}/{name}" if name else group, statistic)
+
+
+def shown_image(stored: str) -> str:
+    """Return the tag under which the monitor shows an image panel: ``val/0`` is chip 0 of the validation."""
+    group, _, chip = stored.partition("/")
+    return f"validation/chip {chip}" if group == "val" else stored
+
+
 def over_ranks(by_rank: Mapping[str, Tensor]) -> dict[str, float]:
     """Return one value for each tag of a row of STEP_TAGS, whose values are [ranks]."""
     return {

@@ -161,13 +161,16 @@ class Trainer:
             logger.info("the run is complete at step %d: raise train.epochs or train.max_steps to continue", self.step)
             return TrainResult(self.step, self.best_loss)
         self._announce()
-        logs = RunLogs(self.run, self.world, self.config.train, self.first_step)
+        logs = RunLogs(self.run, self.world, self.config.train, self.first_step, self.config.alerts)
         try:
             if self.config.train.init and self.step == 0:
                 self.validate(logs)
             with progress(self.total_steps - self.step, "training", "step") if self.world.is_main else _Quiet() as bar:
                 while self.step < self.total_steps:
                     self.train_epoch(self.step // self.loader.steps_per_epoch, logs, bar, report)
+        except NonFiniteLossError as error:
+            logs.alert(self.step, str(error))
+            raise
         finally:
             self.profiler.close()
             logs.close()

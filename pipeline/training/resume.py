@@ -127,6 +127,7 @@ class _Record(msgspec.Struct):
     train: Section
     output: Section
     environment: _Environment
+    alerts: Section = {}
 
 
 def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:

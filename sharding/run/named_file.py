@@ -29,7 +29,7 @@ def check_sheet(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--png {path} does not end in .png: give a file name that does")
-    _check("--png", path, _is_sheet)
+    check_file("--png", path, _is_sheet)
 
 
 def check_report(path: Path) -> None:
@@ -38,7 +38,7 @@ def check_report(path: Path) -> None:
     Raises:
         UserError: For a place that cannot be written to, or a file that is no report of ours.
     """
-    _check("--report", path, _is_report)
+    check_file("--report", path, _is_report)
 
 
 def check_page(option: str, path: Path) -> None:
@@ -85,7 +85,17 @@ def write_report(path: Path, report: Mapping[str, object]) -> None:
     write_file("--report", path, json.dumps(report, indent=1, sort_keys=True).encode())
 
 
-def _check(option: str, path: Path, is_ours: Callable[[Path], bool]) -> None:
+def check_file(option: str, path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Check that a file may be written to ``path``.
+
+    Args:
+        option: Option that names the file.
+        path: The file; it need not exist.
+        is_ours: Function that recognises an existing file of this program.
+
+    Raises:
+        UserError: For a place that cannot be written to, or a file that is not ours.
+    """
     folder = path.absolute().parent
     try:
         exists = path.exists() or path.is_symlink()

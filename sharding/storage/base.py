@@ -129,6 +129,10 @@ class Storage(Protocol):
         """Return all objects whose key starts with ``prefix``, sorted by key."""
         ...
 
+    def folders(self) -> tuple[str, ...]:
+        """Return the names of the folders directly under the URI, sorted: the first parts of longer keys."""
+        ...
+
     def exists(self, key: str) -> bool:
         """Return True if the object exists."""
         ...

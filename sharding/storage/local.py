@@ -124,6 +124,12 @@ class LocalStorage:
                         found.append(StoredObject(key, path.stat().st_size))
         return sorted(found, key=lambda item: item.key)
 
+    def folders(self) -> tuple[str, ...]:
+        """Read the folder, not what is below."""
+        with self._explained(""), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return tuple(sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir()))
+        return ()
+
     def exists(self, key: str) -> bool:
         """Return True if the file exists."""
         with self._explained(key):

@@ -97,17 +97,26 @@ class S3Storage:
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """List all pages under the prefix."""
-        base = f"{self._prefix}/" if self._prefix else ""
+        base = self._base
         found = []
-        page: dict[str, Any] = {"IsTruncated": True}
-        position: dict[str, str] = {}
-        while page.get("IsTruncated"):
-            page = self._call(prefix, "list_objects_v2", Prefix=base + prefix, **position)
+        for page in self._pages(prefix):
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # markers that consoles make for empty folders
                     found.append(StoredObject(item["Key"][len(base) :], item["Size"]))
-            position = {"ContinuationToken": page.get("NextContinuationToken", "")}
         return sorted(found, key=lambda item: item.key)
+
+    def folders(self) -> tuple[str, ...]:
+        """List all pages, grouped by the store: the number of objects below the folders costs nothing."""
+        pages = self._pages("", Delimiter="/")
+        names = (item["Prefix"][len(self._base) : -1] for page in pages for item in page.get("CommonPrefixes", []))
+        return tuple(sorted(name for name in names if name))
+
+    def _pages(self, prefix: str, **request: str) -> Iterator[dict[str, Any]]:
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page.get("IsTruncated"):
+            page = self._call(prefix, "list_objects_v2", Prefix=self._base + prefix, **request)
+            yield page
+            request["ContinuationToken"] = page.get("NextContinuationToken", "")
 
     def exists(self, key: str) -> bool:
         """Send HEAD; return True if the object exists."""
@@ -140,6 +149,10 @@ class S3Storage:
 
     def _explained(self, key: str) -> AbstractContextManager[None]:
         return explained(self._where(key), self._bucket.name)
+
+    @property
+    def _base(self) -> str:
+        return f"{self._prefix}/" if self._prefix else ""
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri

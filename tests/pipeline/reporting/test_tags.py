@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.quality.losses import LossParts
-from pipeline.reporting.tags import LOSS_TAGS, STEP_TAGS, Averaged, over_ranks
+from pipeline.reporting.tags import LOSS_TAGS, STEP_TAGS, VAL_TAGS, Averaged, Shown, over_ranks, shown
 
 
 def row(loss: list[float], retries: list[float], rate: list[float]) -> dict[str, torch.Tensor]:
@@ -36,3 +36,16 @@ def test_steps_between_two_rows_are_averaged_and_counts_stand_where_they_are() -
 def test_every_logged_loss_is_a_field_of_the_loss() -> None:
     assert set(LOSS_TAGS) == set(LossParts._fields) - {"shift"}
     assert set(LOSS_TAGS.values()) <= set(STEP_TAGS)
+
+
+def test_stored_names_have_one_place_each_on_the_page() -> None:
+    stored = [*STEP_TAGS, *VAL_TAGS, *(tag.replace("val/", "val_ema/") for tag in VAL_TAGS)]
+    places = [shown(tag + suffix) for tag in stored for suffix in ("", "_min", "_max", "_p95")]
+    assert len(set(places)) == len(places)
+    groups = sorted({place.tag.partition("/")[0] for place in places})
+    assert groups[:2] == ["loss", "quality"]
+    assert [group for group in groups if not group.startswith("quality")] == ["loss", "speed", "store", "training"]
+    assert shown("train/loss_p95") == Shown("loss/train", "p95")
+    assert shown("val/psnr_adjusted_min") == Shown("quality_adjusted/psnr", "min")
+    assert shown("time/samples_per_second") == Shown("speed/chips_per_second", "all")
+    assert shown("else") == Shown("else", "all")

@@ -77,6 +77,8 @@ def test_listing_is_recursive_sorted_and_relative(storage: Storage) -> None:
     assert [item.key for item in storage.list("b")] == ["b/10", "b/2", "bb"]
     assert [item.key for item in storage.child("b").list()] == ["10", "2"]
     assert storage.list("nothing") == []
+    assert (storage.folders(), storage.child("b").folders()) == (("b",), ())
+    assert storage.child("nothing").folders() == ()
 
 
 def test_delete_and_exists(storage: Storage) -> None:

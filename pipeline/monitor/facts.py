@@ -1,0 +1,97 @@
+"""Facts of a run from its config.json, which may be of any version, or of another program: nothing in it is trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.training.resume import CONFIG_FILE
+from sharding.storage import NotFoundError, Storage
+
+_LARGEST = 1 << 20
+"""Largest config.json that is read, bytes."""
+ENVIRONMENT = "environment"
+"""Section of config.json that is no configuration: versions, the world, the dataset's digest."""
+_NOT_COMPARED = (("train", "seed"), ("output", "uri"))
+HPARAMS = (
+    "model.encoder",
+    "model.head",
+    "model.hidden",
+    "train.learning_rate",
+    "train.global_batch",
+    "train.epochs",
+    "train.seed",
+    "train.precision",
+    "train.zero_stage",
+    "data.simulate",
+    "environment.world_size",
+)
+"""Settings shown on TensorBoard's page HParams, if a run has them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Configuration and environment of a run."""
+
+    sections: Mapping[str, Mapping[str, Any]]
+    """Sections of config.json whose values are texts, numbers and booleans."""
+
+    def hparams(self) -> dict[str, str | float | bool]:
+        """Return the values of HPARAMS that the run has."""
+        values = {}
+        for key in HPARAMS:
+            section, _, name = key.partition(".")
+            value = self.sections.get(section, {}).get(name)
+            if isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < 2**63):
+                values[key] = value
+        return values
+
+    @property
+    def model(self) -> str:
+        """Return ``ENCODER+HEAD``; a question mark stands for an unknown one."""
+        model = self.sections.get("model", {})
+        return f"{model.get('encoder', '?')}+{model.get('head', '?')}"
+
+    @property
+    def seed(self) -> object:
+        """Return the seed of the run."""
+        return self.sections.get("train", {}).get("seed")
+
+    @property
+    def experiment(self) -> str:
+        """Return a digest of the configuration without seed and run folder, and of the dataset."""
+        compared = {
+            section: {key: value for key, value in values.items() if (section, key) not in _NOT_COMPARED}
+            for section, values in self.sections.items()
+            if section != ENVIRONMENT
+        }
+        compared[ENVIRONMENT] = {"index_digest": self.sections.get(ENVIRONMENT, {}).get("index_digest")}
+        return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+
+
+def read_facts(run: Storage) -> Facts | None:
+    """Return the facts of a run; None if it has no config.json yet, or none that can be read.
+
+    Raises:
+        UserError: The store does not answer.
+    """
+    try:
+        text = run.read_range(CONFIG_FILE, 0, _LARGEST + 1)
+        if len(text) > _LARGEST:
+            return None
+        data = json.loads(text)
+    except (NotFoundError, ValueError, RecursionError):
+        return None
+    if not isinstance(data, dict):
+        return None
+    plain = (str, int, float, bool)
+    return Facts(
+        {
+            section: {key: value for key, value in values.items() if isinstance(value, plain)}
+            for section, values in data.items()
+            if isinstance(values, dict)
+        }
+    )

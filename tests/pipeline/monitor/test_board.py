@@ -1,0 +1,185 @@
+"""Boards of runs that the real writers wrote: what TensorBoard reads from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from pipeline.config import RunConfig
+from pipeline.monitor.board import TRACE_SUFFIX
+from pipeline.monitor.serve import Watch
+from pipeline.reporting.events import AGGREGATE
+from pipeline.reporting.segments import EventFile
+from sharding.storage import open_storage
+from tests.conftest import S3
+from tests.pipeline.monitor.runs import with_seed, write_run
+
+
+class Shown:
+    """A board below which a test looks."""
+
+    def __init__(self, root: Path, *uris: str) -> None:
+        self.root = root
+        self.watch = Watch(uris, root)
+        self._pool = ThreadPoolExecutor(2)
+
+    def update(self) -> None:
+        self.watch.look(self._pool)
+        for _ in range(20):  # a run that rests is asked again
+            self.watch.update(self._pool)
+
+    def names(self) -> set[str]:
+        return {path.parent.relative_to(self.root).as_posix() for path in self.root.rglob("*tfevents*")} - {"(layout)"}
+
+    def read(self, run: str) -> EventAccumulator:
+        return EventAccumulator(str(self.root / run), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+    def curve(self, run: str, tag: str) -> dict[int, float]:
+        return {event.step: event.value for event in self.read(run).Scalars(tag)}
+
+
+def show(tmp_path: Path, *uris: str) -> Shown:
+    return Shown(tmp_path / "board", *uris)
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder, and a prefix."""
+    if request.param == "local":
+        yield str(tmp_path / "runs")
+        return
+    s3: S3 = request.getfixturevalue("s3")
+    yield s3.prefix()
+
+
+def test_ranks_are_one_curve_with_a_band_and_a_restart_leaves_no_trace(place: str, tmp_path: Path) -> None:
+    write_run(f"{place}/deep/er/two", [1, 2, 3, 4], {2: [1.0, 3.0], 4: [9.0, 9.0]}, ranks=2, retries=2)
+    board = show(tmp_path, place)
+    board.update()
+    assert board.names() == {f"deep/er/two{band}" for band in ("", "/min", "/max", "/p95")}
+    run = "deep/er/two"
+    assert board.curve(run, "loss/train")[2] == 2.0
+    assert board.curve(f"{run}/min", "loss/train") == {2: 1.0}
+    assert board.curve(f"{run}/max", "loss/train") == {2: 3.0}
+    waits = [board.curve(name, "speed/data_wait_seconds")[1] for name in (run, f"{run}/p95", f"{run}/max")]
+    assert waits == pytest.approx([0.5, 0.95, 1.0])
+    assert board.curve(run, "store/dataset_retries") == {3: 0, 4: 4}
+    assert not [tag for tag in board.read(run).Tags()["scalars"] if "quarantined" in tag]
+    # On one rank again from step 3.
+    write_run(f"{place}/deep/er/two", [3, 4, 5], {4: [7.0]}, config=RunConfig())
+    board.update()
+    assert [board.curve(run, "loss/train")[step] for step in (2, 4, 5)] == pytest.approx([2, 7, 1 / 5])
+    # Whoever comes later sees the same.
+    again = Shown(tmp_path / "again", place)
+    again.update()
+    assert again.curve(run, "loss/train") == board.curve(run, "loss/train")
+
+
+def test_runs_that_begin_later_appear_and_what_is_no_run_does_not(place: str, tmp_path: Path) -> None:
+    open_storage(place).write("dataset/shards/a.tar", b"x")
+    open_storage(place).write(".hidden/events/rank-0/events.out.tfevents.1", b"x")
+    board = show(tmp_path, place)
+    board.update()
+    assert board.names() == set()
+    write_run(f"{place}/later", [1, 2])
+    board.update()
+    assert board.names() == {"later"}
+    write_run(f"{place}/later", [3])
+    board.update()
+    assert list(board.curve("later", "loss/train")) == [1, 2, 3]
+
+
+def test_runs_of_one_configuration_have_a_mean_and_a_spread(tmp_path: Path) -> None:
+    place = tmp_path / "runs"
+    for seed, loss in ((1, 2.0), (2, 4.0)):
+        steps = [1, 2, 3] if seed == 1 else [1, 2]
+        write_run(
+            f"{place}/a/seed-{seed}", steps, {step: [loss] for step in steps}, config=with_seed(RunConfig(), seed)
+        )
+    other = replace(RunConfig(), train=replace(RunConfig().train, learning_rate=1.0))
+    write_run(f"{place}/b", [1, 2, 3], config=other)
+    board = show(tmp_path, str(place))
+    board.update()
+    groups = [{1: 3.0, 2: 3.0}, dict.fromkeys((1, 2), 3 - 2**0.5), dict.fromkeys((1, 2), 3 + 2**0.5)]
+    for name, values in zip(("mean", "low", "high"), groups, strict=True):
+        assert board.curve(f"a/seeds-{name}", "loss/train") == pytest.approx(values)
+    assert not [name for name in board.names() if name.startswith("b/")]
+    # A third seed changes what is shown already.
+    write_run(f"{place}/a/seed-3", [1, 2], {1: [6.0], 2: [6.0]}, config=with_seed(RunConfig(), 3))
+    board.update()
+    assert board.curve("a/seeds-mean", "loss/train") == {1: 4.0, 2: 4.0}
+    assert board.curve("a/seeds-low", "loss/train") == {1: 2.0, 2: 2.0}
+
+
+def test_texts_hyperparameters_images_and_layout(tmp_path: Path) -> None:
+    write_run(f"{tmp_path}/runs/one", [1, 2], panel=True, psnr=31.0)
+    board = show(tmp_path, f"{tmp_path}/runs/one")
+    board.update()
+    read = board.read("one")
+    assert read.Tags()["images"] == ["validation/chip 0"]
+    texts = {tag: read.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in read.Tags()["tensors"][:3]}
+    assert '    encoder = "srcnn"\n' in texts["run/configuration"]
+    assert f'digest = "{"d" * 64}"' in texts["run/dataset"]
+    assert 'torch = "2.13.0"' in texts["run/versions"]
+    content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (hparams["model.encoder"].string_value, hparams["environment.world_size"].number_value) == ("srcnn", 1)
+    layout = board.read("(layout)").Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = [chart.title for category in Layout.FromString(layout).category for chart in category.chart]
+    assert charts == ["loss", "PSNR, dB", "chips a second", "wait for data, s", "retries and damage, counts"]
+    assert board.watch.table().splitlines()[1].split()[:5] == ["one", "srcnn+pnn", "2", "31", "31"]
+
+
+def test_names_of_older_runs_are_shown_as_those_of_new_ones(tmp_path: Path) -> None:
+    file = EventFile(tmp_path / "runs/old" / AGGREGATE, 1, segmented=False)
+    tags = (
+        "time/samples_per_second",
+        "time/samples_per_second_min",
+        "time/samples_per_second_max",
+        "val/psnr_adjusted",
+    )
+    file.add(1, Summary(value=[Summary.Value(tag=tag, simple_value=number) for number, tag in enumerate(tags)]))
+    file.close()
+    board = show(tmp_path, str(tmp_path / "runs"))
+    board.update()
+    assert set(board.read("old").Tags()["scalars"]) == {"speed/chips_per_second", "quality_adjusted/psnr"}
+    assert board.curve("old/max", "speed/chips_per_second") == {1: 2.0}
+
+
+def test_what_cannot_be_read_is_named_once_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = tmp_path / "runs"
+    write_run(f"{runs}/good", [1])
+    write_run(f"{runs}/cut", [1, 2])
+    (cut,) = (runs / "cut/events/aggregate").iterdir()
+    cut.write_bytes(cut.read_bytes()[:-3] + b"\xff" * 1000)
+    (runs / "cut/config.json").write_text('{"train": 3, "model": {"encoder": ["x"], "hidden": NaN}}')
+    write_run(f"{runs}/climb\x1b[2J", [1])
+    (runs / "noise/events/aggregate").mkdir(parents=True)
+    (runs / "noise/events/aggregate/events.out.tfevents.1").write_bytes(b"\xff" * 100)
+    board = show(tmp_path, str(runs))
+    with caplog.at_level(logging.WARNING):
+        board.update()
+        board.update()
+    assert board.names() == {"good", "cut"}
+    assert list(board.curve("cut", "loss/train")) == [1]
+    for word in ("events.out.tfevents.1 is skipped", f"{cut.name} is skipped", "not shown: 'climb"):
+        assert sum(word in line for line in caplog.messages) == 1
+    assert len(caplog.messages) == 3
+    assert all(line.isprintable() for line in caplog.messages)
+
+
+def test_profiles_are_beside_the_events_of_their_rank(place: str, tmp_path: Path) -> None:
+    write_run(f"{place}/run", [1], config=replace(RunConfig(), train=replace(RunConfig().train, profile=2)))
+    open_storage(f"{place}/run/events/rank-1").write(f"rank-1{TRACE_SUFFIX}", b"trace")
+    board = show(tmp_path, place)
+    board.update()
+    assert (tmp_path / f"board/run/rank-1/rank-1{TRACE_SUFFIX}").read_bytes() == b"trace"

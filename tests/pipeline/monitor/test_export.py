@@ -1,0 +1,61 @@
+"""Exports of all scalars: their rows, and the files that they may replace."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from cluster.cli import main
+from tests.pipeline.monitor.runs import write_run
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    if path.suffix == ".parquet":
+        return list(parquet.read_table(path).to_pylist())
+    with path.open(newline="") as file:
+        return [
+            {**row, "step": int(row["step"]), "seconds": float(row["seconds"]), "value": float(row["value"])}
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_row_for_each_value(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(f"{tmp_path}/runs/x,y", [1, 2, 3], {2: [1.0, 3.0]}, ranks=2)
+    write_run(f"{tmp_path}/runs/x,y", [3], {3: [5.0]})
+    file = tmp_path / f"all{suffix}"
+    assert main(["monitor", f"{tmp_path}/runs", "--export", str(file), "--once"]) == 0
+    written = rows(file)
+    shown = capsys.readouterr().out
+    assert f"{len(written):,} values written to {file}" in shown
+    assert "x,y" in shown.splitlines()[-1]
+    assert {row["run"] for row in written} == {"x,y"}
+    losses = {(row["statistic"], row["step"]): row["value"] for row in written if row["tag"] == "loss/train"}
+    assert [losses[key] for key in (("all", 2), ("min", 2), ("max", 2), ("rank-1", 2), ("all", 3))] == [2, 1, 3, 3, 5]
+    assert ("rank-0", 3) in losses
+    assert {row["statistic"] for row in written} == {"all", "min", "max", "p95", "rank-0", "rank-1"}
+    # A file of ours is replaced, any other one is not.
+    assert main(["monitor", f"{tmp_path}/runs", "--export", str(file)]) == 0
+    file.write_text("mine")
+    capsys.readouterr()
+    assert main(["monitor", f"{tmp_path}/runs", "--export", str(file)]) == 2
+    assert f"--export {file} exists, and this program did not write it" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--export", "{tmp}/all.txt"], "neither .csv nor .parquet"),
+        (["--export", "{tmp}/no/all.csv"], "no existing folder"),
+        (["--export", "{tmp}/all.csv"], "no run is in {tmp}"),
+        (["--once"], "no run is in {tmp}"),
+    ],
+)
+def test_refusals(arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["monitor", str(tmp_path), *(text.format(tmp=tmp_path) for text in arguments)]) == 2
+    assert word.format(tmp=tmp_path) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,106 @@
+"""TensorBoard on real runs, through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.local.processes import free_ports
+from pipeline.config import RunConfig
+from pipeline.training.loop import run_training
+from pipeline.world import World
+from tests.conftest import S3
+from tests.listening import is_loopback, listening
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@contextmanager
+def monitoring(*uris: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "cluster.cli", "monitor", *uris, "--port", str(port), "--refresh", "0.5"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+
+
+def ask(url: str, until: Callable[[object], bool], patience: float = 400, body: bytes | None = None) -> object:
+    """Ask until the expected answer arrives; return it."""
+    deadline = time.monotonic() + patience
+    answer: object = None
+    while time.monotonic() < deadline:
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=5) as response:
+                answer = json.load(response)
+            if until(answer):
+                return answer
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"{url} did not come to it: {answer}")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_runs_are_shown_live(world: World, make_config: MakeConfig, tmp_path: Path, s3: S3) -> None:
+    remote, local = s3.prefix(), tmp_path / "local"
+    run_training(make_config(local, "train.max_steps=1"))
+    with monitoring(remote, str(local)) as (url, process):
+        tags_url = f"{url}/data/plugin/scalars/tags"
+        ask(tags_url, lambda answer: isinstance(answer, dict) and "local" in answer)
+        # A run that begins while the page is open, below a prefix that held nothing.
+        run_training(make_config(f"{remote}/late", "train.max_steps=2"))
+        name = f"{remote.rpartition('/')[2]}/late"
+        tags = ask(tags_url, lambda answer: isinstance(answer, dict) and name in answer)
+        assert isinstance(tags, dict)
+        assert {tag.split("/")[0] for tag in tags[name]} == {
+            "loss",
+            "quality",
+            "quality_adjusted",
+            "speed",
+            "training",
+        }
+        images = ask(f"{url}/data/plugin/images/tags", lambda answer: isinstance(answer, dict) and name in answer)
+        assert isinstance(images, dict)
+        assert set(images[name]) == {"validation/chip 0"}
+        hparams = f"{url}/data/plugin/hparams/experiment"
+        ask(hparams, lambda answer: isinstance(answer, dict) and len(answer["hparamInfos"]) > 5, body=b"{}")
+        ask(
+            f"{url}/data/plugin/custom_scalars/layout", lambda answer: isinstance(answer, dict) and "category" in answer
+        )
+        servers = children(process.pid)
+        assert all(is_loopback(address) for address, _ in listening([process.pid, *servers]))
+
+        run_training(make_config(f"{remote}/late", "train.max_steps=3"))
+        series = f"{url}/data/plugin/scalars/scalars?run={name}&tag=loss/train"
+        ask(series, lambda rows: isinstance(rows, list) and [step for _, step, _ in rows] == [1, 2, 3])
+    for server in servers:
+        assert not os.path.exists(f"/proc/{server}")
+
+
+def test_a_store_that_does_not_answer_is_one_sentence() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # bound, but not listening: connections are refused
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        command = [sys.executable, "-m", "cluster.cli", "monitor", "s3://bucket/runs", "--port", "0"]
+        ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2, ended.stderr
+    assert "satfusion: error: " in ended.stderr
+    assert "Traceback" not in ended.stderr
