@@ -18,6 +18,7 @@ from sharding.run.inspection import SHEET_ROWS, describe, describe_sample, draw,
 from sharding.run.job import ShardJob, ShardOptions
 from sharding.run.named_file import check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
+from sharding.run.prune import prune, unneeded
 from sharding.run.workers import processes
 from sharding.schema import check_range
 from sharding.sources.options import SourceOptions
@@ -213,7 +214,8 @@ def run_describe(args: argparse.Namespace) -> int:
 
     text = describe_folder(args.folder)
     if not args.write:
-        print(text, end="")
+        for line in text.removesuffix("\n").split("\n"):
+            say(line)
         return 0
     path = args.folder / "scenes.toml"
     try:
@@ -223,7 +225,7 @@ def run_describe(args: argparse.Namespace) -> int:
         raise UserError(
             f"cannot write {path} ({error.strerror}): move it away, or run without --write to print the draft"
         ) from error
-    print(f"written: {path}; check the lines with a question mark")
+    say(f"written: {path}; check the lines with a question mark")
     return 0
 
 
@@ -253,7 +255,5 @@ def run_prune(args: argparse.Namespace) -> int:
 
 
 def _prune_or_hint(storage: Storage, removes: bool) -> None:
-    from sharding.run.prune import prune, unneeded  # slow: imports torch
-
     for line in prune(storage).lines() if removes else filter(None, [unneeded(storage)]):
         say(line)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
 from sharding.format.entries import JSON_SUFFIX, SampleEntry
-from sharding.format.sample import clearest_of, images_of
+from sharding.format.sample import clearest_in, clearest_of, images_of
 from sharding.storage import Fill
 
 
@@ -31,7 +30,7 @@ class Scene(Protocol):
 
 def clearest(scene: Scene) -> int:
     """Return the clearest revisit of a scene, 0-based."""
-    return cast(int, json.loads(scene.text)["clearest"])
+    return clearest_in(scene.text)
 
 
 class SceneLayout(Protocol):

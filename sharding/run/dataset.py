@@ -21,10 +21,11 @@ from sharding.errors import UnusableError, UserError
 from sharding.format.entries import ShardEntry, Skipped
 from sharding.format.index import INDEX_NAME, SPLITS, Index, Measured
 from sharding.format.layout import describe_chips
+from sharding.format.sidecar import SIDECAR_SUFFIX, ShardResult
 from sharding.format.statistics import Histogram
 from sharding.prepare.sample import make_sample
 from sharding.progress import progress
-from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask, skip
+from sharding.run.build import ShardTask, skip
 from sharding.run.groups import groups_of
 from sharding.run.job import ShardOptions
 from sharding.run.output import check_space, generation_of, keys_of, look

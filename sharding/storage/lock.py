@@ -19,12 +19,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sharding.errors import UserError
-from sharding.storage.base import NotFoundError, Storage, StorageUnavailableError
+from sharding.storage.base import NotFoundError, Storage, StorageUnavailableError, StoredObject
+from sharding.storage.local import LocalStorage
+from sharding.storage.owner import born, has_ended
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ LOCK_FOLDER = ".lock"
 BEAT_S = 15.0
 """Seconds between two heartbeats of a holder."""
 STALE_S = 60.0
-"""Age of a heartbeat from which on the lock may be taken over."""
+"""Age of a heartbeat from which on the lock may be taken over, by the clock of the store."""
 JOB_VARIABLE = "SATFUSION_JOB"
 """Environment variable that names the job of this process, for all its ranks and restarts."""
 
 _NAME = re.compile(r"(\d{6,})\.json")
+_CLOCK = f"{LOCK_FOLDER}/clock"
+"""Object that tells the time of the store, written and removed by a job that finds the lock held."""
 _LARGEST = 4096
 _ATTEMPTS = 50
 _KINDS = {int: int, float: (int, float), str: str}
@@ -76,7 +79,7 @@ class Holder:
     """Time at which it took the lock, seconds since 1970."""
 
     beat: float
-    """Time of its last heartbeat, seconds since 1970."""
+    """Time of its last heartbeat by its own clock, seconds since 1970; it shows only that another one arrived."""
 
     token: str
     """Random number of this acquisition."""
@@ -90,7 +93,7 @@ class Holder:
             user=_plain(_user()),
             host=_plain(socket.gethostname()),
             pid=pid,
-            born=_born(pid),
+            born=born(pid),
             verb=verb,
             since=now,
             beat=now,
@@ -124,16 +127,7 @@ class Holder:
 
     def has_ended(self) -> bool:
         """Return True if its process ran on this machine and has ended; False if that is not known."""
-        boot, _, start = self.born.rpartition(" ")
-        if not start or boot != _born(os.getpid()).rpartition(" ")[0]:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # of another user, whose processes the system may hide
-            return False
-        return _born(self.pid) != self.born  # it is dead but not collected, or another one got its number
+        return has_ended(self.pid, self.born)
 
 
 class Lock:
@@ -166,7 +160,7 @@ class Lock:
             if terms and last is None:
                 continue  # released since it was listed
             reason = self._reason_to_take(terms[-1], last) if last else ""
-            if self._take(terms):
+            if reason is not None and self._take(terms):
                 if reason:
                     self._say(f"{self._storage.uri} was locked by {last}: {reason}, so its lock was taken over")
                 self._thread.start()
@@ -202,26 +196,45 @@ class Lock:
                 f" had not been heard of for {STALE_S:.0f} s: nothing more was written; run the command again"
             )
 
-    def _reason_to_take(self, term: int, holder: Holder) -> str:
-        """Return the reason why the lock may be taken over, in words; empty if the same job holds it."""
+    def _reason_to_take(self, term: int, holder: Holder) -> str | None:
+        """Return the reason why the lock may be taken over, in words.
+
+        Returns:
+            Empty if the same job holds it, None if it was released meanwhile.
+        """
         if holder.job == self._holder.job:
             return ""
         if holder.has_ended():
             return "its process has ended"
-        age = time.time() - holder.beat
-        if age >= STALE_S and self._stays_silent(term, holder):
-            return f"its last heartbeat is {age:.0f} s old"
-        until = max(0.0, STALE_S - age)
+        age = self._age_of_beat(term)
+        if age is not None and age >= STALE_S:
+            if holder.host != self._holder.host:  # its file system may tell another time: watch for a heartbeat
+                self._stop.wait(BEAT_S + 1)
+            now = self._read(term)
+            if now == holder:
+                return f"its last heartbeat is {age:.0f} s old"
+            age = None if now is None else 0.0
+        if age is None:
+            return None
+        until = min(STALE_S, STALE_S - age)
         raise LockedError(
             f"{self._storage.uri} is being written by {holder}: wait until it ends, or name another place; if it was"
             f" killed, this command takes over in {until:.0f} s ({_clock(time.time() + until)})"
         )
 
-    def _stays_silent(self, term: int, holder: Holder) -> bool:
-        """Return True unless the holder's next heartbeat arrives: on another machine the clock may be wrong."""
-        if holder.host != self._holder.host:
-            self._stop.wait(BEAT_S + 1)
-        return self._read(term) == holder
+    def _age_of_beat(self, term: int) -> float | None:
+        """Return the age of the last heartbeat in seconds, by the clock of the store; None if the lock was released.
+
+        The holder's clock and this machine's may be wrong, so both times are the store's.
+        """
+        self._storage.write(_CLOCK, b"now")
+        try:
+            times = {item.key: item.modified for item in self._listed()}
+        finally:
+            self._storage.delete(_CLOCK)
+        if _key(term) not in times or _CLOCK not in times:  # without the second, others look at the same time
+            return None
+        return times[_CLOCK] - times[_key(term)]
 
     def _take(self, terms: Sequence[int]) -> bool:
         """Create the term after ``terms``, the existing ones; return True if that made this process the holder.
@@ -242,6 +255,8 @@ class Lock:
         self._term = term
         for other in sorted(others):
             self._storage.delete(_key(other))
+        if isinstance(self._storage, LocalStorage):
+            self._storage.remove_abandoned()
         return True
 
     def _is_held(self) -> bool:
@@ -262,8 +277,11 @@ class Lock:
             except UserError as error:
                 logger.warning("heartbeat not written to %s, will retry: %s", self._storage.uri, error)
 
+    def _listed(self) -> list[StoredObject]:
+        return self._storage.list(f"{LOCK_FOLDER}/")
+
     def _terms(self) -> list[int]:
-        names = (item.key.removeprefix(f"{LOCK_FOLDER}/") for item in self._storage.list(f"{LOCK_FOLDER}/"))
+        names = (item.key.removeprefix(f"{LOCK_FOLDER}/") for item in self._listed())
         return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
     def _read(self, term: int) -> Holder | None:
@@ -296,7 +314,7 @@ def _job() -> str:
     if "RANK" in environment and "MASTER_PORT" in environment:
         place = f"{environment.get('MASTER_ADDR', '')}:{environment['MASTER_PORT']}"
         return f"process group {place} on {socket.gethostname()}"
-    return f"process {socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
+    return f"process {socket.gethostname()} {os.getpid()} {born(os.getpid())}"
 
 
 def _user() -> str:
@@ -309,17 +327,6 @@ def _user() -> str:
 def _plain(text: str) -> str:
     """Return a short text without control characters."""
     return "".join(letter for letter in text if letter.isprintable())[:200]
-
-
-def _born(pid: int) -> str:
-    """Return boot, process namespace and start time of a living process; empty if it has ended or is not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else f"{boot} {namespace} {fields[18]}"
-    except (OSError, IndexError):
-        return ""
 
 
 def _clock(seconds: float) -> str:

@@ -105,7 +105,8 @@ class S3Storage:
             page = self._call(prefix, "list_objects_v2", Prefix=base + prefix, **position)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # markers that consoles make for empty folders
-                    found.append(StoredObject(item["Key"][len(base) :], item["Size"]))
+                    modified = item["LastModified"].timestamp() if "LastModified" in item else 0.0
+                    found.append(StoredObject(item["Key"][len(base) :], item["Size"], modified))
             position = {"ContinuationToken": page.get("NextContinuationToken", "")}
         return sorted(found, key=lambda item: item.key)
 

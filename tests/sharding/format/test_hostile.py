@@ -23,7 +23,7 @@ from sharding.format.entries import SampleEntry
 from sharding.format.index import INDEX_NAME, Index
 from sharding.format.layout import ArrayLayout
 from sharding.format.sample import decode_sample, images_of
-from sharding.run.build import read_sidecar
+from sharding.format.sidecar import read_sidecar
 from sharding.storage import CorruptedError, open_storage
 from tests.limits import limited_memory
 from tests.mutations import damaged, mutated
