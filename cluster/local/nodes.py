@@ -150,7 +150,7 @@ def down(state: Path) -> LocalCluster | None:
         stop(alive)
     for name in (_RAY, _LOGS, _TEMPORARY):
         shutil.rmtree(state / name, ignore_errors=True)
-    for name in ("loopback.so", _TOKEN, _STATE):
+    for name in ("loopback.so", _TOKEN, f"{_STATE}.new", _STATE):
         (state / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Not empty: the folder is the user's own.
         state.rmdir()

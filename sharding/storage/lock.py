@@ -20,9 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Annotated, Self
+
+from msgspec import Meta
 
 from sharding.errors import UserError
+from sharding.schema import decode
 from sharding.storage.base import NotFoundError, Storage, StorageUnavailableError, StoredObject
 from sharding.storage.local import LocalStorage
 from sharding.storage.owner import born, has_ended
@@ -38,11 +41,11 @@ JOB_VARIABLE = "SATFUSION_JOB"
 """Environment variable that names the job of this process, for all its ranks and restarts."""
 
 _NAME = re.compile(r"(\d{6,})\.json")
-_CLOCK = f"{LOCK_FOLDER}/clock"
-"""Object that tells the time of the store, written and removed by a job that finds the lock held."""
+_CLOCK = f"{LOCK_FOLDER}/clock-"
+"""Beginning of the key of an object that tells the time of the store; who finds the lock held writes and removes it."""
 _LARGEST = 4096
 _ATTEMPTS = 50
-_KINDS = {int: int, float: (int, float), str: str}
+_Time = Annotated[float, Meta(ge=0, lt=1e11)]
 
 
 class LockedError(UserError):
@@ -66,7 +69,7 @@ class Holder:
     host: str
     """Name of its machine."""
 
-    pid: int
+    pid: Annotated[int, Meta(ge=0, lt=2**31)]
     """Process that wrote the lock."""
 
     born: str
@@ -75,10 +78,10 @@ class Holder:
     verb: str
     """Command that holds the lock, such as ``shard``."""
 
-    since: float
+    since: _Time
     """Time at which it took the lock, seconds since 1970."""
 
-    beat: float
+    beat: _Time
     """Time of its last heartbeat by its own clock, seconds since 1970; it shows only that another one arrived."""
 
     token: str
@@ -103,19 +106,10 @@ class Holder:
     @classmethod
     def parse(cls, data: bytes) -> Holder:
         """Parse the bytes of `to_bytes`; ValueError for others."""
-        values = json.loads(data)
-        kinds = {"pid": int, "since": float, "beat": float}
-        if not isinstance(values, dict) or values.keys() != cls.__dataclass_fields__.keys():
-            raise ValueError("other keys")
-        for name, value in values.items():
-            wanted = _KINDS[kinds.get(name, str)]
-            if not isinstance(value, wanted) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise ValueError(f"another type of {name}")
-            if isinstance(value, str) and not value.isprintable():
-                raise ValueError(f"control characters in {name}")
-            if not isinstance(value, str) and not 0 <= value < (2**31 if name == "pid" else 1e11):
-                raise ValueError(f"{name} out of range")
-        return cls(**values)
+        found = decode(data, cls)
+        if not all(text.isprintable() for text in vars(found).values() if isinstance(text, str)):
+            raise ValueError("control characters")
+        return found
 
     def to_bytes(self) -> bytes:
         """Return the holder as JSON."""
@@ -227,14 +221,15 @@ class Lock:
 
         The holder's clock and this machine's may be wrong, so both times are the store's.
         """
-        self._storage.write(_CLOCK, b"now")
+        clock = f"{_CLOCK}{self._holder.token}"
+        self._storage.write(clock, b"now")
         try:
             times = {item.key: item.modified for item in self._listed()}
         finally:
-            self._storage.delete(_CLOCK)
-        if _key(term) not in times or _CLOCK not in times:  # without the second, others look at the same time
+            self._storage.delete(clock)
+        if _key(term) not in times or clock not in times:  # a new holder removes all clocks
             return None
-        return times[_CLOCK] - times[_key(term)]
+        return times[clock] - times[_key(term)]
 
     def _take(self, terms: Sequence[int]) -> bool:
         """Create the term after ``terms``, the existing ones; return True if that made this process the holder.
@@ -245,7 +240,8 @@ class Lock:
         term = (terms[-1] if terms else 0) + 1
         if not self._storage.create(_key(term), self._holder.to_bytes()):
             return False
-        others = set(self._terms()) - {term}
+        listed = self._listed()
+        others = set(_terms_of(listed)) - {term}
         mine = self._read(term)
         if mine is None or mine.token != self._holder.token:  # a store without conditional writes
             return False
@@ -255,6 +251,9 @@ class Lock:
         self._term = term
         for other in sorted(others):
             self._storage.delete(_key(other))
+        for item in listed:
+            if item.key.startswith(_CLOCK):  # that of a killed process; one that runs writes it again
+                self._storage.delete(item.key)
         if isinstance(self._storage, LocalStorage):
             self._storage.remove_abandoned()
         return True
@@ -281,8 +280,7 @@ class Lock:
         return self._storage.list(f"{LOCK_FOLDER}/")
 
     def _terms(self) -> list[int]:
-        names = (item.key.removeprefix(f"{LOCK_FOLDER}/") for item in self._listed())
-        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+        return _terms_of(self._listed())
 
     def _read(self, term: int) -> Holder | None:
         """Return the holder of a term; None if the term is gone."""
@@ -292,11 +290,16 @@ class Lock:
             return None
         try:
             return Holder.parse(data)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UserError(
                 f"{self._storage.uri}/{_key(term)} is no lock that this program wrote: remove it if nobody is writing"
                 " there, or name another place"
             ) from None
+
+
+def _terms_of(listed: Sequence[StoredObject]) -> list[int]:
+    names = (item.key.removeprefix(f"{LOCK_FOLDER}/") for item in listed)
+    return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
 
 def _key(term: int) -> str:

@@ -4,6 +4,8 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,18 @@ def test_more_bad_options_are_refused(
     usual = ("--input", tiny.folder, "--output", tmp_path) if verb == "shard" else (tmp_path,)
     with pytest.raises(UserError, match=re.escape(words)):
         run(verb, *usual, *options)
+
+
+def test_help_and_prune_need_no_heavy_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from cluster.cli import main\n"
+        "for heavy in ('torch', 'rasterio', 'ray', 'deepspeed', 'webdataset'): sys.modules[heavy] = None\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for arguments, status, words in (
+        (["--help"], 0, "Shard WorldStrat"),
+        (["prune", str(tmp_path)], 2, "holds no dataset with a valid index.json"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert ended.returncode == status, ended.stderr
+        assert words in ended.stdout + ended.stderr
