@@ -151,7 +151,8 @@ def _remove_last(output: Path) -> None:
     mark = output / _MARK
     if not mark.is_file() or mark.is_symlink():
         raise UserError(f"--output {output} holds files that are not from a demo: name an empty or new folder")
-    found = _MARKED.fullmatch(mark.read_bytes()[:_MOST_MARK].decode(errors="replace"))
+    with mark.open("rb") as file:
+        found = _MARKED.fullmatch(file.read(_MOST_MARK).decode(errors="replace"))
     if found is None:
         raise UserError(f"{mark} is not the mark of a demo: move the folder away, or name another --output")
     pid, since, state = int(found["pid"]), int(found["since"]), Path(found["state"])

@@ -158,6 +158,8 @@ class Lock:
                 if reason:
                     self._say(f"{self._storage.uri} was locked by {last}: {reason}, so its lock was taken over")
                 self._thread.start()
+                if isinstance(self._storage, LocalStorage):
+                    self._storage.remove_abandoned()
                 return self
         raise LockedError(f"{self._storage.uri} could not be locked, because others try to at once: run this again")
 
@@ -254,8 +256,6 @@ class Lock:
         for item in listed:
             if item.key.startswith(_CLOCK):  # that of a killed process; one that runs writes it again
                 self._storage.delete(item.key)
-        if isinstance(self._storage, LocalStorage):
-            self._storage.remove_abandoned()
         return True
 
     def _is_held(self) -> bool:
