@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -47,12 +48,15 @@ def overwrite(source: Path, output: Path, seed: int) -> subprocess.Popen[bytes]:
 def kill_in_its_work(process: subprocess.Popen[bytes], folder: Path, moment: float) -> None:
     """Kill the command some time after its next file has appeared."""
     before, deadline = set(folder.glob("plan-*/*")), time.monotonic() + 300
-    while process.poll() is None and set(folder.glob("plan-*/*")) <= before:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    time.sleep(moment)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while process.poll() is None and set(folder.glob("plan-*/*")) <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(moment)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.slow

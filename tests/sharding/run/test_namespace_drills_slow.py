@@ -83,7 +83,11 @@ def check_rounds(namespaces: Namespaces, source: Path, outputs: list[str]) -> No
     """Run both commands at once into each output: one makes its dataset, the other is refused."""
     for uri in outputs:
         both = [start(name, source, uri, seed) for seed, name in enumerate(namespaces.names)]
-        ended = [(process.communicate(timeout=500)[0], process.returncode) for process in both]
+        try:
+            ended = [(process.communicate(timeout=500)[0], process.returncode) for process in both]
+        finally:
+            for process in both:
+                process.kill()
         assert sorted(status for _, status in ended) == [0, 2], ended
         refusal = next(output for output, status in ended if status == 2)
         assert re.search("is being written by `satfusion shard` of|holds another dataset|others try to", refusal)
