@@ -83,9 +83,9 @@ def test_a_stale_lock_is_taken_over_and_said_whatever_the_holders_clock_shows(
     with Lock(place, "shard", said.append):
         pass
     assert len(said) == 1
-    age = re.search(r"its last heartbeat is (\d+) s old, so its lock was taken over", said[0])
-    assert age
-    assert int(age[1]) >= STALE_S + 5
+    words = re.search(r"its last heartbeat is (\d+) s old, so its lock was taken over", said[0])
+    assert words
+    assert int(words[1]) >= STALE_S + 5
     assert place.list() == []
 
 
