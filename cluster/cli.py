@@ -22,7 +22,7 @@ from sharding.arguments import add_options, read_options
 from sharding.errors import UserError
 from sharding.names import local_path, refuse_secrets
 from sharding.storage import open_storage
-from sharding.terminal import escaped
+from sharding.terminal import say
 
 if TYPE_CHECKING:
     from cluster.local import nodes as local
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             status: int = args.run(args)
     except UserError as error:
-        print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
+        say(f"satfusion: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("satfusion: interrupted", file=sys.stderr)
@@ -186,8 +186,8 @@ def _submit(args: argparse.Namespace) -> int:
     if not args.no_wait:
         return run(request, args.address, sys.stdout)
     job_id = send(request, args.address)
-    print(job_id)
-    print(how_to_follow(args.address, job_id))
+    say(job_id)
+    say(how_to_follow(args.address, job_id))
     return 0
 
 

@@ -7,9 +7,15 @@ variables apply: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN,
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from email.message import Message
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -18,6 +24,9 @@ from sharding.errors import UserError
 MODE_VARIABLE, PATH_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"
 SERVER_VARIABLE = "SATFUSION_JOB_SERVER"
 """Environment variable of a local cluster's processes: the URL of its job server."""
+
+
+_MOST_BYTES = 1 << 26
 
 
 def create_token(path: Path) -> None:
@@ -55,3 +64,37 @@ def authorization(path: Path) -> dict[str, str]:
             f"cannot read the cluster's token in {path} ({error.strerror}): start the cluster again with "
             "`satfusion cluster down` and `satfusion cluster up`"
         ) from None
+
+
+def ask(url: str, headers: Mapping[str, str], timeout: float) -> bytes:
+    """Return the answer of a cluster to a GET request, without a proxy and without following redirects.
+
+    So the token reaches the address that it belongs to and no other.
+
+    Args:
+        url: ``http://`` or ``https://``.
+        headers: Headers, such as that of `authorization`.
+        timeout: Seconds without a byte after which the request fails.
+
+    Raises:
+        urllib.error.HTTPError: For another status than 200, such as a redirect.
+        OSError: The server does not answer.
+        ValueError: It does not speak HTTP, or its answer is too large.
+    """
+    request = urllib.request.Request(url, headers=dict(headers))  # noqa: S310 - http(s) only
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
+    try:
+        with opener.open(request, timeout=timeout) as response:
+            answer: bytes = response.read(_MOST_BYTES + 1)
+    except http.client.HTTPException as error:
+        raise ValueError(f"no HTTP ({error!r})") from error
+    if len(answer) > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES} bytes")
+    return answer
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        return None

@@ -19,6 +19,7 @@ from sharding.prepare.options import SampleOptions
 from sharding.run.job import ShardJob, ShardOptions
 from sharding.run.named_file import check_page, check_report, check_sheet, write_report
 from sharding.run.plan import PlanOptions
+from sharding.run.prune import prune, unneeded
 from sharding.run.workers import processes
 from sharding.schema import check_range
 from sharding.sources.options import SourceOptions
@@ -222,7 +223,8 @@ def run_describe(args: argparse.Namespace) -> int:
 
     text = describe_folder(args.folder)
     if not args.write:
-        print(text, end="")
+        for line in text.removesuffix("\n").split("\n"):
+            say(line)
         return 0
     path = args.folder / "scenes.toml"
     try:
@@ -232,7 +234,7 @@ def run_describe(args: argparse.Namespace) -> int:
         raise UserError(
             f"cannot write {path} ({error.strerror}): move it away, or run without --write to print the draft"
         ) from error
-    print(f"written: {path}; check the lines with a question mark")
+    say(f"written: {path}; check the lines with a question mark")
     return 0
 
 
@@ -269,7 +271,5 @@ def run_prune(args: argparse.Namespace) -> int:
 
 
 def _prune_or_hint(storage: Storage, removes: bool) -> None:
-    from sharding.run.prune import prune, unneeded  # slow: imports torch
-
     for line in prune(storage).lines() if removes else filter(None, [unneeded(storage)]):
         say(line)

@@ -26,6 +26,9 @@ T = TypeVar("T")
 LARGEST = 2**53
 """Largest count, size or offset: larger integers are not exact in every reader of JSON."""
 
+DEEPEST = 32
+"""Levels of lists and tables in JSON that has no schema of its own."""
+
 Natural = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
 """Whole number from 0."""
 Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
@@ -47,6 +50,19 @@ def decode(data: bytes | str, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(_explained(error)) from None
+
+
+def refuse_deep(value: object, deepest: int = DEEPEST) -> None:
+    """Refuse JSON that is nested too deeply to be written out again.
+
+    Raises:
+        ValueError: If a list or table in ``value`` is nested in ``deepest`` others.
+    """
+    if isinstance(value, dict | list):
+        if deepest == 0:
+            raise ValueError("it is nested too deeply")
+        for item in value.values() if isinstance(value, dict) else value:
+            refuse_deep(item, deepest - 1)
 
 
 def convert(value: object, kind: type[T]) -> T:

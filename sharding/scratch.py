@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from typing import Self
 
 from sharding.errors import UserError
 
-_PREFIX = "satfusion-"
+_PREFIX, _PYTHONS_PREFIX = "satfusion-", "pymp-"
 _LOCK, _FILES = "satfusion.lock", "files"
 
 
@@ -43,10 +44,7 @@ class ScratchFolder:
             """The folder."""
             self.path.mkdir()
         except OSError as error:
-            raise UserError(
-                f"no temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder with free space "
-                "that you may write to"
-            ) from None
+            raise _unusable(error) from None
 
     def cleanup(self) -> None:
         """Remove the folder; it may be removed already."""
@@ -71,6 +69,30 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         yield folder.path
 
 
+def mark_python_folder() -> None:
+    """Make the folder of sockets that Python's `multiprocessing` has in this process a scratch folder.
+
+    Python removes it at the end, and the next start if this process is killed.
+
+    Raises:
+        UserError: The temporary folder cannot be written to.
+    """
+    try:
+        _remove_abandoned(Path(tempfile.gettempdir()))
+        folder = Path(multiprocessing.util.get_temp_dir())
+        if not (folder / _LOCK).exists():
+            _lock_new(folder)  # open, and so locked, until this process ends
+    except OSError as error:
+        raise _unusable(error) from None
+
+
+def _unusable(error: OSError) -> UserError:
+    return UserError(
+        f"no temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder with free space that you "
+        "may write to"
+    )
+
+
 def _lock_new(folder: Path) -> int:
     # Locked before it has its name, so that no other start finds it unlocked.
     unnamed = folder / f"{_LOCK}.new"
@@ -83,7 +105,7 @@ def _lock_new(folder: Path) -> int:
 
 def _remove_abandoned(parent: Path) -> None:
     """Remove every scratch folder of this user whose process has ended."""
-    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+    for lock in (found for prefix in (_PREFIX, _PYTHONS_PREFIX) for found in parent.glob(f"{prefix}*/{_LOCK}")):
         with contextlib.suppress(OSError):  # removed meanwhile, or another user's
             if lock.parent.is_symlink() or lock.parent.stat().st_uid != os.getuid():
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TextIO
 
 # Control characters, line separators, marks that reorder text, and bytes of file names that are no UTF-8.
 _STEERING = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -13,6 +14,6 @@ def escaped(text: str) -> str:
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def say(line: str) -> None:
-    """Print one line for the user, escaped."""
-    print(escaped(line))
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print one line for the user, escaped, at once; ``file`` is None for standard output."""
+    print(escaped(line), file=file, flush=True)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from cluster.logs import configure_logging
 from sharding.errors import UserError
 from sharding.files import read_text
-from sharding.run.build import ShardResult, ShardTask, build_shard
+from sharding.format.sidecar import ShardResult
+from sharding.run.build import ShardTask, build_shard
 from sharding.run.job import ShardJob
 from sharding.storage import StorageUnavailableError
-from sharding.terminal import escaped
+from sharding.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ray.init(address="auto", logging_level=logging.WARNING)
         return run_shard(job, tasks_on_ray(job.workers))
     except UserError as error:
-        print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
+        say(f"satfusion: error: {error}", sys.stderr)
         return 2
 
 

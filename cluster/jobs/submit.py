@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import importlib
-import json
 import logging
 import os
 import shlex
@@ -15,18 +13,21 @@ import sys
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+import msgspec
+
 from cluster.jobs.train_job import Job, Placement
 from cluster.logs import PACKAGES
-from cluster.token import MODE_VARIABLE, PATH_VARIABLE, authorization, token_file
+from cluster.token import MODE_VARIABLE, PATH_VARIABLE, ask, authorization, token_file
 from sharding.errors import UserError
 from sharding.names import refuse_secret
+from sharding.schema import decode
 from sharding.scratch import scratch_folder
+from sharding.terminal import say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -63,6 +64,7 @@ _LOST_SECONDS = 60.0
 _INTERRUPTED = 130
 # HTTP statuses without a token, and with another one.
 _REFUSED = {401, 403}
+_REDIRECTS = {301, 302, 303, 307, 308}
 
 
 class Described(Protocol):
@@ -239,11 +241,12 @@ def run(request: JobRequest, address: str, output: TextIO) -> int:
         UserError: Like `send` and `follow`.
     """
     job_id = send(request, address)
-    print(f"job {job_id} sent to {address}", file=output, flush=True)
+    say(f"job {job_id} sent to {address}", output)
     try:
         return follow(address, job_id, output)
     except KeyboardInterrupt:
-        print(f"\nsatfusion: job {job_id} runs on: {how_to_follow(address, job_id)}", file=sys.stderr)
+        say("", sys.stderr)
+        say(f"satfusion: job {job_id} runs on: {how_to_follow(address, job_id)}", sys.stderr)
         return _INTERRUPTED
 
 
@@ -286,17 +289,20 @@ def _connect(address: str) -> JobSubmissionClient:
     path = token_file(address)
     headers = authorization(path) if path else {}
     try:
-        asked = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)  # noqa: S310 - http(s) only
-        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as response:  # noqa: S310 - http(s) only
-            json.load(response)["ray_version"]
+        decode(ask(f"{address.rstrip('/')}/api/version", headers, _ANSWER_SECONDS), _Server)
     except urllib.error.HTTPError as error:
+        if error.code in _REDIRECTS:
+            raise UserError(
+                f"{address} redirects to another address, which is not followed: give the job server's own address"
+            ) from error
         # The client below sends the token of Ray's own variables, and so gets another answer.
         if error.code not in _REFUSED:
             raise UserError(unanswered) from error
     # Servers that speak no HTTP, for example Ray's own control service, break the protocol or send no text.
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(unanswered) from error
 
+    _bypass_proxies(address)
     # Ray prefers these variables to the address it is given.
     hidden = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
@@ -315,6 +321,19 @@ def _connect(address: str) -> JobSubmissionClient:
         raise UserError(f"{unanswered} ({_first_line(error)})") from error
     finally:
         os.environ.update(hidden)
+
+
+class _Server(msgspec.Struct):
+    """Schema of a job server's version."""
+
+    ray_version: str
+
+
+def _bypass_proxies(address: str) -> None:
+    """Make Ray's client connect to the job server itself: a proxy could read the token and the code."""
+    host = urllib.parse.urlsplit(address).hostname
+    known = [os.environ.get(name) for name in ("no_proxy", "NO_PROXY")]
+    os.environ["no_proxy"] = ",".join(dict.fromkeys(filter(None, [*known, host])))
 
 
 def _is_http(address: str) -> bool:

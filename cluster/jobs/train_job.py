@@ -23,6 +23,7 @@ from sharding.schema import decode_strictly
 from sharding.scratch import scratch_folder
 from sharding.storage import StorageUnavailableError, open_storage
 from sharding.storage.lock import JOB_VARIABLE
+from sharding.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class _Announced:
         rank, size = context.get_world_rank(), context.get_world_size()
         configure_logging(rank)
         os.environ[JOB_VARIABLE] = self.name
-        print(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}", flush=True)
+        say(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}")
         try:
             self.function(config)
         except UserError:
@@ -276,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_job(Job.from_json(read_text("the job's file", path)))
     except UserError as error:
-        print(f"satfusion: error: {error}", file=sys.stderr)
+        say(f"satfusion: error: {error}", sys.stderr)
         return 2
     except Exception as error:
         _log_failure(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from cluster.local.processes import ProcessId, identify, is_running
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.evaluation.result import Evaluation
+from pipeline.training.resume import CONFIG_FILE, RUN_NAMES
 from sharding.errors import UserError
 from sharding.inspection.describe import describe
 from sharding.progress import progress
@@ -28,6 +30,8 @@ from sharding.run.dataset import shard_folder
 from sharding.run.job import ShardOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
+from sharding.storage.local import TEMPORARY_PREFIX
+from sharding.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,16 @@ _MARK = ".satfusion-demo"
 _OWN_AWS = ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 _LOOPBACK = "127.0.0.1,localhost"
 _STATE_PREFIX = "sf-demo-"
+_MARKED = re.compile(
+    rf"(?P<pid>[1-9]\d{{0,9}})\n(?P<since>\d{{1,18}})\n(?P<state>/(?:[^\x00/\n]+/)*{re.escape(_STATE_PREFIX)}[^\x00/\n]+)"
+)
+_MOST_MARK = 8192
+_OURS: dict[str, tuple[str, ...]] = {
+    "s3": (),
+    "worldstrat": ("hr_dataset", "lr_dataset", "stratified_train_val_test_split.csv"),
+    "run": (CONFIG_FILE, *(name.rstrip("/") for name in RUN_NAMES), "evaluation", "metrics.csv.parts"),
+}
+"""Folders of an output, and what a demo writes in each; in the S3 server's, anything."""
 
 
 def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = ()) -> int:
@@ -68,7 +82,8 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
             _say(f"sharding {source} to {dataset}")
             storage = open_storage(dataset)
             report = shard_folder(source, storage, ShardOptions(), workers=NODES, say=_say)
-            print(*describe(report.index, storage), sep="\n", flush=True)
+            for line in describe(report.index, storage):
+                say(line)
             status = _train(config, state)
             result = evaluate_run(run, "test", "best") if status == 0 else None
             _fetch(run, output / "run")
@@ -112,14 +127,7 @@ def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
     mark = output / _MARK
     try:
         if output.exists() and any(output.iterdir()):
-            if not mark.exists():
-                raise UserError(f"--output {output} holds files that are not from a demo: name an empty or new folder")
-            pid, since, state_of_last = mark.read_text().split("\n", 2)
-            if is_running(ProcessId(int(pid), int(since))):
-                raise UserError(f"--output {output} is in use by a demo that runs (process {pid}): name another folder")
-            local.down(Path(state_of_last))
-            remove_sockets(output / "s3")
-            shutil.rmtree(output)
+            _remove_last(output)
         output.mkdir(parents=True, exist_ok=True)
         state = Path(
             started.enter_context(tempfile.TemporaryDirectory(prefix=_STATE_PREFIX, ignore_cleanup_errors=True))
@@ -133,6 +141,46 @@ def _prepare(output: Path, started: contextlib.ExitStack) -> Path:
         ) from error
     started.callback(local.down, state)
     return state
+
+
+def _remove_last(output: Path) -> None:
+    """Remove the output of an earlier demo, and what it left elsewhere if it was killed.
+
+    Raises:
+        UserError: The folder is no demo's, holds files that no demo writes, or is in use; then nothing is removed.
+    """
+    mark = output / _MARK
+    if not mark.is_file() or mark.is_symlink():
+        raise UserError(f"--output {output} holds files that are not from a demo: name an empty or new folder")
+    with mark.open("rb") as file:
+        found = _MARKED.fullmatch(file.read(_MOST_MARK).decode(errors="replace"))
+    if found is None:
+        raise UserError(f"{mark} is not the mark of a demo: move the folder away, or name another --output")
+    pid, since, state = int(found["pid"]), int(found["since"]), Path(found["state"])
+    if is_running(ProcessId(pid, since)):
+        raise UserError(f"--output {output} is in use by a demo that runs (process {pid}): name another folder")
+    foreign = sorted(
+        path for path in (*output.iterdir(), *output.glob("*/*")) if not _is_ours(path.relative_to(output))
+    )
+    if foreign:
+        raise UserError(f"{foreign[0]} is not from a demo: nothing was changed; move it away, or name another --output")
+    local.down(state)
+    with contextlib.suppress(OSError):  # absent, or not empty
+        state.rmdir()
+    remove_sockets(output / "s3")
+    for name in _OURS:
+        if (output / name).exists():
+            shutil.rmtree(output / name)
+    mark.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Return True for a path in the output, of one or two parts, that a demo may have written."""
+    if len(path.parts) == 1:
+        return path.name == _MARK or path.name in _OURS
+    folder, name = path.parts
+    known = _OURS.get(folder)
+    return not known or name in known or name.startswith(TEMPORARY_PREFIX)
 
 
 def _start_store(folder: Path, started: contextlib.ExitStack) -> None:
@@ -196,19 +244,21 @@ def _report(result: Evaluation, output: Path, seconds: float) -> bool:
     """Print the results, and return whether the fused image is above both baselines, raw and adjusted."""
     folder = output / "run" / "evaluation" / result.folder.rpartition("/")[2]
     passed = True
-    print(f"\ncheckpoint rule: best, the least validation loss ({result.checkpoint})")
-    print(result.table())
+    say("")
+    say(f"checkpoint rule: best, the least validation loss ({result.checkpoint})")
+    for line in result.table().split("\n"):
+        say(line)
     for column, name in (("psnr", "raw"), ("psnr_adjusted", "adjusted")):
         fused, baseline = result.margin(column)
         verdict = "above" if fused > baseline else "NOT above"
         passed &= fused > baseline
-        print(f"fused {name} PSNR {fused:.2f} dB lies {verdict} the better baseline's {baseline:.2f} dB")
-    print(f"pictures: {folder}/panel-*.png, {output / 'run' / 'images'}")
-    print(f"figures:  {folder}/chips.csv, {folder}/aois.csv, {output / 'run' / 'metrics.csv'}")
-    print(f"watch it: satfusion monitor {output / 'run'}")
-    print(f"done in {seconds / 60:.1f} minutes; everything it started has been stopped")
+        say(f"fused {name} PSNR {fused:.2f} dB lies {verdict} the better baseline's {baseline:.2f} dB")
+    say(f"pictures: {folder}/panel-*.png, {output / 'run' / 'images'}")
+    say(f"figures:  {folder}/chips.csv, {folder}/aois.csv, {output / 'run' / 'metrics.csv'}")
+    say(f"watch it: satfusion monitor {output / 'run'}")
+    say(f"done in {seconds / 60:.1f} minutes; everything it started has been stopped")
     return passed
 
 
 def _say(line: str) -> None:
-    print(f"demo: {line}", flush=True)
+    say(f"demo: {line}")

@@ -18,20 +18,28 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from cluster.local.processes import ProcessId, free_ports, is_running, running_with, stop
 from cluster.loopback.library import build_library, confined
-from cluster.token import MODE_VARIABLE, PATH_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, authorization, create_token
+from cluster.token import (
+    MODE_VARIABLE,
+    PATH_VARIABLE,
+    SERVER_VARIABLE,
+    TOKEN_VARIABLE,
+    ask,
+    authorization,
+    create_token,
+)
 from sharding.arguments import check_values
 from sharding.errors import UserError
+from sharding.schema import decode
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +150,7 @@ def down(state: Path) -> LocalCluster | None:
         stop(alive)
     for name in (_RAY, _LOGS, _TEMPORARY):
         shutil.rmtree(state / name, ignore_errors=True)
-    for name in ("loopback.so", _TOKEN, _STATE):
+    for name in ("loopback.so", _TOKEN, f"{_STATE}.new", _STATE):
         (state / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Not empty: the folder is the user's own.
         state.rmdir()
@@ -164,27 +172,39 @@ def read_state(state: Path) -> LocalCluster | None:
     if not content:  # Another `up` has just claimed the folder.
         raise UserError(f"another `satfusion cluster up` is running in {state}: wait for it, or remove {path}")
     try:
-        values = json.loads(content)
-        values["nodes"] = tuple(values["nodes"])
-        values["processes"] = tuple(ProcessId(**process) for process in values["processes"])
-        return LocalCluster(**values)
-    except (ValueError, TypeError, KeyError) as error:
+        return decode(content, LocalCluster)
+    except ValueError as error:
         raise UserError(f"{path} is not the state of a cluster ({error}): remove it") from error
 
 
 def alive_nodes(cluster: LocalCluster) -> list[str]:
     """Return the addresses of the nodes that Ray counts as alive; none if its dashboard does not answer."""
-    # Loopback needs no proxy, whatever the environment says.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         token = authorization(Path(cluster.token_file)) if cluster.token_file else {}
-        request = urllib.request.Request(f"{cluster.address}/nodes?view=summary", headers=token)  # noqa: S310 - http(s) only
-        with opener.open(request, timeout=10) as response:
-            summary = json.load(response)["data"]["summary"]
-    except (OSError, ValueError, KeyError):
+        summary = decode(ask(f"{cluster.address}/nodes?view=summary", token, 10), _Answer).data.summary
+    except (OSError, ValueError):
         return []
     # A node that has just joined is listed before its agent has reported its address.
-    return sorted(node["ip"] for node in summary if "ip" in node and node.get("raylet", {}).get("state") == "ALIVE")
+    return sorted(node.ip for node in summary if node.ip and node.raylet and node.raylet.state == "ALIVE")
+
+
+class _Raylet(msgspec.Struct):
+    state: str | None = None
+
+
+class _Node(msgspec.Struct):
+    ip: str | None = None
+    raylet: _Raylet | None = None
+
+
+class _Summary(msgspec.Struct):
+    summary: tuple[_Node, ...]
+
+
+class _Answer(msgspec.Struct):
+    """Schema of the dashboard's answer on its nodes."""
+
+    data: _Summary
 
 
 def _alive(cluster: LocalCluster) -> list[ProcessId]:

@@ -81,7 +81,8 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
     # Slow: they import torch and DeepSpeed.
     from models.cost import cost
     from pipeline.data import ChipDataset
-    from pipeline.evaluation.evaluate import FUSED, evaluate_run
+    from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
+    from pipeline.evaluation.result import FUSED
     from pipeline.training.loop import run_training
     from pipeline.world import leave_world
 
@@ -91,7 +92,7 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
     finally:
         leave_world()
     uri = config.output.uri
-    figures = evaluate_run(uri, split, "best", panels=0).means(FUSED)
+    figures = evaluate_run(uri, split, "best", options=EvaluateOptions(panels=0)).means(FUSED)
     dataset = ChipDataset(config.data.uri, split, config.data)
     window = dataset.window(0)
     costs = cost(config.model, (window.size,) * 2, (window.hr_size,) * 2)

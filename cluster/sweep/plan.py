@@ -11,7 +11,8 @@ from typing import Any
 from cluster.sweep.options import ALL, SweepOptions
 from models.config import ModelConfig
 from models.registry import ABSENT, ENCODERS, HEADS
-from pipeline.config import RunConfig, require_one_of
+from pipeline.config import RunConfig
+from pipeline.values import require_one_of
 from sharding.errors import UserError
 from sharding.schema import decode_strictly
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from pipeline.clouds import Cloudy, choose, clear_shares
 from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
 from sharding.format.entries import JSON_SUFFIX, SampleEntry
 from sharding.format.layout import VALID
-from sharding.format.sample import clearest_of, images_of
+from sharding.format.sample import clearest_in, clearest_of, images_of
 from sharding.storage import Fill
 
 
@@ -38,7 +37,7 @@ class Scene(Protocol):
 
 def clearest(scene: Scene, window: Window) -> int:
     """Return the place of the scene's clearest revisit in the chip of a window, 0-based; 0 if the chip lacks it."""
-    number, revisits = cast(int, json.loads(scene.text)["clearest"]), scene.revisits(window)
+    number, revisits = clearest_in(scene.text), scene.revisits(window)
     if revisits is None:
         return number
     return revisits.index(number) if number in revisits else 0

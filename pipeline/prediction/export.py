@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from pipeline.networks import Weights, load_weights
 from pipeline.prediction.preparation import training_dataset
 from pipeline.training.checkpoint import Checkpoint, read_checkpoint, select_checkpoint
 from sharding.errors import UserError
+from sharding.schema import Sha256, decode
 from sharding.storage import NotFoundError, Storage, open_storage
 from sharding.terminal import escaped
 
@@ -222,11 +223,19 @@ def _program_line(facts: dict[str, Any]) -> str:
     )
 
 
+class _Exported(msgspec.Struct):
+    """Schema of ``model.json``, by which an export is recognised."""
+
+    format_version: int
+    model: dict[str, Any]
+    sha256: Sha256
+
+
 def _refuse_others(folder: Storage, files: dict[str, bytes], overwrite: bool) -> None:
     """Refuse to replace another model, unless ``overwrite``, or files that `export` did not write."""
     try:
-        table = json.loads(folder.read(FACTS))
-        ours = isinstance(table, dict) and {"format_version", "model", "sha256"} <= table.keys()
+        decode(folder.read(FACTS), _Exported)
+        ours = True
     except NotFoundError:
         ours = False
         # Without model.json, only the same weights may come from an export that was interrupted.

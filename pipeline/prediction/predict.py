@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +33,7 @@ from sharding.prepare.inputs import SceneInput
 from sharding.prepare.options import SampleOptions
 from sharding.progress import progress
 from sharding.rasters.cog import PixelType, RasterFacts, preview_png, write_cog
+from sharding.schema import Natural, Sha256, decode
 from sharding.scratch import scratch_folder
 from sharding.storage import CorruptedError, NotFoundError, Storage, open_storage
 
@@ -245,6 +247,20 @@ def _rows(fusion: Fusion, scene: SceneInput, show: bool) -> Iterator[tuple[NDArr
                 bar.update(rows.shape[1])
 
 
+class _File(msgspec.Struct):
+    """Schema of a GeoTIFF in its sidecar."""
+
+    sha256: Sha256
+    bytes: Natural
+
+
+class _Sidecar(msgspec.Struct):
+    """Schema of what is read again of a sidecar."""
+
+    fingerprint: Sha256
+    file: _File
+
+
 def _must_write(output: Storage, name: str, fingerprint: str, overwrite: bool) -> bool:
     """Return whether an AOI's output must be written; refuse to replace what is not the same output, damaged or cut.
 
@@ -253,9 +269,7 @@ def _must_write(output: Storage, name: str, fingerprint: str, overwrite: bool) -
     """
     tif = f"{name}.tif"
     try:
-        sidecar = json.loads(output.read(f"{name}.json"))
-        theirs, file = sidecar["fingerprint"], sidecar["file"]
-        whole = (str(file["sha256"]), int(file["bytes"]))
+        sidecar = decode(output.read(f"{name}.json"), _Sidecar)
     except NotFoundError:
         existing = [name + suffix for suffix in SUFFIXES[1:] if output.exists(name + suffix)]
         if existing:
@@ -263,11 +277,11 @@ def _must_write(output: Storage, name: str, fingerprint: str, overwrite: bool) -
                 f"{output.uri}/{existing[0]} was not written by predict: move it away, or name another --output"
             ) from None
         return True
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise UserError(
             f"{output.uri}/{name}.json was not written by predict: move it away, or name another --output"
         ) from None
-    if theirs != fingerprint:
+    if sidecar.fingerprint != fingerprint:
         if overwrite:
             return True
         raise UserError(
@@ -275,7 +289,7 @@ def _must_write(output: Storage, name: str, fingerprint: str, overwrite: bool) -
             "another --output"
         )
     try:
-        return _digest_of(output.stream(tif)) != whole
+        return _digest_of(output.stream(tif)) != (sidecar.file.sha256, sidecar.file.bytes)
     except (NotFoundError, CorruptedError):
         return True
 

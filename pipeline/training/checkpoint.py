@@ -214,6 +214,10 @@ def _state(
         _refuse_others("averaged weights", average, parameters)
     generators = content["generators"]
     _refuse_generators(generators, position.world_size)
+    try:
+        network.load_state_dict(content["weights"], assign=True)  # into a network without memory
+    except ValueError as error:  # a stage refuses a value
+        raise ValueError(f"holds weights of which {error}") from None
     return TrainState(content["weights"], moments, position.step, average), generators
 
 

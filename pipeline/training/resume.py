@@ -12,7 +12,7 @@ from pipeline.config import RunConfig, Section
 from pipeline.data.dataset import ChipDataset
 from pipeline.order import OrderState
 from pipeline.reporting.run_folder import RunFolder
-from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, newest_checkpoint
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.schema import Sha256, decode
@@ -22,7 +22,7 @@ from sharding.storage.lock import Lock
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-_NAMES = ("checkpoints/", "events/", "images/", "metrics.csv", "batches.csv")
+RUN_NAMES = ("checkpoints/", "events/", "images/", "metrics.csv", "batches.csv")
 """Beginnings of the keys that a run writes, beside CONFIG_FILE, which it writes first."""
 SPLIT = "train"
 """The split that runs train on."""
@@ -64,14 +64,16 @@ def claimed(run: RunFolder, world: World) -> Iterator[Lock | None]:
 
 
 def _refuse_foreign(storage: Storage) -> None:
-    """Refuse a place that has files under a run's names and no record of a run."""
-    if storage.exists(CONFIG_FILE):
+    """Refuse a place that has files under a run's names, and neither a record of a run nor a checkpoint."""
+    # A checkpoint holds the configuration too, with which `find_checkpoint` compares this run's.
+    if storage.exists(CONFIG_FILE) or complete_checkpoints(storage, "step"):
         return
-    found = next((item.key for name in _NAMES for item in storage.list(name)), None)
+    found = next((item.key for name in RUN_NAMES for item in storage.list(name)), None)
     if found is not None:
         raise UserError(
-            f"output.uri = {storage.uri!r} holds {found!r} and no {CONFIG_FILE}, so it is not a run of this program:"
-            " nothing was changed; move these files away, or name another output.uri"
+            f"output.uri = {storage.uri!r} holds {found!r}, and neither a {CONFIG_FILE} nor a complete checkpoint that"
+            f" would say which run it is of: nothing was changed; put the run's {CONFIG_FILE} back to resume it, move"
+            " these files away, or name another output.uri"
         )
 
 

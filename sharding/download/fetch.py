@@ -29,6 +29,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 
 from sharding.errors import UserError
 from sharding.progress import progress
+from sharding.schema import Natural, decode
 from sharding.storage import LocalStorage, retries
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Version:
     """One version of a remote file. Another origin may serve the same content with another ETag."""
 
     origin: str
-    size: int
+    size: Natural
     etag: str | None
 
 
@@ -121,8 +122,8 @@ class _Part:
         self.server, self.name, self.path, self.file = server, target.name, part_path(target), file
         self.folder, self.note = LocalStorage(target.parent), f"{self.path.name}.json"
         self.version: Version | None = None
-        with contextlib.suppress(UserError, ValueError, TypeError):
-            self.version = Version(**json.loads(self.folder.read(self.note)))
+        with contextlib.suppress(UserError, ValueError):
+            self.version = decode(self.folder.read(self.note), Version)
         self.length = os.fstat(file.fileno()).st_size
         if self.version is None and self.length:
             raise UserError(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import re
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
 from sharding.format.checks import NPY_PREAMBLE
 from sharding.format.entries import JSON_SUFFIX, SampleEntry, ShardEntry
 from sharding.format.layout import DTYPES, ArrayLayout, Dtype
-from sharding.schema import Natural, decode
+from sharding.schema import Natural, decode, refuse_deep
 from sharding.storage import CorruptedError, NotFoundError, Storage
 
 
@@ -137,17 +138,23 @@ def decode_sample(entry: SampleEntry, data: bytes) -> Sample:
         CorruptedError: If the size, the CRC-32 or an array differs from the index, or the JSON is not a sample's.
     """
     check_sample(entry, data)
-    return Sample(entry.key, entry.aoi, **images_of(entry, data), meta=meta_of(entry, data))
+    images = images_of(entry, data)
+    return Sample(entry.key, entry.aoi, **images, meta=_meta_of(entry, data, len(images["lr"])))
 
 
-def meta_of(entry: SampleEntry, data: bytes | memoryview) -> dict[str, Any]:
-    """Return the JSON of a sample.
-
-    Raises:
-        CorruptedError: If it is not a sample's.
-    """
+def _meta_of(entry: SampleEntry, data: bytes | memoryview, revisits: int) -> dict[str, Any]:
+    """Return the JSON of a sample with ``revisits`` revisits; CorruptedError if it is not a sample's."""
     clearest_of(entry, data)
-    return decode(_json_of(entry, data), dict[str, Any])
+    try:
+        text = _json_of(entry, data)
+        found = len(decode(text, _Meta).revisits)
+        if found != revisits:
+            raise ValueError(f"revisits: expected {revisits}, got {found}")
+        meta = decode(text, dict[str, Any])
+        refuse_deep(meta)
+    except ValueError as error:
+        raise _damaged_json(entry, error) from None
+    return meta
 
 
 def clearest_of(entry: SampleEntry, data: bytes | memoryview) -> int:
@@ -158,14 +165,23 @@ def clearest_of(entry: SampleEntry, data: bytes | memoryview) -> int:
     """
     revisits = entry.layout["lr"].shape[0]
     try:
-        clearest = decode(_json_of(entry, data), _Meta).clearest
+        clearest = clearest_in(_json_of(entry, data))
         if revisits is not None and clearest >= revisits:
             raise ValueError(f"clearest: expected a number below {revisits}, got {clearest}")
     except ValueError as error:
-        raise CorruptedError(
-            f"sample {entry.key!r} (AOI {entry.aoi!r}): its JSON is damaged ({error}): shard the dataset again"
-        ) from None
+        raise _damaged_json(entry, error) from None
     return clearest
+
+
+def clearest_in(text: bytes) -> int:
+    """Return the clearest revisit that a sample's JSON names, 0-based; ValueError if it names none."""
+    return decode(text, _Clearest).clearest
+
+
+def _damaged_json(entry: SampleEntry, error: ValueError) -> CorruptedError:
+    return CorruptedError(
+        f"sample {entry.key!r} (AOI {entry.aoi!r}): its JSON is damaged ({error}): shard the dataset again"
+    )
 
 
 def _json_of(entry: SampleEntry, data: bytes | memoryview) -> bytes:
@@ -173,10 +189,27 @@ def _json_of(entry: SampleEntry, data: bytes | memoryview) -> bytes:
     return bytes(data[offset : offset + length])
 
 
-class _Meta(msgspec.Struct):
-    """Schema of what readers use of a sample's JSON."""
+class _Clearest(msgspec.Struct):
+    """Schema of what training uses of a sample's JSON."""
 
     clearest: Natural
+
+
+class _Revisit(msgspec.Struct):
+    date: str | None
+
+
+_Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
+
+
+class _Meta(msgspec.Struct):
+    """Schema of what `inspect` and `predict` use of a sample's JSON."""
+
+    revisits: tuple[_Revisit, ...]
+    step: Annotated[float, Meta(gt=0, le=1e6)]
+    # An authority's code or WKT, as rasterio writes them; nothing that names a file. Early versions wrote "None".
+    crs: Annotated[str, Meta(pattern=r"^([A-Za-z]\w*:[\w.]+|[A-Z_]+\[[^\x00-\x1f]*\]|None)$")] | None
+    pan_transform: tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 
 
 def fetch_sample(storage: Storage, shard: ShardEntry, entry: SampleEntry) -> Sample:

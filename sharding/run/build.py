@@ -8,45 +8,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from sharding.errors import UnusableError, UserError
-from sharding.format.entries import Layouts, ShardEntry, Skipped, StoredShard, shard_from_json, shard_to_json
+from sharding.format.entries import Skipped
 from sharding.format.index import GONE, Measured, damage_of
 from sharding.format.layout import (
     CHIP,
     VALID,
-    ArrayLayout,
     Facts,
-    SampleLayout,
-    refuse_layout,
-    worldstrat_facts,
-    worldstrat_layout,
 )
+from sharding.format.sidecar import ShardResult, read_sidecar, write_sidecar
 from sharding.format.statistics import Histogram
 from sharding.format.writer import NewSample, ShardWriter
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.prepare.scene import quantise
-from sharding.schema import Sha256, decode
 from sharding.scratch import scratch_folder
 from sharding.sources.options import SourceOptions
 from sharding.sources.source import SceneFiles
-from sharding.storage import BucketNotFoundError, CorruptedError, NotFoundError, Storage
+from sharding.storage import Storage
 
 SHARD_VERSION = 2
 """Version of a shard's bytes: it is part of each fingerprint, and newer versions of the index keep it."""
 
-SIDECAR_SUFFIX = ".json"
-"""Suffix that turns a shard's name into the name of its sidecar."""
-
 MEASURED: tuple[Measured, ...] = ("lr", "hr", "pan")
-
-Outcome = Literal["made", "kept", "repaired"]
 
 
 @dataclass(frozen=True)
@@ -114,41 +103,6 @@ class ShardTask:
             if aoi.name in names or any(line.startswith(_passed_over(aoi.name)) for line in passed):
                 files += [[file.name, file.size] for file in aoi.spare(self.options)]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else ""
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """Result of a task."""
-
-    name: str
-    """Name of the task and its shard. The task itself lists thousands of files and is not sent back."""
-
-    entry: ShardEntry | None
-    """The shard's index entry; None if none of its AOIs could be read."""
-
-    histograms: Mapping[Measured, Histogram]
-    """Histograms per image of ``MEASURED``, for a shard of the training split."""
-
-    skipped: tuple[Skipped, ...]
-    """AOIs that could not be read."""
-
-    passed: tuple[str, ...] = ()
-    """Lines on the revisits that were passed over because others remained."""
-
-    substitutes: str = ""
-    """Digest by `ShardTask.substitutes`."""
-
-    outcome: Outcome = "made"
-    """Outcome: ``made``, ``kept`` (it existed) or ``repaired`` (it was damaged)."""
-
-    why: str = ""
-    """Damage of a ``repaired`` shard, in words."""
-
-    bytes_in: int = 0
-    """Bytes read from source files."""
-
-    bytes_out: int = 0
-    """Bytes of the shard; 0 if this task did not write it."""
 
 
 def build_shard(task: ShardTask) -> ShardResult:
@@ -266,98 +220,16 @@ def _publish(task: ShardTask, result: ShardResult, path: Path, damage: str | Non
 
     In this order no shard lies beside a sidecar of another one, even if the run is killed.
     """
-    entry, sidecar = result.entry, task.name + SIDECAR_SUFFIX
+    entry = result.entry
+    result = replace(result, substitutes=task.substitutes(result.skipped, result.passed))
     if entry is not None and damage is not None:
         result = replace(result, outcome="repaired", why=f"{damage}: it was built again")
     elif entry is not None and damage_of(task.output, entry) is None:  # only its sidecar is missing or damaged
-        task.output.write(sidecar, _to_sidecar(task, result))
+        write_sidecar(task.output, task.fingerprint, result)
         return replace(result, outcome="kept", bytes_out=0)
-    task.output.write(sidecar, _to_sidecar(task, result))
+    write_sidecar(task.output, task.fingerprint, result)
     if entry is not None:
         task.output.upload(task.name, path)
     else:
         task.output.delete(task.name)
     return result
-
-
-def _to_sidecar(task: ShardTask, result: ShardResult) -> bytes:
-    layouts = Layouts()
-    described: dict[str, object] = {
-        "fingerprint": task.fingerprint,
-        "shard": shard_to_json(result.entry, layouts) if result.entry else None,
-        "layouts": layouts.to_json(),
-        "skipped": [vars(item) for item in result.skipped],
-        "histograms": {name: histogram.to_text() for name, histogram in result.histograms.items()},
-    }
-    if result.passed:
-        described["passed"] = list(result.passed)
-    if substitutes := task.substitutes(result.skipped, result.passed):
-        described["substitutes"] = substitutes
-    return json.dumps(described, sort_keys=True).encode()
-
-
-_ANY_SIZES = SampleOptions(lr_size=None, hr_size=None)
-
-
-class _Sidecar(msgspec.Struct):
-    """Schema of a sidecar."""
-
-    fingerprint: Sha256
-    shard: StoredShard | None
-    skipped: tuple[Skipped, ...]
-    histograms: dict[Measured, str]
-    layouts: tuple[dict[str, ArrayLayout], ...] = ()
-    """Layouts of its samples; none with an index of format 2, whose samples are WorldStrat's."""
-    passed: tuple[str, ...] = ()
-    """Lines on revisits that were passed over."""
-    substitutes: str = ""
-    """`ShardTask.substitutes` of the task."""
-
-
-def read_sidecar(
-    output: Storage, name: str, options: SampleOptions | None = None, facts: Facts | None = None
-) -> tuple[str, ShardResult] | None:
-    """Read a shard's sidecar: the fingerprint of the task that built the shard, and its result.
-
-    Args:
-        output: Place of the dataset.
-        name: Name of the shard.
-        options: Options of its samples; the layouts and histograms of others are refused.
-        facts: Facts of the dataset; None for WorldStrat's.
-
-    Returns:
-        None if the sidecar is missing, damaged or foreign.
-    """
-    try:
-        found = decode(output.read(name + SIDECAR_SUFFIX), _Sidecar)
-        layouts = found.layouts or (worldstrat_layout(options or _ANY_SIZES),)
-        histograms = {image: Histogram.from_text(text) for image, text in found.histograms.items()}
-        if options is not None:
-            _refuse_others(options, facts or worldstrat_facts(options), layouts, histograms)
-        result = ShardResult(
-            name=name,
-            entry=shard_from_json(found.shard, layouts) if found.shard else None,
-            histograms=histograms,
-            skipped=found.skipped,
-            passed=found.passed,
-            substitutes=found.substitutes,
-            outcome="kept",
-        )
-        entry = result.entry
-        return (found.fingerprint, result) if entry is None or entry.name == name else None
-    except BucketNotFoundError:
-        raise
-    except (NotFoundError, CorruptedError, ValueError):
-        return None
-
-
-def _refuse_others(
-    options: SampleOptions, facts: Facts, layouts: Sequence[SampleLayout], histograms: Mapping[Measured, Histogram]
-) -> None:
-    """Refuse layouts and histograms that are not of samples with these options."""
-    for layout in layouts:
-        refuse_layout(layout, facts, options.revisits, options.dtype)
-    bands: dict[Measured, int] = {"lr": len(facts.bands.lr), "hr": len(facts.bands.hr), "pan": 1}
-    for image, histogram in histograms.items():
-        if len(histogram.counts) != bands[image]:
-            raise ValueError(f"the histogram of {image} has {len(histogram.counts)} bands, not {bands[image]}")

@@ -20,9 +20,10 @@ from pathlib import Path
 from sharding.format.entries import ShardEntry, Skipped
 from sharding.format.index import INDEX_NAME, SPLITS, Index, Measured
 from sharding.format.layout import describe_chips
+from sharding.format.sidecar import SIDECAR_SUFFIX, ShardResult
 from sharding.format.statistics import Histogram
 from sharding.progress import progress
-from sharding.run.build import SIDECAR_SUFFIX, ShardResult, ShardTask
+from sharding.run.build import ShardTask
 from sharding.run.job import ShardOptions
 from sharding.run.output import check_space, generation_of, keys_of, look, shards_of
 from sharding.run.plan import Plan

@@ -49,7 +49,7 @@ def check_page(option: str, path: Path) -> None:
     """
     if path.suffix.lower() != ".html":
         raise UserError(f"{option} {path} does not end in .html: give a file name that does")
-    _check(option, path, _is_page)
+    check_file(option, path, _is_page)
 
 
 def write_page(path: Path, draft: Path) -> None:

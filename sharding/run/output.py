@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from sharding.errors import UserError
 from sharding.format.entries import ShardEntry
 from sharding.format.index import INDEX_NAME, SPLITS, Index
+from sharding.format.sidecar import SIDECAR_SUFFIX, read_sidecar
 from sharding.prepare.options import SampleOptions
-from sharding.run.build import SIDECAR_SUFFIX, read_sidecar
 from sharding.storage import BucketNotFoundError, CorruptedError, LocalStorage, NotFoundError, Storage
 
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.tar")

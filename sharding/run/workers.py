@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
 from sharding.schema import check_range
+from sharding.scratch import mark_python_folder
 
 if TYPE_CHECKING:
-    from sharding.run.build import ShardResult, ShardTask
+    from sharding.format.sidecar import ShardResult
+    from sharding.run.build import ShardTask
 
 MOST_WORKERS = 10_000
 """Largest number of shards that are built in parallel, on a cluster too."""
@@ -48,7 +50,12 @@ def processes(workers: int) -> Callable[[Sequence[ShardTask]], Iterator[ShardRes
 
 
 def _start_loading() -> None:
-    """Start the process that the workers are forked from."""
+    """Start the process that the workers are forked from.
+
+    Raises:
+        UserError: The temporary folder, which holds its socket, cannot be written to.
+    """
+    mark_python_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload(["sharding.run.preload"])
     # It would search the current folder for modules first; this command does not.
     before = os.environ.get("PYTHONSAFEPATH")

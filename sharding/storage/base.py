@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +58,9 @@ class StoredObject:
 
     size: int
     """Its size in bytes."""
+
+    modified: float = field(default=0.0, compare=False)
+    """Time at which it was stored, by the clock of the store: seconds since 1970."""
 
 
 class Storage(Protocol):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -14,10 +16,16 @@ from pathlib import Path, PurePosixPath
 from sharding.errors import UserError
 from sharding.names import path_below
 from sharding.storage.base import PIECE, Fill, NotFoundError, StoredObject
+from sharding.storage.owner import born, has_ended
 from sharding.storage.retries import RetryCounter
 
 # Files that are being written; a killed writer may leave one, so no listing shows them.
 TEMPORARY_PREFIX = ".tmp-"
+# Their names: what `born` says of the writer, its number, and a random number.
+_TEMPORARY = re.compile(
+    rf"{re.escape(TEMPORARY_PREFIX)}(?P<boot>[0-9a-f-]{{36}})-(?P<space>\d+)-(?P<start>\d+)-(?P<pid>\d+)-[0-9a-f]{{32}}"
+)
+_ATTEMPTS = 100
 # Errors of a file system without hard links: FAT, some network shares and FUSE mounts.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -121,7 +129,8 @@ class LocalStorage:
                     if name.startswith(TEMPORARY_PREFIX) or not key.startswith(prefix):
                         continue
                     with contextlib.suppress(FileNotFoundError):  # removed since the folder was read
-                        found.append(StoredObject(key, path.stat().st_size))
+                        status = path.stat()
+                        found.append(StoredObject(key, status.st_size, status.st_mtime))
         return sorted(found, key=lambda item: item.key)
 
     def folders(self) -> tuple[str, ...]:
@@ -150,6 +159,14 @@ class LocalStorage:
         """Return the storage of a folder below."""
         return LocalStorage(self._path(name))
 
+    def remove_abandoned(self) -> None:
+        """Remove the temporary files of killed processes of this machine, and folders that become empty."""
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                if _is_abandoned(name):
+                    with contextlib.suppress(UserError):  # another user's, or on a read-only file system
+                        self.delete(Path(folder, name).relative_to(self._root).as_posix())
+
     def _path(self, key: str) -> Path:
         return path_below(self._root, key, self.uri)
 
@@ -162,9 +179,9 @@ class LocalStorage:
     @contextlib.contextmanager
     def _beside(self, key: str) -> Iterator[Path]:
         """Yield the path of a temporary file in the key's folder; delete the file at the end if it still exists."""
-        folder = self._path(key).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        temporary = self._path(key).with_name(_temporary_name())
+        _make(temporary)
+        _clean(temporary.parent)
         try:
             yield temporary
         finally:
@@ -180,6 +197,39 @@ class LocalStorage:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise UserError(f"cannot use {place}: {reason}; check the path and its permissions") from error
+
+
+def _temporary_name() -> str:
+    pid = os.getpid()
+    since = born(pid).replace(" ", "-")
+    return f"{TEMPORARY_PREFIX}{since}-{pid}-{uuid.uuid4().hex}"
+
+
+def _make(path: Path) -> None:
+    """Make an empty file and its folder, also while others remove the folder because it is empty."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+            return
+        except (FileNotFoundError, FileExistsError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+
+
+@functools.lru_cache(maxsize=1024)
+def _clean(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder, once for each process that writes there."""
+    with contextlib.suppress(OSError):  # others remove some of them, or own them
+        for name in os.listdir(folder):
+            if _is_abandoned(name):
+                (folder / name).unlink()
+
+
+def _is_abandoned(name: str) -> bool:
+    """Return True for the name of a temporary file whose process ran on this machine and has ended."""
+    found = _TEMPORARY.fullmatch(name)
+    return found is not None and has_ended(int(found["pid"]), " ".join(found.group("boot", "space", "start")))
 
 
 def _publish_new(temporary: Path, target: Path) -> bool:

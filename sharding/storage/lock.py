@@ -19,12 +19,16 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Annotated, Self
+
+from msgspec import Meta
 
 from sharding.errors import UserError
-from sharding.storage.base import NotFoundError, Storage, StorageUnavailableError
+from sharding.schema import decode
+from sharding.storage.base import NotFoundError, Storage, StorageUnavailableError, StoredObject
+from sharding.storage.local import LocalStorage
+from sharding.storage.owner import born, has_ended
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +36,16 @@ LOCK_FOLDER = ".lock"
 BEAT_S = 15.0
 """Seconds between two heartbeats of a holder."""
 STALE_S = 60.0
-"""Age of a heartbeat from which on the lock may be taken over."""
+"""Age of a heartbeat from which on the lock may be taken over, by the clock of the store."""
 JOB_VARIABLE = "SATFUSION_JOB"
 """Environment variable that names the job of this process, for all its ranks and restarts."""
 
 _NAME = re.compile(r"(\d{6,})\.json")
+_CLOCK = f"{LOCK_FOLDER}/clock-"
+"""Beginning of the key of an object that tells the time of the store; who finds the lock held writes and removes it."""
 _LARGEST = 4096
 _ATTEMPTS = 50
-_KINDS = {int: int, float: (int, float), str: str}
+_Time = Annotated[float, Meta(ge=0, lt=1e11)]
 
 
 class LockedError(UserError):
@@ -63,7 +69,7 @@ class Holder:
     host: str
     """Name of its machine."""
 
-    pid: int
+    pid: Annotated[int, Meta(ge=0, lt=2**31)]
     """Process that wrote the lock."""
 
     born: str
@@ -72,11 +78,11 @@ class Holder:
     verb: str
     """Command that holds the lock, such as ``shard``."""
 
-    since: float
+    since: _Time
     """Time at which it took the lock, seconds since 1970."""
 
-    beat: float
-    """Time of its last heartbeat, seconds since 1970."""
+    beat: _Time
+    """Time of its last heartbeat by its own clock, seconds since 1970; it shows only that another one arrived."""
 
     token: str
     """Random number of this acquisition."""
@@ -90,7 +96,7 @@ class Holder:
             user=_plain(_user()),
             host=_plain(socket.gethostname()),
             pid=pid,
-            born=_born(pid),
+            born=born(pid),
             verb=verb,
             since=now,
             beat=now,
@@ -100,19 +106,10 @@ class Holder:
     @classmethod
     def parse(cls, data: bytes) -> Holder:
         """Parse the bytes of `to_bytes`; ValueError for others."""
-        values = json.loads(data)
-        kinds = {"pid": int, "since": float, "beat": float}
-        if not isinstance(values, dict) or values.keys() != cls.__dataclass_fields__.keys():
-            raise ValueError("other keys")
-        for name, value in values.items():
-            wanted = _KINDS[kinds.get(name, str)]
-            if not isinstance(value, wanted) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise ValueError(f"another type of {name}")
-            if isinstance(value, str) and not value.isprintable():
-                raise ValueError(f"control characters in {name}")
-            if not isinstance(value, str) and not 0 <= value < (2**31 if name == "pid" else 1e11):
-                raise ValueError(f"{name} out of range")
-        return cls(**values)
+        found = decode(data, cls)
+        if not all(text.isprintable() for text in vars(found).values() if isinstance(text, str)):
+            raise ValueError("control characters")
+        return found
 
     def to_bytes(self) -> bytes:
         """Return the holder as JSON."""
@@ -124,16 +121,7 @@ class Holder:
 
     def has_ended(self) -> bool:
         """Return True if its process ran on this machine and has ended; False if that is not known."""
-        boot, _, start = self.born.rpartition(" ")
-        if not start or boot != _born(os.getpid()).rpartition(" ")[0]:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # of another user, whose processes the system may hide
-            return False
-        return _born(self.pid) != self.born  # it is dead but not collected, or another one got its number
+        return has_ended(self.pid, self.born)
 
 
 class Lock:
@@ -166,10 +154,12 @@ class Lock:
             if terms and last is None:
                 continue  # released since it was listed
             reason = self._reason_to_take(terms[-1], last) if last else ""
-            if self._take(terms):
+            if reason is not None and self._take(terms):
                 if reason:
                     self._say(f"{self._storage.uri} was locked by {last}: {reason}, so its lock was taken over")
                 self._thread.start()
+                if isinstance(self._storage, LocalStorage):
+                    self._storage.remove_abandoned()
                 return self
         raise LockedError(f"{self._storage.uri} could not be locked, because others try to at once: run this again")
 
@@ -202,26 +192,46 @@ class Lock:
                 f" had not been heard of for {STALE_S:.0f} s: nothing more was written; run the command again"
             )
 
-    def _reason_to_take(self, term: int, holder: Holder) -> str:
-        """Return the reason why the lock may be taken over, in words; empty if the same job holds it."""
+    def _reason_to_take(self, term: int, holder: Holder) -> str | None:
+        """Return the reason why the lock may be taken over, in words.
+
+        Returns:
+            Empty if the same job holds it, None if it was released meanwhile.
+        """
         if holder.job == self._holder.job:
             return ""
         if holder.has_ended():
             return "its process has ended"
-        age = time.time() - holder.beat
-        if age >= STALE_S and self._stays_silent(term, holder):
-            return f"its last heartbeat is {age:.0f} s old"
-        until = max(0.0, STALE_S - age)
+        age = self._age_of_beat(term)
+        if age is not None and age >= STALE_S:
+            if holder.host != self._holder.host:  # its file system may tell another time: watch for a heartbeat
+                self._stop.wait(BEAT_S + 1)
+            now = self._read(term)
+            if now == holder:
+                return f"its last heartbeat is {age:.0f} s old"
+            age = None if now is None else 0.0
+        if age is None:
+            return None
+        until = min(STALE_S, STALE_S - age)
         raise LockedError(
             f"{self._storage.uri} is being written by {holder}: wait until it ends, or name another place; if it was"
             f" killed, this command takes over in {until:.0f} s ({_clock(time.time() + until)})"
         )
 
-    def _stays_silent(self, term: int, holder: Holder) -> bool:
-        """Return True unless the holder's next heartbeat arrives: on another machine the clock may be wrong."""
-        if holder.host != self._holder.host:
-            self._stop.wait(BEAT_S + 1)
-        return self._read(term) == holder
+    def _age_of_beat(self, term: int) -> float | None:
+        """Return the age of the last heartbeat in seconds, by the clock of the store; None if the lock was released.
+
+        The holder's clock and this machine's may be wrong, so both times are the store's.
+        """
+        clock = f"{_CLOCK}{self._holder.token}"
+        self._storage.write(clock, b"now")
+        try:
+            times = {item.key: item.modified for item in self._listed()}
+        finally:
+            self._storage.delete(clock)
+        if _key(term) not in times or clock not in times:  # a new holder removes all clocks
+            return None
+        return times[clock] - times[_key(term)]
 
     def _take(self, terms: Sequence[int]) -> bool:
         """Create the term after ``terms``, the existing ones; return True if that made this process the holder.
@@ -232,7 +242,8 @@ class Lock:
         term = (terms[-1] if terms else 0) + 1
         if not self._storage.create(_key(term), self._holder.to_bytes()):
             return False
-        others = set(self._terms()) - {term}
+        listed = self._listed()
+        others = set(_terms_of(listed)) - {term}
         mine = self._read(term)
         if mine is None or mine.token != self._holder.token:  # a store without conditional writes
             return False
@@ -242,6 +253,9 @@ class Lock:
         self._term = term
         for other in sorted(others):
             self._storage.delete(_key(other))
+        for item in listed:
+            if item.key.startswith(_CLOCK):  # that of a killed process; one that runs writes it again
+                self._storage.delete(item.key)
         return True
 
     def _is_held(self) -> bool:
@@ -262,9 +276,11 @@ class Lock:
             except UserError as error:
                 logger.warning("heartbeat not written to %s, will retry: %s", self._storage.uri, error)
 
+    def _listed(self) -> list[StoredObject]:
+        return self._storage.list(f"{LOCK_FOLDER}/")
+
     def _terms(self) -> list[int]:
-        names = (item.key.removeprefix(f"{LOCK_FOLDER}/") for item in self._storage.list(f"{LOCK_FOLDER}/"))
-        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+        return _terms_of(self._listed())
 
     def _read(self, term: int) -> Holder | None:
         """Return the holder of a term; None if the term is gone."""
@@ -274,11 +290,16 @@ class Lock:
             return None
         try:
             return Holder.parse(data)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UserError(
                 f"{self._storage.uri}/{_key(term)} is no lock that this program wrote: remove it if nobody is writing"
                 " there, or name another place"
             ) from None
+
+
+def _terms_of(listed: Sequence[StoredObject]) -> list[int]:
+    names = (item.key.removeprefix(f"{LOCK_FOLDER}/") for item in listed)
+    return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
 
 def _key(term: int) -> str:
@@ -296,7 +317,7 @@ def _job() -> str:
     if "RANK" in environment and "MASTER_PORT" in environment:
         place = f"{environment.get('MASTER_ADDR', '')}:{environment['MASTER_PORT']}"
         return f"process group {place} on {socket.gethostname()}"
-    return f"process {socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
+    return f"process {socket.gethostname()} {os.getpid()} {born(os.getpid())}"
 
 
 def _user() -> str:
@@ -309,17 +330,6 @@ def _user() -> str:
 def _plain(text: str) -> str:
     """Return a short text without control characters."""
     return "".join(letter for letter in text if letter.isprintable())[:200]
-
-
-def _born(pid: int) -> str:
-    """Return boot, process namespace and start time of a living process; empty if it has ended or is not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else f"{boot} {namespace} {fields[18]}"
-    except (OSError, IndexError):
-        return ""
 
 
 def _clock(seconds: float) -> str:

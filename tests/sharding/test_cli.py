@@ -4,6 +4,8 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -282,3 +284,18 @@ def test_a_page_is_bounded(dataset: Dataset, tmp_path: Path, monkeypatch: pytest
     page = _Page(path.read_text())
     titles = [text for text in page.texts if text in {entry.aoi for entry in found}]
     assert list(dict.fromkeys(titles[-2:])) == [entry.aoi for entry in least]
+
+
+def test_help_and_prune_need_no_heavy_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from cluster.cli import main\n"
+        "for heavy in ('torch', 'rasterio', 'ray', 'deepspeed', 'webdataset'): sys.modules[heavy] = None\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for arguments, status, words in (
+        (["--help"], 0, "Shard WorldStrat"),
+        (["prune", str(tmp_path)], 2, "holds no dataset with a valid index.json"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert ended.returncode == status, ended.stderr
+        assert words in ended.stdout + ended.stderr

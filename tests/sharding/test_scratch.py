@@ -20,12 +20,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def killed(temporary: Path) -> Path:
-    """Return the folder of a process that was killed."""
+OWN = "folder = ScratchFolder('test').path"
+PYTHONS = "mark_python_folder(); mark_python_folder(); folder = Path(multiprocessing.util.get_temp_dir())"
+
+
+def killed(temporary: Path, make: str) -> Path:
+    """Return the folder that a process made, which was killed then."""
     program = (
-        "import tempfile; from sharding.scratch import ScratchFolder\n"
-        f"tempfile.tempdir = {str(temporary)!r}; folder = ScratchFolder('test'); (folder.path / 'file').touch()\n"
-        "print(folder.path, flush=True); input()"
+        "import multiprocessing.util, tempfile; from pathlib import Path\n"
+        "from sharding.scratch import ScratchFolder, mark_python_folder\n"
+        f"tempfile.tempdir = {str(temporary)!r}; {make}; (folder / 'file').touch()\n"
+        "print(folder, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -51,10 +56,11 @@ def test_a_folder_is_empty_and_ends_with_its_block(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def test_the_next_start_removes_what_a_killed_process_left(temporary: Path) -> None:
-    folder = killed(temporary)
+@pytest.mark.parametrize("make", [OWN, PYTHONS])
+def test_the_next_start_removes_what_a_killed_process_left(temporary: Path, make: str) -> None:
+    folder = killed(temporary, make)
     with scratch_folder("test"):
-        assert not folder.parent.exists()
+        assert not folder.exists()
     assert list(temporary.iterdir()) == []
 
 
@@ -64,10 +70,12 @@ def test_what_is_not_ours_stays(temporary: Path) -> None:
     (temporary / "elsewhere").mkdir()
     (temporary / "elsewhere" / "satfusion.lock").write_text("")
     (temporary / "satfusion-link").symlink_to(temporary / "elsewhere")
+    (temporary / "pymp-other").mkdir()
     with scratch_folder("test"):
         pass
     assert (temporary / "satfusion-notes" / "file").read_text() == "mine"
     assert (temporary / "elsewhere" / "satfusion.lock").exists()
+    assert (temporary / "pymp-other").exists()
 
 
 def test_a_temporary_folder_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

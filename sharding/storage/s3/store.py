@@ -102,7 +102,8 @@ class S3Storage:
         for page in self._pages(prefix):
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # markers that consoles make for empty folders
-                    found.append(StoredObject(item["Key"][len(base) :], item["Size"]))
+                    modified = item["LastModified"].timestamp() if "LastModified" in item else 0.0
+                    found.append(StoredObject(item["Key"][len(base) :], item["Size"], modified))
         return sorted(found, key=lambda item: item.key)
 
     def folders(self) -> tuple[str, ...]:

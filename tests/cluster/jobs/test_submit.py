@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +159,78 @@ def test_a_port_that_is_no_job_server_is_refused(answer: bytes) -> None:
         with pytest.raises(UserError, match="no Ray job server answers at"):
             send(request(), f"http://127.0.0.1:{server.getsockname()[1]}")
         thread.join()
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """A server that records the requests that reach it, with their token, and answers what it is told to."""
+
+    def do_GET(self) -> None:
+        asked: list[tuple[str, str | None]] = self.server.asked  # type: ignore[attr-defined]
+        asked.append((self.path, self.headers["Authorization"]))
+        status, location, body = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_CONNECT = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
+
+@contextlib.contextmanager
+def recording(status: int, body: bytes = b"", location: str = "") -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """Yield a server's URL and the requests that it gets."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    server.asked, server.answer = [], (status, location, body)  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", server.asked  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the token of every address."""
+    (tmp_path / "token").write_text("secret")
+    monkeypatch.setattr(submit, "token_file", lambda address: tmp_path / "token")
+    return "Bearer secret"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_with_the_token(token: str, status: int) -> None:
+    with recording(200, b"{}") as (other, elsewhere), recording(status, location=f"{other}/x") as (address, asked):
+        with pytest.raises(UserError, match=f"{address} redirects to another address, which is not followed"):
+            send(request(), address)
+        assert asked == [("/api/version", token)]
+        assert elsewhere == []
+
+
+def test_no_proxy_gets_the_token(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "elsewhere.example")
+    versions = b'{"version": "4", "ray_version": "99.0", "ray_commit": "x"}'
+    with recording(502) as (proxy, by_proxy), recording(200, versions) as (address, asked):
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        submit._connect(address)
+        assert by_proxy == []
+    assert len(asked) >= 2, "the check, and Ray's client"
+    assert set(asked) == {("/api/version", token)}
+    assert os.environ["no_proxy"] == "elsewhere.example,127.0.0.1"
+
+
+@pytest.mark.parametrize("answer", [b"[" * 100_000, b'{"ray_version": 5}', b"[]", b" " * (1 << 27)])
+def test_an_answer_that_is_no_version_is_refused(answer: bytes) -> None:
+    with recording(200, answer) as (address, _), pytest.raises(UserError, match="no Ray job server answers at"):
+        send(request(), address)
 
 
 @pytest.mark.parametrize(

@@ -174,15 +174,68 @@ def test_an_output_that_is_no_folder_of_a_demo_is_refused(tmp_path: Path, capsys
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def mark(folder: Path, pid: int, since: int, state: Path) -> None:
+    (folder / ".satfusion-demo").write_text(f"{pid}\n{since}\n{state}")
+
+
 def test_a_demo_that_runs_keeps_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = identify(os.getpid())
     assert own is not None
-    (tmp_path / ".satfusion-demo").write_text(f"{own.pid}\n{own.started}\n{tmp_path / 'state'}")
+    mark(tmp_path, own.pid, own.started, tmp_path / "sf-demo-state")
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert f"is in use by a demo that runs (process {own.pid})" in capsys.readouterr().err
     assert (tmp_path / ".satfusion-demo").exists()
     assert main(["demo", "--output", str(tmp_path / "other"), "output.uri=runs/mine"]) == 2
     assert "remove 'output.uri=runs/mine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "1\n2",
+        "-1\n5\n/tmp/sf-demo-x",
+        "1\n5\n/home/ada/state",
+        "1\n5\nsf-demo-x",
+        "9" * 5000 + "\n5\n/sf-demo-x",
+    ],
+)
+def test_a_mark_that_no_demo_wrote_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / ".satfusion-demo").write_text(text)
+    (tmp_path / "run").mkdir()
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/.satfusion-demo is not the mark of a demo: move the folder away" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "run/notes.txt", "worldstrat/notes.txt"])
+def test_a_file_of_the_users_keeps_the_output_of_an_earlier_demo(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark(tmp_path, 2**31 - 1, 5, tmp_path / "sf-demo-state")
+    for folder in ("run/images", "worldstrat/hr_dataset", "s3"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path}/{name} is not from a demo: nothing was changed; move it away" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / "run/images").exists()
+
+
+def test_a_killed_demos_output_and_state_are_removed(tmp_path: Path) -> None:
+    output, state = tmp_path / "out", tmp_path / "sf-demo-1"
+    output.mkdir()
+    state.mkdir()
+    mark(output, 2**31 - 1, 5, state)
+    for file in ("run/images/a.png", "run/config.json", "run/.tmp-1", "worldstrat/hr_dataset/a/b.tiff", "s3/s3.json"):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        (output / file).write_text("old")
+    demo._remove_last(output)
+    assert list(output.iterdir()) == []
+    assert not state.exists()
 
 
 def evaluation(raw: Sequence[float], adjusted: Sequence[float]) -> Evaluation:

@@ -115,6 +115,16 @@ def custom_job(cluster: LocalCluster, entrypoint: str) -> str:
     return send(dataclasses.replace(request, entrypoint=entrypoint), cluster.address)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"mark": 5}', "\0"])
+def test_a_state_that_is_none_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state.json").write_text(text)
+    for action in ("status", "down", "up"):
+        assert main(["cluster", action, "--state", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path}/state.json is not the state of a cluster (" in error
+        assert error.count("\n") == 1
+
+
 def test_two_nodes_with_addresses_of_their_own(
     cluster: LocalCluster, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

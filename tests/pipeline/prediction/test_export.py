@@ -112,6 +112,10 @@ def test_exports_are_replaced_on_request_only(run: str, tmp_path: Path) -> None:
     (tmp_path / "mine" / "MODEL_CARD.md").write_text("of mine")
     sentence = refused("export", run, "--to", str(tmp_path / "mine"), "--overwrite")
     assert "MODEL_CARD.md was not written by export" in sentence
+    for text in ("[" * 100_000, '{"format_version": 1, "model": {}, "sha256": "0"}', "{"):
+        (tmp_path / "mine" / "model.json").write_text(text)
+        with pytest.raises(UserError, match="was not written by export: name another folder"):
+            export_run(run, "last", str(tmp_path / "mine"), overwrite=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["MODEL_CARD.md"]
 
 

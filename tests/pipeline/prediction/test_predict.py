@@ -176,6 +176,14 @@ def test_other_outputs_are_not_replaced(run: str, source: Path, outputs: Path, a
         assert [path.name for path in mine.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"fingerprint": {}}', '{"fingerprint": "0", "file": 5}', "\0"])
+def test_a_sidecar_that_is_none_is_refused(run: str, source: Path, aois: list[str], tmp_path: Path, text: str) -> None:
+    (tmp_path / f"{aois[0]}.json").write_text(text)
+    with pytest.raises(UserError, match=r"\.json was not written by predict: move it away"):
+        predict_run(run, "best", str(source), str(tmp_path), PredictOptions(overwrite=True), aois=aois[:1])
+    assert [path.name for path in tmp_path.iterdir()] == [f"{aois[0]}.json"]
+
+
 def test_scenes_on_s3(run: str, source: Path, outputs: Path, aois: list[str], s3: S3) -> None:
     place = open_storage(s3.prefix())
     predict_run(run, "best", str(source), place.uri, PredictOptions(), aois=aois[:1])

@@ -48,6 +48,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_kernel_size_that_arconv_does_not_have_is_refused(tmp_path: Path) -> None:
+    config = RunConfig(model=ModelConfig("none", "arconv", hidden=4, revisits=1))
+    network = build_model(config.model)
+    weights = {name: value.detach() for name, value in (*network.named_buffers(), *network.named_parameters())}
+    name = next(name for name in weights if name.endswith("reserved_NXY"))
+    runs, position = open_storage(tmp_path), Position(4, 0.5, DIGEST, 1)
+    for kernel, whole in (([5, 7], True), ([4, 3], False), ([2**31 - 1, -1], False)):
+        weights[name] = torch.tensor(kernel, dtype=torch.int32)
+        save_checkpoint(runs, "best-4", config, position, TrainState(weights, {}, 4), [{"cpu": torch.get_rng_state()}])
+        if whole:
+            assert read_checkpoint(runs, "best-4").state.weights[name].tolist() == kernel
+            continue
+        with pytest.raises(UserError, match=r"state\.pt is damaged \(it holds weights of which") as caught:
+            read_checkpoint(runs, "best-4")
+        assert f"{name} = {kernel} is not a kernel size" in str(caught.value)
+
+
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "run"

@@ -198,12 +198,25 @@ def test_a_run_folder_that_another_job_writes_to_is_refused(
     assert [item.key for item in storage.list()] == [".lock/000001.json"]
     storage.delete(".lock/000001.json")
     storage.write("events/mine.txt", b"mine")
-    with pytest.raises(UserError, match=r"holds 'events/mine\.txt' and no config\.json"):
+    with pytest.raises(UserError, match=r"holds 'events/mine\.txt', and neither a config\.json nor a"):
         run_training(make_config(tmp_path, "train.max_steps=1"))
     assert [item.key for item in storage.list()] == ["events/mine.txt"]
     storage.delete("events/mine.txt")
     assert run_training(make_config(tmp_path, "train.max_steps=1")).step == 1
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_lost_its_record_resumes_from_its_checkpoint(
+    world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_training(make_config(tmp_path, "train.max_steps=4", "train.checkpoint_every=2"))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds a run with another train\.seed"):
+        run_training(make_config(tmp_path, "train.max_steps=4", "train.seed=5"))
+    assert not (tmp_path / "config.json").exists()
+    assert run_training(make_config(tmp_path, "train.max_steps=6", "train.checkpoint_every=2")).step == 6
+    assert column(tmp_path, "step") == ["1", "2", "3", "4", "5", "6"]
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_finished_run_does_nothing_more(world: World, make_config: MakeConfig, tmp_path: Path) -> None:

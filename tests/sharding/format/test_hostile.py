@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import io
 import json
 import random
+import re
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cli import main
-from sharding.errors import UserError
+from sharding.errors import UnusableError, UserError
 from sharding.format.entries import SampleEntry
 from sharding.format.index import INDEX_NAME, Index
 from sharding.format.layout import ArrayLayout
 from sharding.format.sample import decode_sample, images_of
-from sharding.run.build import read_sidecar
+from sharding.format.sidecar import read_sidecar
+from sharding.inspection.describe import describe_sample
+from sharding.prepare.inputs import sample_input
 from sharding.storage import CorruptedError, open_storage
 from tests.limits import limited_memory
 from tests.mutations import damaged, mutated
@@ -300,6 +305,95 @@ def test_a_json_that_is_no_samples_is_refused(text: str) -> None:
     )
     with pytest.raises(CorruptedError, match=r"sample 'x' \(AOI 'x'\): its JSON is damaged"):
         decode_sample(entry, data)
+
+
+def rewrite_json(dataset: Dataset, folder: Path, change: Callable[[Table], object]) -> str:
+    """Copy a dataset, change the JSON of its first sample with all checksums right, and return the sample's AOI.
+
+    What is added replaces the list of the sample's source files, so that its place in the shard stays.
+    """
+    shutil.copytree(dataset.folder, folder, dirs_exist_ok=True)
+    index = json.loads(dataset.index.data)
+    shard = index["splits"]["train"][0]
+    sample = shard["samples"][0]
+    data = bytearray((folder / shard["name"]).read_bytes())
+    offset, length = sample["members"]["json"]
+    start = sample["offset"] + offset
+    meta = json.loads(data[start : start + length])
+    meta["sources"] = {}
+    changed = change(meta)
+    text = changed.encode() if isinstance(changed, str) else json.dumps(meta).encode()
+    assert len(text) <= length, "it must fit in the place of the old one"
+    data[start : start + length] = text.ljust(length)
+    (folder / shard["name"]).write_bytes(data)
+    sample["crc32"] = zlib.crc32(data[sample["offset"] : sample["offset"] + sample["size"]])
+    shard["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    aoi: str = sample["aoi"]
+    return aoi
+
+
+def nested(meta: Table) -> str:
+    """Return a JSON that is nested so deeply that one reader takes it and another does not."""
+    deep = "[" * 400 + "]" * 400
+    return json.dumps(meta | {"deep": 0}).replace('"deep": 0', f'"deep": {deep}')
+
+
+METAS: dict[str, tuple[Callable[[Table], object], str]] = {
+    "no revisits": (lambda meta: meta.pop("revisits"), "object missing required field `revisits`"),
+    "too few revisits": (lambda meta: meta["revisits"].pop(), "revisits: expected 8, got 7"),
+    "revisits of numbers": (lambda meta: meta.update(revisits=[1] * 8), r"revisits\[0\]: expected `object`, got `int`"),
+    "date of a number": (
+        lambda meta: meta["revisits"][0].update(date=5),
+        r"revisits\[0\]\.date: expected `str \| null`",
+    ),
+    "no step": (lambda meta: meta.update(step=0), "step: expected `float` > 0.0"),
+    "step of text": (lambda meta: meta.update(step="1"), "step: expected `float`, got `str`"),
+    "crs of a file": (lambda meta: meta.update(crs="/etc/passwd"), "crs: expected `str` matching"),
+    "crs of a projection": (lambda meta: meta.update(crs="+init=/etc/x:1"), "crs: expected `str` matching"),
+    "transform of five": (lambda meta: meta["pan_transform"].pop(), "pan_transform: expected `array` of length 6"),
+    "transform without end": (
+        lambda meta: json.dumps(meta | {"pan_transform": [1, 2, 3, 4, 5, 0]}).replace("5, 0]", "5, 1e999]"),
+        "out of range",
+    ),
+    "nested": (nested, "it is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", METAS)
+def test_a_samples_json_with_the_right_checksum_is_checked(
+    dataset: Dataset, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = METAS[case]
+    aoi = rewrite_json(dataset, tmp_path / "data", change)
+    for more in (["--aoi", aoi], ["--png", str(tmp_path / "sheet.png")]):
+        assert main(["inspect", str(tmp_path / "data"), *more]) == 2
+        error = capsys.readouterr().err
+        assert re.search(f"sample '{re.escape(aoi)}' .*: its JSON is damaged \\(.*{words}", error), error
+        assert error.count("\n") == 1
+    assert main(["verify", "--deep", str(tmp_path / "data")]) == 1
+    assert "its JSON is damaged" in capsys.readouterr().out
+    assert not (tmp_path / "sheet.png").exists()
+
+
+@given(st.integers(0, 2**64))
+@settings(max_examples=100, deadline=None)
+def test_any_change_of_a_samples_json_ends_in_a_sample_or_a_sentence(dataset: Dataset, seed: int) -> None:
+    draw = random.Random(seed)
+    shard, entry = dataset.index.samples("val")[0]
+    data = dataset.storage.read_range(shard.name, entry.offset, entry.size)
+    offset, length = entry.members["json"]
+    meta = json.loads(data[offset : offset + length])
+    for text in (json.dumps(mutated(meta, draw)).encode(), damaged(data[offset : offset + length], draw)):
+        whole = data[:offset] + text
+        members = {**entry.members, "json": (offset, len(text))}
+        changed = dataclasses.replace(entry, size=len(whole), crc32=zlib.crc32(whole), members=members)
+        try:
+            sample = decode_sample(changed, whole)
+            assert list(describe_sample("val", shard, sample, (0, 1, 2)))
+            sample_input(sample, ("red", "green", "blue"))
+        except (CorruptedError, UnusableError) as error:
+            assert "\n" not in str(error)  # noqa: PT017 - one of many sentences
 
 
 @pytest.mark.slow

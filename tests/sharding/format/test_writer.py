@@ -25,7 +25,8 @@ def sample(aoi: str, seed: int, dtype: str = "uint16") -> NewSample:
         "hr": image(3, 16, 17),
         "pan": image(1, 16, 16),  # 512 bytes of uint16: no padding
     }
-    return NewSample(aoi, images, {"aoi": aoi, "number": seed, "clearest": 0})
+    meta = {"aoi": aoi, "number": seed, "clearest": 0, "revisits": [{"date": None}] * 2, "step": 3e-5}
+    return NewSample(aoi, images, {**meta, "crs": "EPSG:32633", "pan_transform": [1.5, 0, 5e5, 0, -1.5, 4e6]})
 
 
 SAMPLES = [sample("Amnesty POI-20-2-2", 1), sample("a" * 95, 2), sample("dots.and/slashes é", 3, "float32")]

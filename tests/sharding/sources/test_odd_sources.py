@@ -10,9 +10,9 @@ import pytest
 import rasterio
 
 from sharding.errors import UnusableError, UserError
+from sharding.format.sidecar import read_sidecar
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
-from sharding.run.build import read_sidecar
 from sharding.run.dataset import shard_folder
 from sharding.run.job import ShardOptions, _read_names
 from sharding.run.planner import TooFewAoisError

@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,14 @@ from cluster.local.processes import free_ports
 from sharding.errors import UserError
 from sharding.storage import (
     BucketNotFoundError,
+    LocalStorage,
     NotFoundError,
     Storage,
     StorageUnavailableError,
     StoredObject,
     open_storage,
 )
+from sharding.storage.lock import Lock
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -88,6 +92,72 @@ def test_delete_and_exists(storage: Storage) -> None:
     assert storage.exists("x")
     storage.delete("x")
     assert not storage.exists("x")
+
+
+def killed_while_it_writes(folder: Path, key: str) -> None:
+    """Let a process die between the creation of a temporary file and its rename."""
+    code = (
+        "import os, sys; from pathlib import Path; from sharding.storage import LocalStorage\n"
+        "Path.write_bytes = lambda self, data: os.kill(os.getpid(), 9)\n"
+        "LocalStorage(Path(sys.argv[1])).write(sys.argv[2], b'data')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(folder), key], check=False)
+    assert ended.returncode == -9
+    (left,) = (folder / key).parent.glob(".tmp-*")
+    assert left.is_file()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_next_write_into_a_folder_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    killed_while_it_writes(tmp_path, "a/object")
+    mine = (".tmp-notes", f".tmp-{'0' * 32}")
+    for name in mine:
+        (tmp_path / "a" / name).write_text("mine")
+    open_storage(tmp_path).write("a/other", b"")
+    assert files(tmp_path) == sorted([*mine, "other"])
+
+
+def test_who_takes_the_lock_removes_what_killed_writers_left_in_any_folder(tmp_path: Path) -> None:
+    killed_while_it_writes(tmp_path, "a/b/object")
+    storage = LocalStorage(tmp_path)
+    with storage._beside("c/object") as living, Lock(storage, "shard"):
+        assert not (tmp_path / "a").exists()
+        assert living.exists()
+
+
+def test_a_folder_that_another_process_removes_because_it_is_empty_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = Path.touch, list[Path]()
+
+    def touch(self: Path, *arguments: int, **options: bool) -> None:
+        if len(removed) < 3:  # between the making of the folder and that of the file
+            self.parent.rmdir()
+            removed.append(self.parent)
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    storage = open_storage(tmp_path)
+    storage.write("a/b/object", b"data")
+    assert removed == [tmp_path / "a/b"] * 3
+    assert storage.read("a/b/object") == b"data"
+    assert storage.create("a/c/object", b"data")
+
+
+def test_writers_and_removers_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+
+    def write_and_delete(number: int) -> None:
+        for _ in range(200):
+            assert storage.create(f"a/b/{number}", b"data")
+            storage.delete(f"a/b/{number}")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write_and_delete, range(4)))
+    assert storage.list() == []
 
 
 def test_a_missing_object_is_named(storage: Storage) -> None:
