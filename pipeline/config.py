@@ -142,12 +142,18 @@ class TrainConfig:
     """Seed of the initial weights, the order and the augmentation."""
     checkpoint_every: Annotated[int, Meta(ge=1, le=10**12)] = 500
     """Optimizer steps between checkpoints, >= 1."""
+    checkpoint_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 0.0
+    """Also a checkpoint this long after the last one, seconds; 0 disables it."""
     keep_checkpoints: Annotated[int, Meta(ge=1, le=10**6)] = 3
     """Number of newest full checkpoints kept (the best weights are kept in addition), >= 1."""
     log_every: Annotated[int, Meta(ge=1, le=10**12)] = 1
     """Optimizer steps between rows of metrics and events, >= 1."""
     log_batches: bool = False
     """Write every global batch's chip ids to batches.csv."""
+    hang_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 120.0
+    """Time without progress of any rank after which the ranks end (docs/operations.md), seconds; 0 disables it."""
+    hang_start_seconds: Annotated[float, Meta(gt=0, le=10**7)] = 1800.0
+    """The same for the start, steps that compile and waiting for a checkpoint to be stored, seconds."""
     threads_per_rank: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Torch threads of each rank; 0 keeps the setting of the environment. The number changes the last bits of
     results."""
