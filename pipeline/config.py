@@ -93,7 +93,8 @@ class TrainConfig:
     global_batch: Annotated[int, Meta(ge=1, le=10**6)] = 8
     """Chips per optimizer step over all ranks, >= 1."""
     micro_batch: Annotated[int, Meta(ge=0, le=10**6)] = 0
-    """Chips per forward pass of one rank; 0 means global_batch / ranks (no accumulation)."""
+    """Upper bound of the chips per forward pass of one rank: the largest number that divides global_batch / ranks is
+    taken; 0 means no bound (no accumulation)."""
     learning_rate: Annotated[float, Meta(gt=0, le=1e30)] = 1e-4
     """Peak learning rate, > 0."""
     encoder_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0

@@ -49,7 +49,7 @@ class TimeRecord(msgspec.Struct, frozen=True):
     step: Natural
     """Last optimizer step."""
     counted: Natural
-    """Steps whose time is under ``steps``."""
+    """Steps that count."""
     recorded: Annotated[float, Meta(ge=0, le=1e11)]
     """Time of the record, seconds since 1970."""
     complete: bool
@@ -126,9 +126,12 @@ class TimeAccount:
         record = TimeRecord(1, self._starts, self._step, self._counted, time.time(), complete, dict(self.seconds()))
         path = run.local / TIME_FILE
         beside = path.with_suffix(TEMPORARY_SUFFIX)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
-        os.replace(beside, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+            os.replace(beside, path)
+        except OSError as error:  # a full disk must not end the training
+            logger.warning("the account of time was not written: %s", error)
 
     def summary(self) -> str:
         """Return the account in one line."""

@@ -90,7 +90,21 @@ def test_the_shuffle_is_pinned() -> None:
     assert first.tolist() == [34, 28, 22, 42, 38, 19, 8, 2]
 
 
-@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 3, 1), (8, 0, 3), (8, 4, 4), (2, 0, 4)])
-def test_a_batch_that_does_not_divide_is_refused(batch: int, micro: int, world: int) -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch = \d+ is not divisible by ranks x micro batch"):
-        BatchPlan.create(batch, micro, world)
+@pytest.mark.parametrize(
+    ("batch", "world", "words"),
+    [(8, 3, "8 is not divisible by 3 ranks: set train.global_batch to a multiple of 3, or train with 2 or 4 ranks"),
+     (2, 4, "2 is not divisible by 4 ranks: set train.global_batch to a multiple of 4, or train with 2 ranks")],
+)  # fmt: skip
+def test_a_batch_that_does_not_divide_is_refused(batch: int, world: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        BatchPlan.create(batch, 0, world)
+
+
+@given(st.integers(1, 200), st.integers(0, 200), st.integers(1, 64))
+def test_the_micro_batch_is_an_upper_bound(batch: int, bound: int, world: int) -> None:
+    """Any world that divides the global batch trains it, with the largest micro-batch that fits."""
+    batch *= world
+    plan = BatchPlan.create(batch, bound, world)
+    assert plan.micro_batch * plan.grad_accum * world == batch
+    largest = min(bound or plan.per_rank, plan.per_rank)
+    assert plan.micro_batch == max(size for size in range(1, largest + 1) if plan.per_rank % size == 0)
