@@ -27,7 +27,7 @@ def test_a_stopped_rank_is_found_and_named(victim: int, make_config: Callable[..
     ranks = start_command(2, ["train", str(config)])
     other = ranks.processes[1 - victim]
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 500
         while len(complete_checkpoints(open_storage(run), "step")) < 2:
             assert time.monotonic() < deadline, ranks.output()
             time.sleep(0.02)
