@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
 from sharding.errors import UserError
 from sharding.names import local_path
 from sharding.schema import check_range
@@ -192,9 +193,13 @@ def _train(args: argparse.Namespace) -> int:
     from pipeline.world import leave_world
 
     try:
-        run_training(config)
+        with stop_on_sigterm() as stop:
+            result = run_training(config, stop=stop)
     finally:
         leave_world()
+    if result.stopped:
+        say(f"stopped at step {result.step}, as SIGTERM asked; the same command resumes there")
+        return STOPPED_STATUS
     return 0
 
 

@@ -112,7 +112,8 @@ class TrainConfig:
     global_batch: Annotated[int, Meta(ge=1, le=10**6)] = 8
     """Chips per optimizer step over all ranks, >= 1."""
     micro_batch: Annotated[int, Meta(ge=0, le=10**6)] = 0
-    """Chips per forward pass of one rank; 0 means global_batch / ranks (no accumulation)."""
+    """Upper bound of the chips per forward pass of one rank: the largest number that divides global_batch / ranks is
+    taken; 0 means no bound (no accumulation)."""
     learning_rate: Annotated[float, Meta(gt=0, le=1e30)] = 1e-4
     """Peak learning rate, > 0."""
     encoder_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0
@@ -161,12 +162,18 @@ class TrainConfig:
     """Seed of the initial weights, the order and the augmentation."""
     checkpoint_every: Annotated[int, Meta(ge=1, le=10**12)] = 500
     """Optimizer steps between checkpoints, >= 1."""
+    checkpoint_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 0.0
+    """Also a checkpoint this long after the last one, seconds; 0 disables it."""
     keep_checkpoints: Annotated[int, Meta(ge=1, le=10**6)] = 3
     """Number of newest full checkpoints kept (the best weights are kept in addition), >= 1."""
     log_every: Annotated[int, Meta(ge=1, le=10**12)] = 1
     """Optimizer steps between rows of metrics and events, >= 1."""
     log_batches: bool = False
     """Write every global batch's chip ids to batches.csv."""
+    hang_seconds: Annotated[float, Meta(ge=0, le=10**7)] = 120.0
+    """Time without progress of any rank after which the ranks end (docs/operations.md), seconds; 0 disables it."""
+    hang_start_seconds: Annotated[float, Meta(gt=0, le=10**7)] = 1800.0
+    """The same for the start, steps that compile and waiting for a checkpoint to be stored, seconds."""
     threads_per_rank: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Torch threads of each rank; 0 keeps the setting of the environment. The number changes the last bits of
     results."""

@@ -36,18 +36,22 @@ class BatchPlan:
 
     @classmethod
     def create(cls, global_batch: int, micro_batch: int, world_size: int) -> BatchPlan:
-        """Derive the plan; ``micro_batch`` 0 means a rank's whole part at once.
+        """Derive the plan: the largest micro-batch up to ``micro_batch`` that divides a rank's part, or all of it if 0.
+
+        So the same configuration fits every world whose size divides the global batch.
 
         Raises:
-            UserError: ``global_batch`` is not a multiple of ``world_size * micro_batch``.
+            UserError: ``global_batch`` is not a multiple of ``world_size``.
         """
-        micro = micro_batch or max(1, global_batch // world_size)
-        if global_batch % (world_size * micro):
-            multiple = world_size * (micro_batch or 1)
+        per_rank, rest = divmod(global_batch, world_size)
+        if rest:
+            sizes = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
             raise UserError(
-                f"train.global_batch = {global_batch} is not divisible by ranks x micro batch = {world_size} x {micro}:"
-                f" set train.global_batch to a multiple of {multiple}, or change train.micro_batch"
+                f"train.global_batch = {global_batch} is not divisible by {world_size} ranks: set train.global_batch to"
+                f" a multiple of {world_size}, or train with {_either(sizes, world_size)} ranks"
             )
+        largest = min(micro_batch or per_rank, per_rank)
+        micro = max(size for size in range(1, largest + 1) if per_rank % size == 0)
         return cls(global_batch, micro, world_size)
 
     @property
@@ -59,6 +63,12 @@ class BatchPlan:
     def grad_accum(self) -> int:
         """Return the forward passes of one rank per optimizer step."""
         return self.per_rank // self.micro_batch
+
+
+def _either(sizes: Sequence[int], wanted: int) -> str:
+    """Return the nearest of ascending sizes below and above a wanted one, in words."""
+    near = [max(size for size in sizes if size < wanted), *[size for size in sizes if size > wanted][:1]]
+    return " or ".join(map(str, near))
 
 
 def random_words(count: int, *key: int | str) -> npt.NDArray[np.uint64]:

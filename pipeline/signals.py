@@ -1,14 +1,19 @@
-"""Clean shutdown: SIGTERM is handled like Ctrl-C, and children can be made to die with their parent."""
+"""Clean shutdown: SIGTERM is handled like Ctrl-C or ends a training, and children can die with their parent."""
 
 from __future__ import annotations
 
 import ctypes
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
+STOPPED_STATUS = 75
+"""Exit status of a training that SIGTERM ended at a checkpoint: the same command resumes it (EX_TEMPFAIL)."""
+HUNG_STATUS = 76
+"""Exit status of a rank whose group made no progress: the same command resumes at the newest checkpoint."""
 
 
 @contextmanager
@@ -21,6 +26,26 @@ def sigterm_as_interrupt() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """Set an event at the first SIGTERM within the block; a second one raises `KeyboardInterrupt`.
+
+    For the main thread of a command whose work ends in good order once the event is set.
+    """
+    stop = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 
 T = TypeVar("T")
 
@@ -55,6 +56,35 @@ class World:
         everyone: list[T] = [value] * self.size
         dist.all_gather_object(everyone, value)
         return everyone
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise the first error that any rank passes, on every rank; do nothing if all pass None."""
+        for met in self.gather_objects(error):
+            if met is not None:
+                raise met
+
+
+class Channel:
+    """Short messages between ranks, through the store of the process group: no rank waits for another one.
+
+    It has a connection of its own: collectives that wait for the store do not delay it. If the process that serves the
+    store is stopped, a call may block; call it from a thread that nobody waits for.
+    """
+
+    def __init__(self, world: World) -> None:
+        """Open a channel of its own; all ranks call it together."""
+        # A store may live longer than a training: its names must not meet those of another one.
+        name = world.gather_objects(uuid.uuid4().hex)[0]
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = PrefixStore(name, store.clone())
+
+    def put(self, name: str, text: str) -> None:
+        """Store a message under ``name``, in place of an earlier one."""
+        self._store.set(name, text)
+
+    def get(self, name: str) -> str | None:
+        """Return the message under ``name``, None if there is none."""
+        return self._store.get(name).decode() if self._store.check([name]) else None
 
 
 def join_world() -> World:

@@ -33,7 +33,9 @@ class Progress(Protocol):
         ...
 
 
-def progress(total: int, label: str, unit: str, *, initial: int = 0, every_s: float = LOG_EVERY_S) -> Progress:
+def progress(
+    total: int, label: str, unit: str, *, initial: int = 0, every_s: float = LOG_EVERY_S, shown: bool = True
+) -> Progress:
     """Show work of ``total`` units with its rate and the time left.
 
     Args:
@@ -42,13 +44,31 @@ def progress(total: int, label: str, unit: str, *, initial: int = 0, every_s: fl
         unit: Name of one unit, such as ``"AOI"``.
         initial: Units that were finished before; the rate does not count them.
         every_s: Seconds between log lines, if standard error is not a terminal.
+        shown: False to show nothing, in all processes of a group but one.
 
     Returns:
         A context manager; call its ``update(n, **fields)`` when units are finished.
     """
+    if not shown:
+        return _Nothing()
     if sys.stderr.isatty():
         return _Bar(total, label, unit, initial)
     return _Lines(total, label, unit, initial, every_s)
+
+
+class _Nothing:
+    """Progress that is not shown."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def update(self, n: int = 1, **fields: object) -> None:
+        pass
 
 
 class _Bar:

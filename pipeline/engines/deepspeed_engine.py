@@ -24,6 +24,7 @@ from pipeline.engines.engine import (
     MOMENTS,
     ForwardPass,
     TrainState,
+    arrival,
     clip_gradients,
     make_adam,
     make_moments,
@@ -149,9 +150,11 @@ class DeepSpeedEngine:
         self._engine.eval()
         return widened(self._run(batch))
 
-    def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Gather the weights, and the moments unless excluded, on every rank's CPU; all ranks call it together."""
+    def state(self, step: int, *, moments: bool = True, keep: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless excluded, on the CPU; all ranks call it (`Engine.state`)."""
         if self._stage == 0:
+            if not keep:
+                return TrainState({}, {}, step)
             return plain_state(self._network, self._adam, step, moments=moments)
         # Slow to import, and not needed by the plain PyTorch engine.
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -169,7 +172,9 @@ class DeepSpeedEngine:
             gathered[name] = {
                 moment: to_cpu(safe_get_full_optimizer_state(parameter, moment)).reshape(shape) for moment in MOMENTS
             }
-        return TrainState(weights, gathered, step)
+        if not keep:
+            return TrainState({}, {}, step)
+        return TrainState(weights, gathered, step, arrived=arrival(self._device))
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """Return a frozen parameter, which has no fp32 copy in the optimizer."""

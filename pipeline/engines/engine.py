@@ -35,6 +35,13 @@ class TrainState:
     """Optimizer steps taken."""
     ema: dict[str, Tensor] = field(default_factory=dict)
     """Moving average of the weights by name, if one is kept."""
+    arrived: torch.cuda.Event | None = None
+    """End of the copies from a GPU, before which nothing here may be read; None if there is nothing to wait for."""
+
+    def wait(self) -> None:
+        """Wait until the copies have arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
 
 
 class Engine(Protocol):
@@ -65,8 +72,16 @@ class Engine(Protocol):
         """Return the images [B, C, H, W] in evaluation mode, float32."""
         ...
 
-    def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Gather the weights, and the moments unless excluded, on every rank's CPU; all ranks call it together."""
+    def state(self, step: int, *, moments: bool = True, keep: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless excluded, on the CPU; all ranks call it together.
+
+        The host does not wait for copies from a GPU (`TrainState.wait`); later steps do not change them.
+
+        Args:
+            step: Optimizer steps taken.
+            moments: False to leave the moments out.
+            keep: False on a rank that takes part without using the result, which is then empty.
+        """
         ...
 
 
@@ -128,12 +143,25 @@ def plain_state(network: nn.Module, adam: torch.optim.Adam, step: int, *, moment
     if moments:
         for name, parameter in trained(network):
             gathered[name] = {moment: to_cpu(adam.state[parameter][moment]) for moment in MOMENTS}
-    return TrainState(weights, gathered, step)
+    device = next(network.parameters()).device
+    return TrainState(weights, gathered, step, arrived=arrival(device))
 
 
 def to_cpu(value: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU, for a checkpoint."""
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    """Return a contiguous copy on the CPU, for a checkpoint; from a GPU it arrives later (`arrival`), page-locked."""
+    if not value.is_cuda:
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value.detach(), non_blocking=True)
+
+
+def arrival(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event at the end of all copies so far from a device; None from the CPU, where they are done."""
+    if device.type != "cuda":
+        return None
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+    return arrived
 
 
 class ForwardPass(nn.Module):

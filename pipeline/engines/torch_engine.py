@@ -98,8 +98,10 @@ class TorchEngine:
         self._forward.eval()
         return widened(self._forward.images(self._forward(batch.lr, batch.pan, batch.revisit)))
 
-    def state(self, step: int, *, moments: bool = True) -> TrainState:
-        """Return copies of the weights, and of the moments unless excluded, on the CPU."""
+    def state(self, step: int, *, moments: bool = True, keep: bool = True) -> TrainState:
+        """Return copies of the weights, and of the moments unless excluded, on the CPU (`Engine.state`)."""
+        if not keep:
+            return TrainState({}, {}, step)
         return plain_state(self._network, self._adam, step, moments=moments)
 
     @property

@@ -80,7 +80,9 @@ class AggregateEvents:
         self._file.add(step, Summary(value=[Summary.Value(tag=tag, image=shown)]))
         path = folder / f"{tag}-step-{step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png.getvalue())
+        beside = path.with_suffix(TEMPORARY_SUFFIX)  # a full disk leaves no half image
+        beside.write_bytes(png.getvalue())
+        os.replace(beside, path)
 
     def close(self) -> None:
         """Close the file."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +20,41 @@ from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.tags import ALERTS, RENAMED, STEP_TAGS, VAL_TAGS, Averaged, over_ranks
 from pipeline.world import World
 
+logger = logging.getLogger(__name__)
+
+REMIND_S = 60.0
+"""Seconds between two log lines about rows that cannot be written."""
+
+
+class _LostRows:
+    """Context that lets training continue without rows that cannot be written, and says so at most once a minute."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+        self._lost = 0
+
+    def __enter__(self) -> None:
+        """Begin to write."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Log an error of the operating system, such as a full disk, instead of raising it."""
+        if not isinstance(error, OSError):
+            return False
+        self._lost += 1
+        if time.monotonic() - self._said >= REMIND_S:
+            self._said = time.monotonic()
+            logger.error(
+                "events and metrics are being lost, %d times so far: %s; training continues, free the disk",
+                self._lost,
+                error,
+            )
+        return True
+
 
 class RunLogs:
-    """The open log files of one rank; close it when training ends."""
+    """The open log files of one rank; close it when training ends. A full disk loses rows, it ends no training."""
 
     def __init__(
         self,
@@ -33,6 +69,7 @@ class RunLogs:
         self._rank = world.rank
         self._every = config.log_every
         self._since = Averaged()
+        self._lost_rows = _LostRows()
         self._events = RankEvents(run, world.rank, first_step)
         self._aggregate: AggregateEvents | None = None
         self._metrics: CsvLog | None = None
@@ -55,7 +92,8 @@ class RunLogs:
     def batch(self, step: int, epoch: int, chips: Sequence[str]) -> None:
         """Write the names of a global batch's chips, in slot order."""
         if self._batches:
-            self._batches.row({"step": step, "epoch": epoch, "chips": ";".join(chips)})
+            with self._lost_rows:
+                self._batches.row({"step": step, "epoch": epoch, "chips": ";".join(chips)})
 
     def write_step(self, step: int, epoch: int, by_rank: Mapping[str, Tensor], validation: Mapping[str, float]) -> None:
         """Add a step's values; write a row every ``train.log_every`` steps and at each validated step.
@@ -72,11 +110,14 @@ class RunLogs:
         if step % self._every and not validation:
             return
         row = self._since.take()
-        self._events.scalars(step, {tag: values[self._rank].item() for tag, values in row.items()})
+        with self._lost_rows:
+            self._events.scalars(step, {tag: values[self._rank].item() for tag, values in row.items()})
         if self._aggregate and self._metrics:
             merged = over_ranks(row)
-            self._aggregate.scalars(step, row, merged)
-            self._metrics.row({"step": step, "epoch": epoch, **merged, **validation})
+            with self._lost_rows:
+                self._aggregate.scalars(step, row, merged)
+            with self._lost_rows:
+                self._metrics.row({"step": step, "epoch": epoch, **merged, **validation})
 
     def validation(self, step: int, metrics: Mapping[str, float], by_rank: Tensor, group: str = "val") -> None:
         """Write a validation.
@@ -91,17 +132,20 @@ class RunLogs:
             self._alerts.validated(step, metrics)
         tags = [f"{group}/{tag.removeprefix('val/')}" for tag in VAL_TAGS]
         if not by_rank[self._rank].isnan().any():
-            self._events.scalars(step, dict(zip(tags, by_rank[self._rank].tolist(), strict=True)))
+            with self._lost_rows:
+                self._events.scalars(step, dict(zip(tags, by_rank[self._rank].tolist(), strict=True)))
         if self._aggregate:
             seen = by_rank[~by_rank.isnan().any(1)]
             # The overall mean is over chips, not over ranks.
             merged = dict(zip(tags, metrics.values(), strict=True))
-            self._aggregate.scalars(step, dict(zip(tags, seen.unbind(1), strict=True)), merged)
+            with self._lost_rows:
+                self._aggregate.scalars(step, dict(zip(tags, seen.unbind(1), strict=True)), merged)
 
     def panel(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """Write an image panel [H, W, 3]; rank 0 only."""
         if self._aggregate:
-            self._aggregate.image(step, tag, image, self._run.local / "images")
+            with self._lost_rows:
+                self._aggregate.image(step, tag, image, self._run.local / "images")
 
     def alert(self, step: int, reason: str) -> None:
         """Raise an alert; nothing happens on other ranks than 0, or without rules."""
@@ -114,4 +158,5 @@ class RunLogs:
             self._alerts.close()
         for log in (self._events, self._aggregate, self._metrics, self._batches):
             if log is not None:
-                log.close()
+                with self._lost_rows:
+                    log.close()

@@ -10,6 +10,7 @@ number of objects priority: a segment then stays open over several uploads, and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -70,12 +71,20 @@ class EventFile:
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, summary: Summary) -> None:
-        """Write the values of a step as one event."""
+        """Write the values of a step as one event.
+
+        Raises:
+            OSError: It cannot be written, for example to a full disk; the next event begins another file.
+        """
         with self._lock:
-            if self._file is None:
-                self._open()
-            self._step = step
-            self._write(Event(step=step, summary=summary))
+            try:
+                if self._file is None:
+                    self._open()
+                self._step = step
+                self._write(Event(step=step, summary=summary))
+            except OSError:
+                self._leave()
+                raise
 
     def settle(self, everything: bool) -> None:
         """Give the events that are due their final name, for an upload that follows.
@@ -100,14 +109,14 @@ class EventFile:
 
     def close(self) -> None:
         """Close the last segment."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # the events that a full disk did not take are lost already
             if self._file is not None:
                 self._close()
 
     @property
     def _path(self) -> Path:
         """Final path of the open segment."""
-        if not self._segmented:
+        if not self._segmented and not self._closed:
             return self._prefix
         return self._prefix.with_name(f"{self._prefix.name}.{self._closed:06d}")
 
@@ -127,6 +136,17 @@ class EventFile:
         self._records.flush()
         if self._unsent_since is None:
             self._unsent_since = time.monotonic()
+
+    def _leave(self) -> None:
+        """Close a segment whose end could not be written: readers stop there and continue with the next one."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            os.replace(self._open_path, self._path)
+        self._file = None
+        self._closed += 1
 
     def _close(self) -> None:
         self._records.close()

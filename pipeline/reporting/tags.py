@@ -36,10 +36,13 @@ STEP_TAGS: Mapping[str, Tag] = {
     "train/learning_rate": Tag(over_steps="last"),
     "time/chips_per_second": Tag(),
     "time/data_wait_seconds": Tag(),
+    "time/effective": Tag(over_steps="last"),
+    "time/checkpoint_stall_seconds": Tag(),
     "data/retries": COUNT,
     "data/read_again": COUNT,
     "data/quarantined_chips": COUNT,
     "store/retries": COUNT,
+    "store/checkpoint_seconds": COUNT,
 }
 """Tags of every value of a step, in the order of the columns of metrics.csv."""
 RENAMED: Mapping[str, str] = {"time/samples_per_second": "time/chips_per_second"}

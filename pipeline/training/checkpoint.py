@@ -92,6 +92,7 @@ def save_checkpoint(
         state: Weights and, unless ``best``, moments.
         generators: Each rank's generator states.
     """
+    state.wait()
     folder = runs.child(f"checkpoints/{name}")
     buffer = io.BytesIO()
     torch.save(
@@ -137,14 +138,15 @@ def discard_checkpoint(runs: Storage, name: str) -> None:
     runs.child(f"checkpoints/{name}").delete(MARKER)
 
 
-def best_loss(runs: Storage, checkpoint: Checkpoint) -> float | None:
-    """Return the validation loss of the best weights; if they are damaged, the value recorded by the checkpoint."""
+def best_kept(runs: Storage, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
+    """Return the validation loss and the step of the best weights; if they are damaged, the loss that the checkpoint
+    recorded, and no step."""
     steps = complete_checkpoints(runs, "best")
     try:
-        return read_checkpoint(runs, f"best-{steps[-1]}").position.best_loss if steps else None
+        return (read_checkpoint(runs, f"best-{steps[-1]}").position.best_loss, steps[-1]) if steps else (None, None)
     except DamagedCheckpointError as error:
         logger.warning("%s", error)
-        return checkpoint.position.best_loss
+        return checkpoint.position.best_loss, None
 
 
 def read_checkpoint(runs: Storage, name: str) -> Checkpoint:

@@ -7,11 +7,13 @@ import logging
 from collections.abc import Iterator
 
 import msgspec
+import torch
 
 from pipeline.config import RunConfig, Section
 from pipeline.data.dataset import ChipDataset
-from pipeline.order import OrderState
+from pipeline.order import OrderState, random_words
 from pipeline.reporting.run_folder import RunFolder
+from pipeline.reporting.time_account import TIME_FILE
 from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, newest_checkpoint
 from pipeline.world import World
 from sharding.errors import UserError
@@ -22,7 +24,7 @@ from sharding.storage.lock import Lock
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-RUN_NAMES = ("checkpoints/", "events/", "images/", "metrics.csv", "batches.csv")
+RUN_NAMES = ("checkpoints/", "events/", "images/", "metrics.csv", "batches.csv", TIME_FILE)
 """Beginnings of the keys that a run writes, beside CONFIG_FILE, which it writes first."""
 SPLIT = "train"
 """The split that runs train on."""
@@ -150,6 +152,18 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
             f"{run.storage.uri} holds a run with another {differences}: name another output.uri, or give the same"
             " configuration to resume"
         )
+
+
+def seed_generators(checkpoint: Checkpoint | None, world: World, seed: int, step: int) -> None:
+    """Seed this rank's generators: dropout draws differ between ranks, and resume exactly with the same world size."""
+    if checkpoint and checkpoint.position.world_size == world.size:
+        states = checkpoint.generators[world.rank]
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and world.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"])
+        return
+    word = random_words(1, seed, step, world.rank, "generator")[0]
+    torch.manual_seed(int(word) >> 1)
 
 
 def order_state(config: RunConfig, index_digest: str) -> OrderState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,9 +38,18 @@ class Validated:
     panels: dict[int, Image]
     """Panels of the first chips, by chip."""
 
+    def __str__(self) -> str:
+        names = ("val/loss", "val/psnr", "val/psnr_adjusted", "val/ssim")
+        return ", ".join(f"{name.removeprefix('val/')} {self.metrics[name]:.4g}" for name in names)
+
 
 def validate(
-    engine: Engine, dataset: ChipDataset, world: World, config: RunConfig, panels: int | None = None
+    engine: Engine,
+    dataset: ChipDataset,
+    world: World,
+    config: RunConfig,
+    panels: int | None = None,
+    progressed: Callable[[], None] = lambda: None,
 ) -> Validated:
     """Predict every chip of a split and compare it with its target; all ranks call it together.
 
@@ -49,6 +59,7 @@ def validate(
         world: This process's place.
         config: Configuration of the loss, and of the panels.
         panels: Number of chips drawn; None takes ``output.panels``.
+        progressed: Called after each chip.
 
     Raises:
         UserError: The split is empty, or all of it is quarantined.
@@ -57,6 +68,7 @@ def validate(
     drawn: dict[int, Image] = {}
     for batch, counts in evaluation_batches(dataset, world.rank, world.size, world.device):
         images = engine.predict(batch)
+        progressed()
         if not counts:
             continue
         chip = batch.chips[0]

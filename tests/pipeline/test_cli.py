@@ -67,15 +67,6 @@ def test_refusals_that_need_no_data(arguments: list[str], words: list[str], tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_that_does_not_divide_is_refused(dataset_uri: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = [f"data.uri={dataset_uri}", f"output.uri={run}", "train.global_batch=8", "train.micro_batch=3"]
-    assert "train.global_batch = 8 is not divisible by ranks x micro batch = 1 x 3" in refused(
-        "train", "demo", *options
-    )
-    assert not run.exists()
-
-
 def test_a_run_folder_of_another_model_is_refused(
     world: World, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

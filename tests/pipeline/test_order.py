@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.order import (
@@ -22,6 +22,7 @@ from sharding.errors import UserError
 layouts = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(layouts, st.integers(0, 2**31), st.integers(0, 50), st.integers(1, 20))
 def test_every_chip_once_an_epoch(layout: list[int], seed: int, epoch: int, window: int) -> None:
     chips = epoch_chips(layout, "digest", seed, epoch, window)
@@ -31,6 +32,7 @@ def test_every_chip_once_an_epoch(layout: list[int], seed: int, epoch: int, wind
 shuffles = st.builds(Shuffle, window=st.integers(1, 5), lanes=st.integers(1, 16))
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(layouts, shuffles, st.integers(1, 16), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.data())
 def test_ranks_join_to_the_same_global_batches(
     layout: list[int], shuffle: Shuffle, world: int, micro: int, accumulation: int, epoch: int, data: st.DataObject
@@ -51,6 +53,7 @@ def test_ranks_join_to_the_same_global_batches(
     assert rest.tolist() == joined.tolist()
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(layouts, shuffles, st.integers(1, 40), st.integers(0, 2**31))
 def test_a_chip_comes_once_and_the_tail_is_less_than_a_batch(
     layout: list[int], shuffle: Shuffle, batch: int, seed: int
@@ -69,6 +72,7 @@ def test_ranks_read_few_shards_of_each_other() -> None:
         assert 200 <= sum(map(len, read)) <= most
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(st.integers(1, 60), st.integers(1, 16))
 def test_evaluation_covers_each_chip_once_and_ranks_take_equal_turns(num_chips: int, world: int) -> None:
     dealt = [evaluation_slots(num_chips, rank, world) for rank in range(world)]
@@ -90,7 +94,22 @@ def test_the_shuffle_is_pinned() -> None:
     assert first.tolist() == [34, 28, 22, 42, 38, 19, 8, 2]
 
 
-@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 3, 1), (8, 0, 3), (8, 4, 4), (2, 0, 4)])
-def test_a_batch_that_does_not_divide_is_refused(batch: int, micro: int, world: int) -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch = \d+ is not divisible by ranks x micro batch"):
-        BatchPlan.create(batch, micro, world)
+@pytest.mark.parametrize(
+    ("batch", "world", "words"),
+    [(8, 3, "8 is not divisible by 3 ranks: set train.global_batch to a multiple of 3, or train with 2 or 4 ranks"),
+     (2, 4, "2 is not divisible by 4 ranks: set train.global_batch to a multiple of 4, or train with 2 ranks")],
+)  # fmt: skip
+def test_a_batch_that_does_not_divide_is_refused(batch: int, world: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        BatchPlan.create(batch, 0, world)
+
+
+@settings(deadline=None)  # a machine may be busy
+@given(st.integers(1, 200), st.integers(0, 200), st.integers(1, 64))
+def test_the_micro_batch_is_an_upper_bound(batch: int, bound: int, world: int) -> None:
+    """Any world that divides the global batch trains it, with the largest micro-batch that fits."""
+    batch *= world
+    plan = BatchPlan.create(batch, bound, world)
+    assert plan.micro_batch * plan.grad_accum * world == batch
+    largest = min(bound or plan.per_rank, plan.per_rank)
+    assert plan.micro_batch == max(size for size in range(1, largest + 1) if plan.per_rank % size == 0)

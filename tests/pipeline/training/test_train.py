@@ -305,7 +305,6 @@ def test_a_run_killed_before_its_first_checkpoint_is_a_run_too(
         ("loss.bias_adjust=true", "another loss"),
         ("train.global_batch=2", "another train.global_batch"),
         ("model.revisits=4", "model.revisits = 4"),
-        ("train.micro_batch=3", "not divisible by ranks x micro batch = 1 x 3"),
     ],
 )
 def test_a_run_folder_of_another_run_is_refused(
