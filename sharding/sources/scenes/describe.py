@@ -20,7 +20,7 @@ from sharding.prepare.checks import BRIGHTEST, fitting_scale
 from sharding.sources.bands import SYNONYMS, canonical
 from sharding.sources.scenes.header import Header, opened
 from sharding.sources.scenes.layout import DATE, File, walk
-from sharding.sources.scenes.products import PRODUCTS, read_header
+from sharding.sources.scenes.products.read import PRODUCTS, read_header
 
 MOST_FILES = 2000
 """Files whose headers are read; a folder with more is described by the first ones."""

@@ -12,7 +12,7 @@ from sharding.sources.scenes.description import Description, Images
 from sharding.sources.scenes.header import CloudMask, Header, Radiometry
 from sharding.sources.scenes.layout import File, FoundScene
 from sharding.sources.scenes.place import Place, place_scene, scene_ratio
-from sharding.sources.scenes.products import read_header
+from sharding.sources.scenes.products.read import read_header
 
 Names = tuple[str | None, ...]
 

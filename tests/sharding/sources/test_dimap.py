@@ -11,12 +11,12 @@ from rasterio.transform import Affine
 
 from sharding.errors import UnusableError
 from sharding.sources.scenes.description import Images
-from sharding.sources.scenes.dimap import sun_distance
 from sharding.sources.scenes.grid import Grid
 from sharding.sources.scenes.header import Header, Radiometry
 from sharding.sources.scenes.layout import File
 from sharding.sources.scenes.opened import layer_of
-from sharding.sources.scenes.products import read_header
+from sharding.sources.scenes.products.dimap import sun_distance
+from sharding.sources.scenes.products.read import read_header
 from sharding.sources.scenes.raster import Image, read_on_grid
 from tests.sharding.sources.satellites import write_dimap
 

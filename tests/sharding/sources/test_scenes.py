@@ -31,7 +31,7 @@ from sharding.sources.scenes.grid import Box, Grid, nice_ratio, tiles
 from sharding.sources.scenes.header import Radiometry
 from sharding.sources.scenes.layout import File
 from sharding.sources.scenes.place import place_scene
-from sharding.sources.scenes.products import read_header
+from sharding.sources.scenes.products.read import read_header
 from sharding.sources.scenes.raster import read_on_grid
 from sharding.storage import open_storage
 from tests.sharding.sources.sensors import EAST, NORTH, RGBN_TOML, counts, write_rgbn, write_tiff, write_two_crs

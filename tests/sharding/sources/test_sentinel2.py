@@ -13,8 +13,8 @@ from sharding.errors import UnusableError
 from sharding.sources.scenes.grid import Grid
 from sharding.sources.scenes.header import Radiometry
 from sharding.sources.scenes.layout import File, walk
-from sharding.sources.scenes.metadata import MAX_BYTES
-from sharding.sources.scenes.products import read_header
+from sharding.sources.scenes.products.metadata import MAX_BYTES
+from sharding.sources.scenes.products.read import read_header
 from sharding.sources.scenes.raster import read_mask, read_on_grid
 from tests.sharding.sources.satellites import write_safe, zip_safe
 

@@ -19,7 +19,7 @@ from xml.etree.ElementTree import Element
 from sharding.errors import UnusableError
 from sharding.sources.scenes.header import CloudMask, Header, Piece, read_raster
 from sharding.sources.scenes.layout import SAFE, File, as_date
-from sharding.sources.scenes.metadata import as_number, number_of, read_xml, text_of
+from sharding.sources.scenes.products.metadata import as_number, number_of, read_xml, text_of
 
 MOST_FILES = 20_000
 """Files of a product; a delivered one has about 200."""

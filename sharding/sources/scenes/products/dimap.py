@@ -19,7 +19,7 @@ from sharding.sources.bands import canonical
 from sharding.sources.scenes.grid import Affine6
 from sharding.sources.scenes.header import Header, Piece, read_raster
 from sharding.sources.scenes.layout import File, as_date
-from sharding.sources.scenes.metadata import as_number, number_of, read_xml, text_of
+from sharding.sources.scenes.products.metadata import as_number, number_of, read_xml, text_of
 
 MOST_TILES = 10_000
 """Tiles of a product; the largest have some hundred."""

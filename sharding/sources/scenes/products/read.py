@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from sharding.sources.scenes.dimap import read_dimap
 from sharding.sources.scenes.header import Header, read_raster
 from sharding.sources.scenes.layout import SAFE, File
-from sharding.sources.scenes.sentinel2 import read_safe
+from sharding.sources.scenes.products.dimap import read_dimap
+from sharding.sources.scenes.products.sentinel2 import read_safe
 
 PRODUCTS: Mapping[str, Callable[[File], Header]] = {SAFE: read_safe, ".zip": read_safe, ".xml": read_dimap}
 """Reader of each kind of product, by the end of its name."""
