@@ -7,8 +7,8 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.jobs.placement import Placement
 from cluster.jobs.submit import JobRequest, build_request
-from cluster.jobs.train_job import Placement
 from pipeline.config import RunConfig, build_config, load_config, require
 from sharding.errors import UserError
 from sharding.names import refuse_secret

@@ -40,7 +40,7 @@ from pipeline.training.profiling import StepProfiler
 from pipeline.training.resume import CONFIG_FILE, claimed, find_checkpoint, order_state
 from pipeline.training.schedule import learning_rate
 from pipeline.training.step_values import StepRow, StepValues
-from pipeline.training.validation import validate
+from pipeline.training.validation import shown, validate
 from pipeline.world import World, join_world
 from sharding.errors import UserError
 from sharding.progress import Progress, progress
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 COUNTED = "counted chips"
 """Name of a step's value that is checked but not logged: the number of chips of the global batch that count."""
+STOP = "stop"
+"""Name of a step's value that is not logged: 1 on a rank that was asked to stop."""
 Report = Callable[[Mapping[str, float]], None]
 
 
@@ -65,14 +67,20 @@ class TrainResult:
     """Optimizer steps taken in all."""
     best_loss: float | None
     """Least validation loss."""
+    complete: bool = True
+    """Whether the last step was taken; False if the run stopped at a checkpoint on request."""
 
 
-def run_training(config: RunConfig, report: Report | None = None) -> TrainResult:
+def run_training(
+    config: RunConfig, report: Report | None = None, should_stop: Callable[[], bool] | None = None
+) -> TrainResult:
     """Train, or resume from the run folder's newest checkpoint; call it in every process of the group.
 
     Args:
         config: The run.
         report: Called on every rank with the validation metrics after each validation.
+        should_stop: Asked on every rank at each step. If one returns True, all ranks write a checkpoint after the same
+            step, at most 2 x min(`train.log_every`, 10) steps later, and return.
 
     Returns:
         The result, the same on every rank.
@@ -93,7 +101,7 @@ def run_training(config: RunConfig, report: Report | None = None) -> TrainResult
     # The last upload comes before the lock is released.
     with claimed(run, world) as lock, run:
         checkpoint = find_checkpoint(run, config, train, world)
-        trainer = Trainer(config, world, plan, train, val, run, checkpoint, lock)
+        trainer = Trainer(config, world, plan, train, val, run, checkpoint, lock, should_stop)
         return trainer.fit(report or (lambda metrics: None))
 
 
@@ -110,9 +118,12 @@ class Trainer:
         run: RunFolder,
         checkpoint: Checkpoint | None,
         lock: Lock | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         """Build network and engine, and restore the state of ``checkpoint``; rank 0 gets the run folder's lock."""
         self.lock = lock
+        self.should_stop = should_stop or (lambda: False)
+        self.stopping = self.stopped = False
         self.config = config
         self.world = world
         self.plan = plan
@@ -166,12 +177,12 @@ class Trainer:
             if self.config.train.init and self.step == 0:
                 self.validate(logs)
             with progress(self.total_steps - self.step, "training", "step") if self.world.is_main else _Quiet() as bar:
-                while self.step < self.total_steps:
+                while self.step < self.total_steps and not self.stopped:
                     self.train_epoch(self.step // self.loader.steps_per_epoch, logs, bar, report)
         finally:
             self.profiler.close()
             logs.close()
-        return TrainResult(self.step, self.best_loss)
+        return TrainResult(self.step, self.best_loss, complete=self.step == self.total_steps)
 
     def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
         """Train the rest of ``epoch``, then validate."""
@@ -181,7 +192,8 @@ class Trainer:
             self.profiler.step()
             ends = self.step == self.total_steps
             validates = ends or self.step % self.loader.steps_per_epoch == 0
-            saves = ends or self.step % self.config.train.checkpoint_every == 0
+            self.stopped = self.stopping
+            saves = ends or self.stopped or self.step % self.config.train.checkpoint_every == 0
             # Nothing is saved or validated before all losses up to here are known to be finite.
             row = None
             for row in self._arrived(everything=validates or saves):
@@ -199,7 +211,7 @@ class Trainer:
             if metrics:
                 report({"step": self.step, "epoch": epoch, **metrics})
             bar.update(1, **shown)
-            if ends:
+            if ends or self.stopped:
                 return
 
     def train_step(self, batch: Batch, epoch: int) -> None:
@@ -227,6 +239,7 @@ class Trainer:
         losses = dict(zip(LOSS_TAGS.values(), means.unbind(), strict=True))
         measured = {COUNTED: counted, **losses, "train/grad_norm": self.engine.grad_norm}
         known = {
+            STOP: float(self.should_stop()),
             "train/learning_rate": rate,
             "time/chips_per_second": self.plan.global_batch / seconds,
             "time/data_wait_seconds": self.loader.wait_seconds,
@@ -245,7 +258,8 @@ class Trainer:
             UserError: On every rank, if all chips of a step are quarantined.
         """
         for row in self.values.arrived(everything=everything):
-            by_rank = {tag: values for tag, values in row.by_rank.items() if tag != COUNTED}
+            by_rank = {tag: values for tag, values in row.by_rank.items() if tag not in (COUNTED, STOP)}
+            self.stopping |= bool(row.by_rank[STOP].any())
             if row.by_rank[COUNTED][0] == 0:
                 raise UserError(
                     f"every chip of global batch {row.step} is quarantined: repair the dataset with `satfusion shard`,"
@@ -303,9 +317,9 @@ class Trainer:
             self.best_loss = found.metrics["val/loss"]
             self._save("best", keep=1)
         if self.world.is_main:
-            logger.info("step %d: validation %s", self.step, _shown(found.metrics))
+            logger.info("step %d: validation %s", self.step, shown(found.metrics))
             if self.average:
-                logger.info("step %d: with averaged weights %s", self.step, _shown(averaged.metrics))
+                logger.info("step %d: with averaged weights %s", self.step, shown(averaged.metrics))
         return found.metrics
 
     def _save(self, kind: str, keep: int) -> None:
@@ -384,8 +398,3 @@ def _generators(world: World) -> dict[str, Tensor]:
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _shown(metrics: Mapping[str, float]) -> str:
-    names = ("val/loss", "val/psnr", "val/psnr_adjusted", "val/ssim")
-    return ", ".join(f"{name.removeprefix('val/')} {metrics[name]:.4g}" for name in names)

@@ -93,3 +93,9 @@ def _values(images: Fusion, batch: Batch, config: RunConfig, ratio: float) -> li
 
 def _merged(parts: list[dict[int, _Value]]) -> dict[int, _Value]:
     return {chip: value for part in parts for chip, value in part.items()}
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    """Return the main metrics of a validation, for a line of the log."""
+    names = ("val/loss", "val/psnr", "val/psnr_adjusted", "val/ssim")
+    return ", ".join(f"{name.removeprefix('val/')} {metrics[name]:.4g}" for name in names)

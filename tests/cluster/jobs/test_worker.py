@@ -9,7 +9,8 @@ import ray
 from ray.train import TrainingFailedError
 
 from cluster.jobs import train_job as worker
-from cluster.jobs.train_job import Job, Placement, run_job
+from cluster.jobs.placement import Placement
+from cluster.jobs.train_job import Job, run_job
 from pipeline.config import load_config
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError, retries

@@ -24,8 +24,9 @@ import pytest
 import torch
 
 from cluster.cli import main
-from cluster.jobs.submit import build_request, follow, send
-from cluster.jobs.train_job import Placement
+from cluster.jobs.placement import Placement
+from cluster.jobs.server import follow
+from cluster.jobs.submit import build_request, send
 from cluster.local import nodes as local
 from cluster.local.nodes import LocalCluster, NodeOptions
 from cluster.local.objectstore import ObjectStore
