@@ -34,29 +34,26 @@ def start_notice() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Notice).remote()
 
 
-class Listener:
-    """Thread of a rank that asks the actor once a second, so that a step never waits for the answer."""
+def listen(notice: Any) -> threading.Event:
+    """Return an event that is set after the request; a thread asks for it, so that a step never waits for the answer.
 
-    def __init__(self, notice: Any) -> None:
-        """Begin to ask; with None instead of an actor there is nothing to ask."""
-        self._asked = threading.Event()
-        self._notice = notice
-        if notice is not None:
-            threading.Thread(target=self._listen, name="notice", daemon=True).start()
+    Args:
+        notice: Handle of the actor.
+    """
+    asked = threading.Event()
+    threading.Thread(target=_ask_until_set, args=(notice, asked), name="notice", daemon=True).start()
+    return asked
 
-    def __call__(self) -> bool:
-        """Return whether the rank is to stop at a checkpoint."""
-        return self._asked.is_set()
 
-    def _listen(self) -> None:
-        import ray  # Ray is slow to import
+def _ask_until_set(notice: Any, asked: threading.Event) -> None:
+    import ray  # Ray is slow to import
 
-        while not self._asked.wait(_POLL_SECONDS):
-            try:
-                if ray.get(self._notice.asked.remote()):
-                    self._asked.set()
-            except ray.exceptions.RayError:  # the driver has ended, and with it the actor: Ray ends this process
-                return
+    while not asked.wait(_POLL_SECONDS):
+        try:
+            if ray.get(notice.asked.remote()):
+                asked.set()
+        except ray.exceptions.RayError:  # The driver has ended, and with it the actor: Ray ends this process.
+            return
 
 
 class Watch:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.jobs.failures import failures_of_ranks, understand
-from cluster.jobs.notice import Listener, Watch, start_notice
+from cluster.jobs.notice import Watch, listen, start_notice
 from cluster.jobs.placement import Placement, worlds
 from cluster.jobs.room import Growth, await_room
 from cluster.jobs.server import STOPPED_STATUS
@@ -31,7 +31,7 @@ from sharding.storage.lock import JOB_VARIABLE
 logger = logging.getLogger(__name__)
 
 ConfigValues = Mapping[str, Any]
-RankFunction = Callable[[ConfigValues, Callable[[], bool]], bool]
+RankFunction = Callable[[ConfigValues, threading.Event], bool]
 # Time for a store to recover, and for Ray to notice that a node is lost.
 _RESTART_PAUSE_SECONDS = 5.0
 # Ray Train waits so long for the resources of the ranks; then the cluster's room is counted again.
@@ -67,11 +67,11 @@ class Job:
         return decode_strictly(text, cls, "the job's file")
 
 
-def train_rank(config: ConfigValues, should_stop: Callable[[], bool]) -> bool:
+def train_rank(config: ConfigValues, stop: threading.Event) -> bool:
     """Train on one rank; Ray Train has joined the process group and calls this in each worker.
 
     Returns:
-        Whether the run is complete; False if it stopped at a checkpoint because ``should_stop`` returned True.
+        Whether the run is complete; False if it stopped at a checkpoint because ``stop`` was set.
     """
     import ray.train  # Ray is slow to import
 
@@ -79,7 +79,7 @@ def train_rank(config: ConfigValues, should_stop: Callable[[], bool]) -> bool:
     from pipeline.training.loop import run_training
 
     run = RunConfig.from_dict(config)
-    return run_training(run, lambda metrics: ray.train.report(dict(metrics)), should_stop).complete
+    return not run_training(run, lambda metrics: ray.train.report(dict(metrics)), stop).stopped
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Announced:
     """A rank's function that prints the rank's node and logs a traceback of its errors."""
 
     function: RankFunction
-    """Function called with the configuration, and a function that returns whether to stop."""
+    """Function called with the configuration, and an event that is set when it is to stop at a checkpoint."""
     name: str
     """Name of the job, which holds the lock of the run folder through all restarts of its ranks."""
     notice: Any = None
@@ -104,7 +104,7 @@ class _Announced:
         print(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}", flush=True)
         try:
             # The request of one rank is enough.
-            return self.function(config, Listener(self.notice if rank == 0 else None))
+            return self.function(config, listen(self.notice) if rank == 0 else threading.Event())
         except UserError:
             raise  # The driver reports it, once.
         except Exception:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -67,20 +68,17 @@ class TrainResult:
     """Optimizer steps taken in all."""
     best_loss: float | None
     """Least validation loss."""
-    complete: bool = True
-    """Whether the last step was taken; False if the run stopped at a checkpoint on request."""
+    stopped: bool = False
+    """Whether it was asked to stop before its last step; the checkpoint of its last step is complete."""
 
 
-def run_training(
-    config: RunConfig, report: Report | None = None, should_stop: Callable[[], bool] | None = None
-) -> TrainResult:
+def run_training(config: RunConfig, report: Report | None = None, stop: threading.Event | None = None) -> TrainResult:
     """Train, or resume from the run folder's newest checkpoint; call it in every process of the group.
 
     Args:
         config: The run.
         report: Called on every rank with the validation metrics after each validation.
-        should_stop: Asked on every rank at each step. If one returns True, all ranks write a checkpoint after the same
-            step, at most 2 x min(`train.log_every`, 10) steps later, and return.
+        stop: Event of this rank by which the training of all ranks ends at a checkpoint, within a few steps.
 
     Returns:
         The result, the same on every rank.
@@ -101,7 +99,7 @@ def run_training(
     # The last upload comes before the lock is released.
     with claimed(run, world) as lock, run:
         checkpoint = find_checkpoint(run, config, train, world)
-        trainer = Trainer(config, world, plan, train, val, run, checkpoint, lock, should_stop)
+        trainer = Trainer(config, world, plan, train, val, run, checkpoint, lock, stop)
         return trainer.fit(report or (lambda metrics: None))
 
 
@@ -118,11 +116,11 @@ class Trainer:
         run: RunFolder,
         checkpoint: Checkpoint | None,
         lock: Lock | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         """Build network and engine, and restore the state of ``checkpoint``; rank 0 gets the run folder's lock."""
         self.lock = lock
-        self.should_stop = should_stop or (lambda: False)
+        self.stop = stop or threading.Event()
         self.stopping = self.stopped = False
         self.config = config
         self.world = world
@@ -182,7 +180,7 @@ class Trainer:
         finally:
             self.profiler.close()
             logs.close()
-        return TrainResult(self.step, self.best_loss, complete=self.step == self.total_steps)
+        return TrainResult(self.step, self.best_loss, self.stopped)
 
     def train_epoch(self, epoch: int, logs: RunLogs, bar: Progress, report: Report) -> None:
         """Train the rest of ``epoch``, then validate."""
@@ -192,7 +190,7 @@ class Trainer:
             self.profiler.step()
             ends = self.step == self.total_steps
             validates = ends or self.step % self.loader.steps_per_epoch == 0
-            self.stopped = self.stopping
+            self.stopped = self.stopping and not ends
             saves = ends or self.stopped or self.step % self.config.train.checkpoint_every == 0
             # Nothing is saved or validated before all losses up to here are known to be finite.
             row = None
@@ -239,7 +237,7 @@ class Trainer:
         losses = dict(zip(LOSS_TAGS.values(), means.unbind(), strict=True))
         measured = {COUNTED: counted, **losses, "train/grad_norm": self.engine.grad_norm}
         known = {
-            STOP: float(self.should_stop()),
+            STOP: float(self.stop.is_set()),
             "train/learning_rate": rate,
             "time/chips_per_second": self.plan.global_batch / seconds,
             "time/data_wait_seconds": self.loader.wait_seconds,
