@@ -31,7 +31,7 @@ STOPPED_STATUS = 75
 """Exit status of a training that was stopped from outside, sysexits' "try again": sent again, the run resumes."""
 GRACE_SECONDS = 60
 """Time that a job gets to write a checkpoint when it is stopped, seconds; then Ray kills its driver."""
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 # With the time to notice that a connection is broken, `follow` ends within a minute.
 _LOST_SECONDS = 45.0
@@ -234,7 +234,7 @@ class _Log:
             await asyncio.wait({task}, timeout=_POLL_SECONDS)
         if not task.done():
             task.cancel()
-            await asyncio.wait({task}, timeout=_ANSWER_SECONDS)
+            await asyncio.wait({task}, timeout=_POLL_SECONDS)
             return True
         # The client raises RuntimeError for broken streams; errors of aiohttp are OSErrors.
         try:

@@ -18,7 +18,7 @@ def test_a_number_or_a_range(workers: int | str, fewest: int, most: int, elastic
 
 @pytest.mark.parametrize("workers", ["", "two", "2..", "..4", "2...4", "2-4", "-1", "1.5", "٢..٤", "2..4..8"])
 def test_what_is_no_range_is_refused(workers: str) -> None:
-    with pytest.raises(UserError, match="--workers .* is no number of ranks: give N, or MIN..MAX"):
+    with pytest.raises(UserError, match=r"--workers .* is no number of ranks: give N, or MIN\.\.MAX"):
         Placement(workers)
 
 
@@ -42,9 +42,9 @@ def test_only_worlds_that_divide_the_batch_are_taken(workers: int | str, batch: 
 
 
 def test_a_range_without_a_divisor_is_refused_and_so_is_a_number() -> None:
-    with pytest.raises(UserError, match=r"no number of ranks in --workers 7\.\.11 divides train.global_batch = 12"):
+    with pytest.raises(UserError, match=r"no number of ranks in --workers 7\.\.11 divides train\.global_batch = 12"):
         worlds(Placement("7..11"), 12, 0)
-    with pytest.raises(UserError, match="train.global_batch = 12 is not divisible"):
+    with pytest.raises(UserError, match=r"train\.global_batch = 12 is not divisible"):
         worlds(Placement(5), 12, 0)
 
 

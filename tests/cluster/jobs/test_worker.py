@@ -179,9 +179,7 @@ def test_an_elastic_job_below_its_least_ends_and_says_so(attempts: Attempts, mon
     monkeypatch.setattr(ray.util, "placement_group", lambda bundles, strategy: len(bundles))
     monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: None)
     attempts.workers = "3..8"  # the cluster has room for 2
-    with pytest.raises(
-        UserError, match=r"--workers is 3\.\.8 .*\(the least that divides the batch is 4\).* room for 2"
-    ):
+    with pytest.raises(UserError, match=r"is 3\.\.8 .*\(the least that divides the batch is 4\).* room for 2"):
         attempts.run(2, None)
     assert attempts.worlds == []
 
