@@ -18,8 +18,8 @@ from sharding.storage import StorageUnavailableError
 MEMORY = """Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.7, ID: 4c) where the task (actor ID: 8f, name=RayTrainWorker.__init__, pid=311, memory \
 used=9.41GB) was running was 30.50GB / 32.00GB (0.953125), which exceeds the memory usage threshold of 0.95. Ray \
-killed this worker (ID: b2) because it was the most recently scheduled task; to see more information about memory usage \
-on this node, use `ray logs raylet.out -ip 10.0.0.7`. Top 10 memory users:
+killed this worker (ID: b2) because it was the most recently scheduled task; to see more information about memory \
+usage on this node, use `ray logs raylet.out -ip 10.0.0.7`. Top 10 memory users:
 PID\tMEM(GB)\tCOMMAND
 311\t9.41\tray::RayTrainWorker
 298\t9.38\tray::RayTrainWorker
