@@ -40,7 +40,11 @@ def listen(notice: Any) -> threading.Event:
     Args:
         notice: Handle of the actor.
     """
+    import ray  # Ray is slow to import
+
     asked = threading.Event()
+    if ray.get(notice.asked.remote()):  # before the ranks were there: they need not begin
+        asked.set()
     threading.Thread(target=_ask_until_set, args=(notice, asked), name="notice", daemon=True).start()
     return asked
 

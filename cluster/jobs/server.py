@@ -142,12 +142,16 @@ def follow(address: str, job_id: str, output: TextIO) -> int:
     client = connect(address)
     _details(client, address, job_id)
     log = _Log(client, job_id, output)
+    ended: float | None = None
     with _watched(client, job_id) as state:
         while True:
             broken = asyncio.run(log.copy(lambda: state.silent_seconds() > _LOST_SECONDS))
             details = state.details
-            if details is not None and details.status.is_terminal() and not broken:
-                break
+            if details is not None and details.status.is_terminal():
+                ended = ended or time.monotonic()
+                # The log of a node that was lost cannot be read to its end.
+                if not broken or time.monotonic() - ended > _LOST_SECONDS:
+                    break
             if state.silent_seconds() > _LOST_SECONDS:
                 raise UserError(
                     f"the Ray job server at {address} stopped answering ({state.reason}): job {job_id} may still run;"

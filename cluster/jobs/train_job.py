@@ -34,8 +34,6 @@ ConfigValues = Mapping[str, Any]
 RankFunction = Callable[[ConfigValues, threading.Event], bool]
 # Time for a store to recover, and for Ray to notice that a node is lost.
 _RESTART_PAUSE_SECONDS = 5.0
-# Ray Train waits so long for the resources of the ranks; then the cluster's room is counted again.
-_START_SECONDS = 60.0
 
 
 class Stopped(Exception):
