@@ -86,9 +86,9 @@ def test_jobs_are_listed_in_the_order_in_which_they_were_sent(serve: Any, capsys
     assert main(["jobs", "--address", ADDRESS]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "job          status   sent                 lasted   ranks  run",
-        "raysubmit_1  failed   2026-09-21 13:33:21  1:02:04  -      python -c 'print(1)'",
-        "raysubmit_2  running  2026-09-21 13:33:22  -        2..4   s3://b/run",
-        "raysubmit_3  running  2026-09-21 13:33:23  -        -      out[2J",
+        "raysubmit_1  failed   2026-09-21 14:13:21  1:02:04  -      python -c 'print(1)'",
+        "raysubmit_2  running  2026-09-21 14:13:22  -        2..4   s3://b/run",
+        "raysubmit_3  running  2026-09-21 14:13:23  -        -      out[2J",
     ]
 
 
