@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 STOPPED_STATUS = 75
 """Exit status of a training that was stopped from outside, sysexits' "try again": sent again, the run resumes."""
-GRACE_SECONDS = 60
+GRACE_SECONDS = 120
 """Time that a job gets to write a checkpoint when it is stopped, seconds; then Ray kills its driver."""
 _ANSWER_SECONDS = 20.0
 _POLL_SECONDS = 0.5
