@@ -40,6 +40,8 @@ _RAY_HABITS = {
     "RAY_COLOR_PREFIX": "0",
     # It only warns that a node will be lost; the job resumes from the newest checkpoint either way.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Where nodes are busy or slow, ranks get three minutes to start before the room for them is counted again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     # Time for a checkpoint between the request to stop and the driver's end by force.
     "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_SECONDS),
 }
