@@ -48,7 +48,7 @@ def understand(error: Exception) -> Failure:
         if memory := killed_for_memory(str(inner)):
             return Failure("failure", memory)
     if isinstance(error, RayActorError):
-        return Failure("failure", f"Ray Train's controller was lost ({_words(error)})")
+        return Failure("failure", "Ray Train's controller was lost")
     if any(type(inner).__name__ == "WorkerGroupStartupTimeoutError" for inner in nested):
         return Failure("busy", "the ranks did not start in time, since their resources were not free")
     if isinstance(error, ControllerError):
