@@ -103,10 +103,12 @@ def worlds(placement: Placement, global_batch: int, micro_batch: int) -> tuple[i
         return (BatchPlan.create(global_batch, micro_batch, placement.fewest).world_size,)
     found = []
     for ranks in range(placement.fewest, min(placement.most, global_batch) + 1):
+        if global_batch % ranks:
+            continue
         try:
             found.append(BatchPlan.create(global_batch, micro_batch, ranks).world_size)
         except UserError:
-            continue  # this number of ranks does not divide the batch
+            continue  # the micro-batch does not divide a rank's part
     if not found:
         raise UserError(
             f"no number of ranks in --workers {placement.workers} divides train.global_batch = {global_batch} with"
