@@ -10,7 +10,7 @@ MAMBA_WHEEL ?= $(firstword $(wildcard ../shared/gpu-kit/mamba_ssm-*.whl))
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 25
 
-.PHONY: demo test quick test-slow check gpu-kit install clean
+.PHONY: demo test quick test-slow check drills gpu-kit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/satfusion demo --output $(OUTPUT) $(if $(WORLDSTRAT),--worldstrat "$(WORLDSTRAT)")
@@ -32,6 +32,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not gpu"
+
+# Faults on local Ray nodes, and what each costs: minutes.
+drills: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.drills $(FAULTS)
 
 gpu-kit: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_kit $(if $(MAMBA_WHEEL),--mamba-wheel "$(MAMBA_WHEEL)")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pipeline.cli
 import sharding.cli
 from cluster import __version__
-from cluster.jobs.train_job import Placement
+from cluster.jobs.cli import add_job_verbs
+from cluster.jobs.placement import Placement
 from cluster.logs import configure_logging
 from cluster.sweep.options import SweepOptions
 from pipeline.signals import sigterm_as_interrupt
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit``, ``sweep``, ``demo`` and ``cluster`` to the command, and the cluster options to ``shard``."""
+    """Add ``submit``, ``jobs``, ``sweep``, ``demo`` and others to the command, and the cluster options to ``shard``."""
     shard = verbs.choices["shard"]
     shard.add_argument(
         "--address", metavar="URL", help="shard on a Ray cluster by its job server, http://HOST:8265; it sees --input"
@@ -81,6 +82,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     shard.set_defaults(run=_shard)
     _add_submit(verbs)
     _add_sweep(verbs)
+    add_job_verbs(verbs)
     demo = verbs.add_parser(
         "demo",
         help="run all steps on this machine, in minutes",
@@ -172,7 +174,8 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 def _submit(args: argparse.Namespace) -> int:
     from cluster.jobs.dry_run import describe  # imports torch
-    from cluster.jobs.submit import build_request, how_to_follow, run, send  # Ray is slow to import
+    from cluster.jobs.server import how_to_follow
+    from cluster.jobs.submit import already_sent, build_request, run, send
     from pipeline.config import load_config
 
     placement = read_options(Placement, vars(args))
@@ -185,7 +188,7 @@ def _submit(args: argparse.Namespace) -> int:
         raise UserError("--address is missing: give the URL of Ray's job server, http://HOST:8265, or --dry-run")
     if not args.no_wait:
         return run(request, args.address, sys.stdout)
-    job_id = send(request, args.address)
+    job_id = already_sent(request, args.address) or send(request, args.address)
     say(job_id)
     say(how_to_follow(args.address, job_id))
     return 0
@@ -215,7 +218,7 @@ def _shard(args: argparse.Namespace) -> int:
     job = sharding.cli.shard_job(args)  # refuses invalid options before anything is sent
     if args.address is None:
         return sharding.cli.run_shard(job)
-    from cluster.jobs.submit import build_shard_request, run  # Ray is slow to import
+    from cluster.jobs.submit import build_shard_request, run  # other verbs send nothing
 
     open_storage(job.output, job.storage)  # refuses invalid options too
     return run(build_shard_request(job, os.environ, Path.cwd()), args.address, sys.stdout)

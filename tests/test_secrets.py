@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.jobs.placement import Placement
 from cluster.jobs.submit import build_request, build_shard_request, send
-from cluster.jobs.train_job import Placement
 from pipeline.config import OutputConfig, RunConfig, load_config
 from sharding.errors import UserError
 from sharding.run.job import ShardJob

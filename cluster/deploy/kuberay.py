@@ -8,6 +8,7 @@ from typing import Any
 from cluster.deploy.spec import DeploySpec
 from cluster.deploy.text import header, to_yaml
 from cluster.jobs.submit import JOB_FILE, TRAIN_DRIVER, JobRequest
+from sharding.storage.lock import JOB_VARIABLE
 
 Values = dict[str, Any]
 
@@ -29,13 +30,15 @@ def rayjob(spec: DeploySpec) -> str:
     head["volumes"] = [{"name": "job", "configMap": {"name": _config_map_name(spec)}}]
     head["containers"][0]["volumeMounts"] = [{"name": "job", "mountPath": spec.job_folder, "readOnly": True}]
     limits = spec.limits
+    # The run folder knows the job again when KubeRay retries it on a fresh cluster, and gives it its lock at once.
+    environment = {**request.environment, JOB_VARIABLE: f"kuberay-{spec.kuberay.namespace}-{spec.name}"}
     job: Values = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": _metadata(spec, spec.name),
         "spec": {
             "entrypoint": f"{TRAIN_DRIVER} {spec.job_folder.rstrip('/')}/{JOB_FILE}",
-            "runtimeEnvYAML": to_yaml([{"env_vars": dict(request.environment)}]),
+            "runtimeEnvYAML": to_yaml([{"env_vars": environment}]),
             "metadata": dict(request.metadata),
             "submissionMode": "K8sJobMode",
             # Of each attempt: KubeRay begins to count anew when it retries with a fresh cluster.

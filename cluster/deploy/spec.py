@@ -7,8 +7,8 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.jobs.placement import Placement
 from cluster.jobs.submit import JobRequest, build_request
-from cluster.jobs.train_job import Placement
 from pipeline.config import RunConfig, load_config
 from pipeline.values import build_config, require
 from sharding.errors import UserError

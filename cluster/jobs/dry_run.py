@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from cluster.jobs.placement import Placement, worlds
 from cluster.jobs.submit import JobRequest
-from cluster.jobs.train_job import Placement
 from cluster.logs import PACKAGES
 from pipeline.config import RunConfig
 from pipeline.order import BatchPlan
+
+_SHOWN = 12
 
 
 def describe(request: JobRequest, config: RunConfig, placement: Placement) -> str:
@@ -20,13 +22,16 @@ def describe(request: JobRequest, config: RunConfig, placement: Placement) -> st
         placement: Ranks and their resources.
     """
     train = config.train
-    plan = BatchPlan.create(train.global_batch, train.micro_batch, placement.workers)
-    total = {name: amount * placement.workers for name, amount in placement.resources.items()}
+    sizes = worlds(placement, train.global_batch, train.micro_batch)
+    plan = BatchPlan.create(train.global_batch, train.micro_batch, sizes[-1])
+    total = {name: amount * sizes[-1] for name, amount in placement.resources.items()}
+    elastic = {"ranks": f"{_numbers(sizes)}, the largest of these that fits"} if placement.elastic else {}
     rows = {
         "entrypoint": request.entrypoint,
         "code": f"the packages {', '.join(PACKAGES)} of this installation",
         **{f"environment {name}": value or '""' for name, value in request.environment.items()},
         **{f"metadata {name}": value for name, value in request.metadata.items()},
+        **elastic,
         "batch": f"{plan.global_batch} chips a step = {plan.world_size} ranks x {plan.grad_accum} forward passes x "
         f"{plan.micro_batch} chips",
         "resources of a rank": _amounts(placement.resources),
@@ -37,6 +42,11 @@ def describe(request: JobRequest, config: RunConfig, placement: Placement) -> st
     width = max(map(len, rows))
     lines = "".join(f"{name.ljust(width)}  {value}\n" for name, value in rows.items())
     return f"{lines}\n{config.to_toml()}\nNothing was sent."
+
+
+def _numbers(sizes: Sequence[int]) -> str:
+    shown = [str(ranks) for ranks in sizes]
+    return ", ".join(shown if len(shown) <= _SHOWN else [*shown[: _SHOWN // 2], "...", *shown[-_SHOWN // 2 :]])
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

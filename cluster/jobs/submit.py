@@ -1,28 +1,21 @@
-"""From a configuration to a Ray job: build the request (pure), send it, follow its log."""
+"""From a configuration to a Ray job: build the request (pure), send it once, follow its log."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
-import logging
-import os
-import shlex
+import json
 import shutil
 import sys
-import time
-import urllib.error
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-import msgspec
-
-from cluster.jobs.train_job import Job, Placement
+from cluster.jobs.placement import Placement, worlds
+from cluster.jobs.server import GRACE_SECONDS, connect, first_line, follow, how_to_follow, jobs_of
+from cluster.jobs.train_job import Job
 from cluster.logs import PACKAGES
-from cluster.token import MODE_VARIABLE, PATH_VARIABLE, ask, authorization, token_file
 from sharding.errors import UserError
 from sharding.names import refuse_secret
 from sharding.schema import decode
@@ -30,13 +23,9 @@ from sharding.scratch import scratch_folder
 from sharding.terminal import say
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
     from cluster.sweep.plan import SweepJob
     from pipeline.config import RunConfig
     from sharding.run.job import ShardJob
-
-logger = logging.getLogger(__name__)
 
 # Variables with which a worker finds the storage. Keys are not among them: each node has its own credential chain.
 _TRAVELLING = (
@@ -53,18 +42,18 @@ _RAY_HABITS = {
     "RAY_COLOR_PREFIX": "0",
     # It only warns that a node will be lost; the job resumes from the newest checkpoint either way.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Where nodes are busy or slow, ranks get three minutes to start before the room for them is counted again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # Time for a checkpoint between the request to stop and the driver's end by force.
+    "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_SECONDS),
 }
 JOB_FILE = "job.json"
 """Name of the file that describes a job to its driver."""
 TRAIN_DRIVER = "python -m cluster.jobs.train_job"
 """Command of a training job's driver; the path of its job's file follows."""
-_ANSWER_SECONDS = 20.0
-_POLL_SECONDS = 0.5
-_LOST_SECONDS = 60.0
+_RUN, _DESCRIPTION = "run", "job"
+"""Keys of a job's metadata: the URI of its run folder, and its description."""
 _INTERRUPTED = 130
-# HTTP statuses without a token, and with another one.
-_REFUSED = {401, 403}
-_REDIRECTS = {301, 302, 303, 307, 308}
 
 
 class Described(Protocol):
@@ -99,11 +88,9 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
         folder: The submitter's working directory.
 
     Raises:
-        UserError: The global batch does not divide by the ranks, or an endpoint holds a password.
+        UserError: The global batch does not divide by any allowed number of ranks, or an endpoint holds a password.
     """
-    from pipeline.order import BatchPlan  # slow: imports torch
-
-    BatchPlan.create(config.train.global_batch, config.train.micro_batch, placement.workers)
+    worlds(placement, config.train.global_batch, config.train.micro_batch)
     # A rank works in a folder of Ray's, where a relative path would be wrong.
     config = config.with_absolute_uris(folder)
     # Ray leaves a node's GPUs visible to a rank without GPUs.
@@ -111,7 +98,7 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
     return JobRequest(
         job=Job(config.to_dict(), placement),
         environment={**_travelling(environment), **no_gpus, **_RAY_HABITS},
-        metadata={"run": config.output.uri, "workers": str(placement.workers)},
+        metadata={_RUN: config.output.uri, "workers": str(placement.workers)},
     )
 
 
@@ -178,70 +165,42 @@ def send(request: JobRequest, address: str) -> str:
     Raises:
         UserError: No Ray job server answers there, or it refuses the job.
     """
-    client = _connect(address)
+    client = connect(address)
     with staged(request) as folder:
         try:
             job_id: str = client.submit_job(
                 entrypoint=request.entrypoint,
                 runtime_env={"working_dir": str(folder), "env_vars": dict(request.environment)},
-                metadata=dict(request.metadata),
+                metadata={**request.metadata, _DESCRIPTION: json.dumps(json.loads(request.job.to_json()))},
             )
         except (RuntimeError, OSError) as error:
-            raise UserError(f"the Ray job server at {address} refused the job: {_first_line(error)}") from error
+            raise UserError(f"the Ray job server at {address} refused the job: {first_line(error)}") from error
     return job_id
-
-
-def follow(address: str, job_id: str, output: TextIO) -> int:
-    """Copy a job's log to ``output``, each line once, until the job ends; return its exit status.
-
-    A broken connection is opened again, and lines already copied are skipped.
-
-    Raises:
-        UserError: The job server has not answered for a minute; the job may still run.
-    """
-    from ray.exceptions import AuthenticationError  # Ray is slow to import
-    from ray.job_submission import JobStatus
-
-    client = _connect(address)
-    log = _Log(client, job_id, output)
-    answered = time.monotonic()
-    while True:
-        try:
-            asyncio.run(log.copy())
-            details = client.get_job_info(job_id)
-            answered = time.monotonic()
-        # The client raises RuntimeError for refusals and broken streams; errors of aiohttp and requests are OSErrors.
-        except (RuntimeError, OSError, AuthenticationError) as error:
-            if time.monotonic() - answered > _LOST_SECONDS:
-                raise UserError(
-                    f"the Ray job server at {address} stopped answering ({_first_line(error)}): job {job_id} may still "
-                    f"run, {how_to_follow(address, job_id)}"
-                ) from error
-            details = None
-        if details is not None and details.status.is_terminal():
-            break
-        time.sleep(_POLL_SECONDS)
-    if details.status == JobStatus.SUCCEEDED:
-        return 0
-    if details.status == JobStatus.STOPPED:
-        logger.error("job %s was stopped", job_id)
-        return 1
-    # A driver that never started has no status of its own; the reason is only in the message.
-    if details.driver_exit_code is None:
-        logger.error("job %s failed: %s", job_id, details.message)
-    else:
-        logger.error("job %s failed with status %d", job_id, details.driver_exit_code)
-    return details.driver_exit_code or 1
 
 
 def run(request: JobRequest, address: str, output: TextIO) -> int:
     """Send a job, follow it and return its exit status; 130 for Ctrl-C, after which the job continues to run.
 
+    A training that runs already with the same configuration is followed instead.
+
     Raises:
-        UserError: Like `send` and `follow`.
+        UserError: Like `send`, `already_sent` and `follow`.
     """
-    job_id = send(request, address)
-    say(f"job {job_id} sent to {address}", output)
+    job_id = already_sent(request, address)
+    if job_id:
+        say(f"job {job_id} at {address} trains this run already", output)
+    else:
+        job_id = send(request, address)
+        say(f"job {job_id} sent to {address}", output)
+    return follow_or_leave(address, job_id, output)
+
+
+def follow_or_leave(address: str, job_id: str, output: TextIO) -> int:
+    """Follow a job and return its exit status; Ctrl-C leaves it running and returns 130.
+
+    Raises:
+        UserError: Like `follow`.
+    """
     try:
         return follow(address, job_id, output)
     except KeyboardInterrupt:
@@ -250,101 +209,42 @@ def run(request: JobRequest, address: str, output: TextIO) -> int:
         return _INTERRUPTED
 
 
-def how_to_follow(address: str, job_id: str) -> str:
-    """Return the commands that follow and stop a job which continues to run."""
-    path = token_file(address)
-    token = f"{MODE_VARIABLE}=token {PATH_VARIABLE}={shlex.quote(str(path))} " if path else ""
-    return (
-        f"follow it with `{token}ray job logs --address {address} --follow {job_id}`, "
-        f"stop it with `{token}ray job stop --address {address} {job_id}`"
-    )
+def already_sent(request: JobRequest, address: str) -> str | None:
+    """Return the id of the job that trains the same run at ``address``; None if there is none.
 
-
-class _Log:
-    """A job's log; each line is copied once, even if the stream breaks."""
-
-    def __init__(self, client: JobSubmissionClient, job_id: str, output: TextIO) -> None:
-        self._client = client
-        self._job_id = job_id
-        self._output = output
-        self._copied = 0
-
-    async def copy(self) -> None:
-        """Copy the lines that were not copied before, until the stream ends."""
-        position = 0  # Each stream begins at the log's first character.
-        async for text in self._client.tail_job_logs(self._job_id):
-            new = text[max(0, self._copied - position) :]
-            position += len(text)
-            self._copied = max(self._copied, position)
-            self._output.write(new)
-            self._output.flush()
-
-
-def _connect(address: str) -> JobSubmissionClient:
-    """Return a client of the job server, after a check within seconds that it answers."""
-    refuse_secret("--address", address)
-    if not _is_http(address):
-        raise UserError(f"--address {address!r} is not a URL of a Ray job server: give http://HOST:8265")
-    unanswered = f"no Ray job server answers at {address}: check the address and that the cluster is up"
-    path = token_file(address)
-    headers = authorization(path) if path else {}
-    try:
-        decode(ask(f"{address.rstrip('/')}/api/version", headers, _ANSWER_SECONDS), _Server)
-    except urllib.error.HTTPError as error:
-        if error.code in _REDIRECTS:
+    Raises:
+        UserError: A job trains into the same run folder with other settings; the message has their names.
+    """
+    uri = request.metadata.get(_RUN)
+    if uri is None:
+        return None
+    for job in jobs_of(address):
+        metadata = job.metadata or {}
+        if job.status.is_terminal() or metadata.get(_RUN) != uri:
+            continue
+        found = differences(metadata.get(_DESCRIPTION, ""), request.job.to_json())
+        if found:
             raise UserError(
-                f"{address} redirects to another address, which is not followed: give the job server's own address"
-            ) from error
-        # The client below sends the token of Ray's own variables, and so gets another answer.
-        if error.code not in _REFUSED:
-            raise UserError(unanswered) from error
-    # Servers that speak no HTTP, for example Ray's own control service, break the protocol or send no text.
-    except (OSError, ValueError) as error:
-        raise UserError(unanswered) from error
+                f"job {job.submission_id} at {address} trains into {uri} with another {'; '.join(found)}: name another"
+                f" output.uri, or end it with `satfusion stop --address {address} {job.submission_id}`"
+            )
+        return str(job.submission_id)
+    return None
 
-    _bypass_proxies(address)
-    # Ray prefers these variables to the address it is given.
-    hidden = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
+
+def differences(before: str, now: str) -> list[str]:
+    """Return the settings in which two descriptions of jobs (JSON) differ, as ``key (value before, now value)``."""
     try:
-        from ray.exceptions import AuthenticationError  # Ray is slow to import
-        from ray.job_submission import JobSubmissionClient
-
-        for handler in logging.getLogger("ray").handlers:
-            handler.setLevel(logging.WARNING)  # It logs each upload and each stream's end.
-        return JobSubmissionClient(address, headers=headers or None)
-    except AuthenticationError as error:
-        raise UserError(
-            f"the Ray job server at {address} refuses requests without its token: if it is yours, set "
-            f"{MODE_VARIABLE}=token, and {PATH_VARIABLE} to the file with its token"
-        ) from error
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"{unanswered} ({_first_line(error)})") from error
-    finally:
-        os.environ.update(hidden)
-
-
-class _Server(msgspec.Struct):
-    """Schema of a job server's version."""
-
-    ray_version: str
-
-
-def _bypass_proxies(address: str) -> None:
-    """Make Ray's client connect to the job server itself: a proxy could read the token and the code."""
-    host = urllib.parse.urlsplit(address).hostname
-    known = [os.environ.get(name) for name in ("no_proxy", "NO_PROXY")]
-    os.environ["no_proxy"] = ",".join(dict.fromkeys(filter(None, [*known, host])))
-
-
-def _is_http(address: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(address)
-        # The port is parsed when it is read: a word or too large a number raises ValueError then.
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        old = _flat(decode(before, dict[str, Any]))
     except ValueError:
-        return False
+        return ["description, which this program did not write"]
+    new = _flat(decode(now, dict[str, Any]))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name.removeprefix('config.')} ({old.get(name)}, now {new.get(name)})" for name in names]
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

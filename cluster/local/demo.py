@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cluster.jobs.submit import build_request, follow, send
-from cluster.jobs.train_job import Placement
+from cluster.jobs.placement import Placement
+from cluster.jobs.server import follow
+from cluster.jobs.submit import build_request, send
 from cluster.local import nodes as local
 from cluster.local.objectstore import ObjectStore, remove_sockets
 from cluster.local.processes import ProcessId, identify, is_running

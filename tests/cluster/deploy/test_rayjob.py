@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from cluster.deploy.render import render
-from cluster.jobs.submit import JobRequest, follow, send
+from cluster.jobs.server import follow
+from cluster.jobs.submit import JobRequest, send
 from cluster.jobs.train_job import Job
 from cluster.local import nodes as local
 from cluster.local.nodes import LocalCluster, NodeOptions

@@ -82,7 +82,9 @@ def test_the_rayjob(texts: dict[str, str]) -> None:
     assert {part["metadata"]["namespace"] for part in found.values()} == {"ml"}
     assert spec["entrypoint"] == "python -m cluster.jobs.train_job /etc/satfusion/job.json"
     assert (spec["backoffLimit"], spec["activeDeadlineSeconds"]) == (3, 9000)
-    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["AWS_ENDPOINT_URL"] == "https://s3.example.org"
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+    assert environment["AWS_ENDPOINT_URL"] == "https://s3.example.org"
+    assert environment["SATFUSION_JOB"] == "kuberay-ml-fusion", "a retry would wait for the lock of the attempt before"
     rules = [(*rule["condition"].items(), rule["policy"]) for rule in spec["deletionStrategy"]["deletionRules"]]
     assert rules == [
         (("jobStatus", "SUCCEEDED"), ("ttlSeconds", 30), "DeleteCluster"),

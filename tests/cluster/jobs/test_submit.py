@@ -16,9 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.cli import main
-from cluster.jobs import submit
-from cluster.jobs.submit import JobRequest, build_request, follow, send, staged
-from cluster.jobs.train_job import Job, Placement, _room
+from cluster.jobs import server
+from cluster.jobs.placement import Placement, room_on
+from cluster.jobs.server import follow
+from cluster.jobs.submit import JobRequest, build_request, send, staged
+from cluster.jobs.train_job import Job
 from pipeline.config import RunConfig, load_config
 from sharding.errors import UserError
 
@@ -125,7 +127,7 @@ def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, object]:
     ],
 )
 def test_room_is_counted_node_by_node(placement: Placement, nodes: list[dict[str, object]], room: int) -> None:
-    assert _room(placement, nodes) == room
+    assert room_on(nodes, placement) == room
 
 
 def test_an_address_without_an_answer_is_refused_soon() -> None:
@@ -200,7 +202,7 @@ def recording(status: int, body: bytes = b"", location: str = "") -> Iterator[tu
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the token of every address."""
     (tmp_path / "token").write_text("secret")
-    monkeypatch.setattr(submit, "token_file", lambda address: tmp_path / "token")
+    monkeypatch.setattr(server, "token_file", lambda address: tmp_path / "token")
     return "Bearer secret"
 
 
@@ -220,7 +222,7 @@ def test_no_proxy_gets_the_token(token: str, monkeypatch: pytest.MonkeyPatch) ->
     with recording(502) as (proxy, by_proxy), recording(200, versions) as (address, asked):
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy)
-        submit._connect(address)
+        server.connect(address)
         assert by_proxy == []
     assert len(asked) >= 2, "the check, and Ray's client"
     assert set(asked) == {("/api/version", token)}
@@ -286,7 +288,7 @@ class StutteringClient:
 
 def test_a_broken_stream_repeats_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     client = StutteringClient()
-    monkeypatch.setattr(submit, "_connect", lambda address: client)
+    monkeypatch.setattr(server, "connect", lambda address: client)
     output = io.StringIO()
     assert follow("http://head:8265", "job", output) == 7
     assert output.getvalue() == "first\nsecond\nthird\n"

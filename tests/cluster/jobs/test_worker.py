@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.train import TrainingFailedError
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, TrainingFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from cluster.jobs import room
 from cluster.jobs import train_job as worker
-from cluster.jobs.train_job import Job, Placement, run_job
+from cluster.jobs.placement import Placement
+from cluster.jobs.train_job import Job, Stopped, run_job
 from pipeline.config import load_config
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError, retries
@@ -25,19 +34,37 @@ def failure(*failures: Exception) -> TrainingFailedError:
     return error
 
 
+End = Exception | Callable[[], None] | None
+"""End of an attempt: an error, an action after which the ranks stop at a checkpoint, or None for a complete run."""
+
+
+class SilentNotice:
+    """The actor's handle, without an actor."""
+
+    ask = SimpleNamespace(remote=lambda asked: None)
+
+
 class Attempts:
     """Outcomes of the attempts; a job removes those it has taken from ``left``."""
 
     def __init__(self) -> None:
-        self.left: list[Exception | None] = []
+        self.left: list[End] = []
+        self.workers: int | str = 2
+        self.worlds: list[int] = []
 
-    def run(self, max_failures: int, *ends: Exception | None) -> None:
+    def run(self, max_failures: int, *ends: End) -> None:
         self.left = list(ends)
-        run_job(Job(load_config("srcnn_pnn").to_dict(), Placement(2, max_failures=max_failures)))
+        run_job(Job(load_config("srcnn_pnn").to_dict(), Placement(self.workers, max_failures=max_failures)))
 
-    def fit(self, job: Job, function: object) -> None:
-        if end := self.left.pop(0):
+    def fit(self, job: Job, function: object, world: int) -> bool:
+        self.worlds.append(world)
+        end = self.left.pop(0)
+        if isinstance(end, Exception):
             raise end
+        if end is not None:
+            end()
+            return False
+        return True
 
 
 @pytest.fixture
@@ -46,6 +73,8 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     monkeypatch.setattr(worker, "_RESTART_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 100.0})
+    monkeypatch.setattr(worker, "start_notice", SilentNotice)
     monkeypatch.setattr(worker, "_fit", attempts.fit)
     return attempts
 
@@ -80,7 +109,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_refused_before_a_rank_is_s
     attempts: Attempts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config("srcnn_pnn", ["data.uri=s3://bucket/shards", "output.uri=/nowhere/run"])
-    monkeypatch.setattr(worker, "_fit", lambda job, function: pytest.fail("a rank was started"))
+    monkeypatch.setattr(worker, "_fit", lambda job, function, world: pytest.fail("a rank was started"))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -93,7 +122,7 @@ def test_keys_are_the_ranks_matter(attempts: Attempts, monkeypatch: pytest.Monke
     """The driver's node may have no keys while the ranks' nodes have some."""
     config = load_config("srcnn_pnn", ["data.uri=s3://bucket/shards", "output.uri=s3://bucket/run"])
     began: list[Job] = []
-    monkeypatch.setattr(worker, "_fit", lambda job, function: began.append(job))
+    monkeypatch.setattr(worker, "_fit", lambda job, function, world: not began.append(job))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -109,7 +138,103 @@ def test_a_small_cluster_may_grow(attempts: Attempts, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": looks.pop(0)}}])
     monkeypatch.setattr(ray.util, "placement_group", lambda bundles, strategy: asked.append(bundles))
     monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: asked.append("removed"))
-    monkeypatch.setattr(worker, "_ROOM_POLL_SECONDS", 0.0)
-    worker._await_room(Placement(2, wait_for_resources=60))
+    monkeypatch.setattr(room, "_POLL_SECONDS", 0.0)
+    assert room.await_room(Placement(2, wait_for_resources=60), (2,), threading.Event()) == 2
     assert asked == [[{"CPU": 1.0}, {"CPU": 1.0}], "removed"]
     assert looks == []
+
+
+def test_a_lost_controller_counts_and_ranks_without_resources_do_not(attempts: Attempts) -> None:
+    busy = ControllerError(WorkerGroupStartupTimeoutError(2))
+    attempts.run(2, ActorDiedError(), busy, busy, busy, failure(BROKEN), None)
+    assert attempts.left == []
+    with pytest.raises(ActorDiedError):
+        attempts.run(1, ActorDiedError(), ActorDiedError(), None)
+    assert attempts.left == [None]
+
+
+def test_an_elastic_job_shrinks_with_the_cluster_and_grows_with_it(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch has 8 chips. A lost node is a failure, and the stop in order to grow is none."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}} for _ in range(9)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(worker, "Growth", lambda placement, sizes, world: lambda: False)
+    attempts.workers = "2..9"
+
+    class NodesLost(ConnectionError):
+        def __str__(self) -> str:
+            del nodes[3:]
+            return "broken by a lost node"
+
+    def nodes_come() -> None:
+        nodes.extend([nodes[0]] * 2)
+
+    attempts.run(1, failure(NodesLost()), nodes_come, None)
+    assert attempts.worlds[1:] == [2, 4]
+    assert attempts.worlds[0] == 8
+
+
+def test_an_elastic_job_below_its_least_ends_and_says_so(attempts: Attempts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "placement_group", lambda bundles, strategy: len(bundles))
+    monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: None)
+    attempts.workers = "3..8"  # the cluster has room for 2
+    with pytest.raises(UserError, match=r"is 3\.\.8 .*\(the least that divides the batch is 4\).* room for 2"):
+        attempts.run(2, None)
+    assert attempts.worlds == []
+
+
+def test_sigterm_ends_the_job_at_a_checkpoint(attempts: Attempts) -> None:
+    with pytest.raises(Stopped):
+        attempts.run(2, lambda: os.kill(os.getpid(), signal.SIGTERM), None)
+    assert attempts.left == [None]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_after_a_failure_starts_no_other_attempt(attempts: Attempts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def await_room(placement: Placement, sizes: object, stops: threading.Event) -> int:
+        if attempts.worlds:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 2
+
+    monkeypatch.setattr(worker, "await_room", await_room)
+    with pytest.raises(Stopped):
+        attempts.run(2, failure(BROKEN), None)
+    assert attempts.left == [None]
+
+
+def test_growth_waits_until_the_room_has_lasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, cpus = [100.0], [3.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus[0]}}])
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": cpus[0] - 2})
+    grows = room.Growth(Placement("2..4"), (2, 4), 2)
+
+    def after(seconds: float, total: float) -> bool:
+        clock[0] += seconds
+        cpus[0] = total
+        return grows()
+
+    assert not after(0, 3)  # three ranks do not divide the batch
+    assert not after(100, 3)
+    assert not after(1, 4)
+    assert not after(9, 4)
+    assert not after(1, 2)  # it was gone again
+    assert not after(1, 4)
+    assert not after(9, 4)
+    assert after(1, 4)
+    assert not room.Growth(Placement("2..4"), (2, 4), 4)(), "there is nothing larger"
+
+
+def test_an_elastic_job_takes_what_is_free_when_it_stays_so(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resources of the attempt before are free a little later; those of another job are not."""
+    free = [2.0, 2.0, 8.0]
+    monkeypatch.setattr(room, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free.pop(0) if len(free) > 1 else free[0]})
+    assert room.await_room(Placement("2..8"), (2, 4, 8), threading.Event()) == 8
+    free[:] = [4.0]
+    monkeypatch.setattr(room, "_SETTLE_SECONDS", 0.0)
+    assert room.await_room(Placement("2..8"), (2, 4, 8), threading.Event()) == 4

@@ -24,14 +24,16 @@ import pytest
 import torch
 
 from cluster.cli import main
-from cluster.jobs.submit import build_request, follow, send
-from cluster.jobs.train_job import Placement
+from cluster.jobs.placement import Placement
+from cluster.jobs.server import follow
+from cluster.jobs.submit import build_request, send
 from cluster.local import nodes as local
 from cluster.local.nodes import LocalCluster, NodeOptions
 from cluster.local.objectstore import ObjectStore
 from cluster.local.processes import ProcessId, identify, is_running, running_with
 from cluster.token import authorization, token_file
 from pipeline.config import RunConfig, load_config
+from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
@@ -376,14 +378,16 @@ def test_a_store_that_does_not_answer_at_the_start_is_refused(
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_following_leaves_the_job_running(
-    cluster: LocalCluster, make_config: Callable[..., RunConfig], tmp_path: Path
+def test_ctrl_c_leaves_the_job_running_and_stop_ends_it_at_a_checkpoint(
+    cluster: LocalCluster,
+    make_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
     config = tmp_path / "config.toml"
-    config.write_text(make_config(tmp_path / "run", "train.epochs=10000").to_toml())
-    arguments = ["submit", str(config), "--address", cluster.address, "--workers", "2"]
+    options = ("train.epochs=10000", "train.checkpoint_every=100000")
+    config.write_text(make_config(tmp_path / "run", *options).to_toml())
+    arguments = ["submit", str(config), "--address", cluster.address, "--workers", "1..2"]
     with subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -392,17 +396,32 @@ def test_ctrl_c_while_following_leaves_the_job_running(
         while "starting at step 0" not in (line := process.stdout.readline()):
             assert line, "the log ended"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert f"job {job_id} runs on" in errors
-    token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token_file}"
-    assert f"{token} ray job stop --address {cluster.address} {job_id}" in errors
-    assert f"{token} ray job logs --address {cluster.address} --follow {job_id}" in errors
+    assert f"`satfusion stop --address {cluster.address} {job_id}`" in errors
+    assert f"`satfusion logs --address {cluster.address} --follow {job_id}`" in errors
     assert "Traceback" not in errors
-    client = JobSubmissionClient(cluster.address, headers=authorization(Path(cluster.token_file)))
-    assert client.get_job_status(job_id) == JobStatus.RUNNING
-    client.stop_job(job_id)
-    assert follow(cluster.address, job_id, io.StringIO()) == 1
+
+    # Sent again it is followed, and with other settings it is refused.
+    assert main([*arguments, "--no-wait"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == job_id
+    assert main([*arguments, "--no-wait", "train.learning_rate=0.5"]) == 2
+    assert "another train.learning_rate (0.001, now 0.5)" in capsys.readouterr().err
+    assert main(["jobs", "--address", cluster.address]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if job_id in line]
+    assert row.split()[1] == "running"
+    assert row.endswith(str(tmp_path / "run"))
+
+    # The only checkpoint of the run is the one it writes when it is stopped.
+    assert main(["stop", "--address", cluster.address, job_id]) == 0
+    assert capsys.readouterr().out == f"job {job_id}: stopped\n"
+    assert main(["logs", "--address", cluster.address, job_id]) == 0
+    log = capsys.readouterr().out
+    assert "the job was stopped, at its newest checkpoint" in log
+    last = last_checkpoint(tmp_path / "run").position.step
+    assert last == int(column(tmp_path / "run", "step")[-1])
+    assert follow(cluster.address, job_id, io.StringIO()) == STOPPED_STATUS
 
 
 def test_a_users_mistake_inside_the_job_is_one_sentence_and_status_2(
@@ -413,7 +432,7 @@ def test_a_users_mistake_inside_the_job_is_one_sentence_and_status_2(
     assert main([*arguments, f"data.uri={dataset}", f"output.uri={tmp_path / 'run'}"]) == 0
     printed = capfd.readouterr().out
     job_id = printed.splitlines()[0]
-    assert f"ray job logs --address {cluster.address} --follow {job_id}" in printed
+    assert f"satfusion logs --address {cluster.address} --follow {job_id}" in printed
     log = io.StringIO()
     assert follow(cluster.address, job_id, log) == 2
     sentences = [line for line in log.getvalue().splitlines() if line.startswith("satfusion: error:")]

@@ -1,0 +1,91 @@
+"""Request to stop at a checkpoint: from the driver, which sees signals and the cluster, to the ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_POLL_SECONDS = 1.0
+
+
+class Notice:
+    """Ray actor that holds the request; it runs on the driver's node and ends with the driver."""
+
+    def __init__(self) -> None:
+        """Begin without a request."""
+        self._asked = False
+
+    def ask(self, asked: bool) -> None:
+        """Make or withdraw the request."""
+        self._asked = asked
+
+    def asked(self) -> bool:
+        """Return whether the ranks are to stop."""
+        return self._asked
+
+
+def start_notice() -> Any:
+    """Start the actor on this node and return its handle."""
+    import ray  # Ray is slow to import
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Notice).remote()
+
+
+def listen(notice: Any) -> threading.Event:
+    """Return an event that is set after the request; a thread asks for it, so that a step never waits for the answer.
+
+    Args:
+        notice: Handle of the actor.
+    """
+    import ray  # Ray is slow to import
+
+    asked = threading.Event()
+    if ray.get(notice.asked.remote()):  # before the ranks were there: they need not begin
+        asked.set()
+    threading.Thread(target=_ask_until_set, args=(notice, asked), name="notice", daemon=True).start()
+    return asked
+
+
+def _ask_until_set(notice: Any, asked: threading.Event) -> None:
+    import ray  # Ray is slow to import
+
+    while not asked.wait(_POLL_SECONDS):
+        try:
+            if ray.get(notice.asked.remote()):
+                asked.set()
+        except ray.exceptions.RayError:  # The driver has ended, and with it the actor: Ray ends this process.
+            return
+
+
+class Watch:
+    """Thread of the driver during an attempt: it makes the request when the job must end or can grow."""
+
+    def __init__(self, notice: Any, stops: threading.Event, may_grow: Callable[[], bool]) -> None:
+        """Prepare to watch.
+
+        Args:
+            notice: Handle of the actor.
+            stops: Set when the job must end.
+            may_grow: Asked once a second; returns whether the job is to be interrupted to run with more ranks.
+        """
+        self._notice, self._stops, self._may_grow = notice, stops, may_grow
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    def __enter__(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        """End watching."""
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(_POLL_SECONDS):
+            if self._stops.is_set() or self._may_grow():
+                self._notice.ask.remote(True)
+                return

@@ -1,0 +1,104 @@
+"""Room of the cluster for ranks: wait for it before an attempt, and see when an elastic job can grow."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from cluster.jobs.placement import Placement, largest, room_in, room_on
+from sharding.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0
+# The resources of an attempt that has just ended are free a few seconds later.
+_SETTLE_SECONDS = 15.0
+# Nodes that come together are taken together.
+_GROW_AFTER_SECONDS = 10.0
+
+
+def await_room(placement: Placement, sizes: Sequence[int], stops: threading.Event) -> int:
+    """Return the number of ranks to start with; wait for the cluster to grow, and refuse it if it stays too small.
+
+    A job of a fixed size waits for nodes that are busy; an elastic one takes what is free.
+
+    Args:
+        placement: Ranks and their resources.
+        sizes: The numbers of ranks that the job may have, as `worlds` returns them.
+        stops: Ends the wait; the result has no meaning then.
+
+    Raises:
+        UserError: Too few ranks fit when `Placement.wait_for_resources` is over.
+    """
+    import ray  # Ray is slow to import
+
+    began = time.monotonic()
+    while not stops.is_set():
+        total = _await_nodes(placement, sizes, stops)
+        if not placement.elastic:
+            return total
+        free = largest(sizes, min(total, room_in(ray.available_resources(), placement)))
+        if free and (free == total or time.monotonic() - began >= _SETTLE_SECONDS):
+            return free
+        stops.wait(_POLL_SECONDS)
+    return 0
+
+
+def _await_nodes(placement: Placement, sizes: Sequence[int], stops: threading.Event) -> int:
+    """Return the largest number of ranks that fits on the nodes, busy or not; wait until one does."""
+    import ray  # Ray is slow to import
+    from ray.util import placement_group, remove_placement_group
+
+    if world := largest(sizes, room_on(ray.nodes(), placement)):
+        return world
+    # An autoscaler grows a cluster by the resources that are requested.
+    demand = placement_group([placement.resources] * sizes[-1], strategy="SPREAD")
+    try:
+        deadline = time.monotonic() + placement.wait_for_resources
+        while not (world := largest(sizes, room := room_on(ray.nodes(), placement))) and not stops.is_set():
+            if time.monotonic() >= deadline:
+                raise UserError(_too_small(placement, sizes, room))
+            stops.wait(_POLL_SECONDS)
+        return world
+    finally:
+        remove_placement_group(demand)
+
+
+def _too_small(placement: Placement, sizes: Sequence[int], room: int) -> str:
+    each = " and ".join(f"{amount:g} {name}" for name, amount in placement.resources.items())
+    waited = f" after {placement.wait_for_resources:g} s" if placement.wait_for_resources else ""
+    least = f" (the least that divides the batch is {sizes[0]})" if sizes[0] != placement.fewest else ""
+    return (
+        f"--workers is {placement.workers} with {each} each{least}, and the cluster has room for {room}{waited}: ask"
+        " for less, or give a cluster that grows time with --wait-for-resources SECONDS"
+    )
+
+
+class Growth:
+    """Whether an elastic job that runs could run with more ranks, for long enough to be worth a restart."""
+
+    def __init__(self, placement: Placement, sizes: Sequence[int], world: int) -> None:
+        """Watch for a job that has ``world`` ranks of the possible ``sizes``."""
+        self._placement, self._sizes, self._world = placement, sizes, world
+        self._since: float | None = None
+
+    def __call__(self) -> bool:
+        """Return whether more ranks have had room for `_GROW_AFTER_SECONDS` without a break."""
+        if self._world == self._sizes[-1] or not self._has_room():
+            self._since = None
+            return False
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        return now - self._since >= _GROW_AFTER_SECONDS
+
+    def _has_room(self) -> bool:
+        import ray  # Ray is slow to import
+
+        total = room_on(ray.nodes(), self._placement)
+        more = largest(self._sizes, min(total, self._world + room_in(ray.available_resources(), self._placement)))
+        if more > self._world and self._since is None:
+            logger.info("the cluster has room for %d ranks; %d run", more, self._world)
+        return more > self._world

@@ -1,0 +1,74 @@
+"""What Ray's errors mean for a job; errors of the types that Ray raises, with its texts."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+
+from cluster.jobs.failures import Failure, killed_for_memory, understand
+from sharding.errors import UserError
+from sharding.storage import StorageUnavailableError
+
+MEMORY = """Task was killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 4c) where the task (actor ID: 8f, name=RayTrainWorker.__init__, pid=311, memory \
+used=9.41GB) was running was 30.50GB / 32.00GB (0.953125), which exceeds the memory usage threshold of 0.95. Ray \
+killed this worker (ID: b2) because it was the most recently scheduled task; to see more information about memory \
+usage on this node, use `ray logs raylet.out -ip 10.0.0.7`. Top 10 memory users:
+PID\tMEM(GB)\tCOMMAND
+311\t9.41\tray::RayTrainWorker
+298\t9.38\tray::RayTrainWorker
+12\t0.20\t/usr/bin/python -m other
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
+
+
+def lost(text: str) -> Exception:
+    return WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError(text))
+
+
+def group(*failures: Exception) -> WorkerGroupError:
+    return WorkerGroupError("ranks failed", dict(enumerate(failures)))
+
+
+AWAY, MISTAKE = StorageUnavailableError("the store is away"), UserError("the mistake")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (group(ConnectionError("reset"), lost("The worker died")), Failure("failure", "rank 1 was lost")),
+        (
+            group(lost("The actor died because its node has died."), ConnectionError("reset")),
+            Failure("failure", "the node of rank 0 was lost"),
+        ),
+        (group(ConnectionError("reset"), ValueError("bug")), Failure("failure", "rank 0, 1 failed")),
+        (group(lost("died"), AWAY), Failure("failure", "the store is away", AWAY)),
+        (group(AWAY, MISTAKE), Failure("mistake", "the mistake", MISTAKE)),
+        (
+            ControllerError(WorkerGroupStartupTimeoutError(4)),
+            Failure("busy", "the ranks did not start in time, since their resources were not free"),
+        ),
+        (ControllerError(WorkerGroupStartupFailedError("died")), Failure("failure", "Ray Train failed (died)")),
+        (ActorDiedError(), Failure("failure", "Ray Train's controller was lost")),
+    ],
+)
+def test_each_end_of_an_attempt_has_its_kind(error: Exception, expected: Failure) -> None:
+    assert understand(error) == expected
+
+
+def test_a_kill_for_memory_is_named_with_what_used_it() -> None:
+    failure = understand(group(ConnectionError("reset"), lost(MEMORY)))
+    assert failure.kind == "failure"
+    assert failure.reason == (
+        "Ray's memory monitor killed a rank (30.50GB / 32.00GB; PID, GB and command of the largest: "
+        "311 9.41 ray::RayTrainWorker; 298 9.38 ray::RayTrainWorker; 12 0.20 /usr/bin/python -m other)"
+    )
+    assert killed_for_memory("The worker died") == ""
+    assert killed_for_memory("OutOfMemoryError") == (
+        "Ray's memory monitor killed a rank (its node was short of memory)"
+    )
