@@ -42,6 +42,10 @@ WHEELS = (
     *("typing-inspection", "typing_extensions"),
     # Samples are checked with it.
     "zlib-ng",
+    # Everything that is read goes through its schemas.
+    "msgspec",
+    # Storage names its errors.
+    "urllib3",
     # A limit, so that one test that hangs does not take the time of the others.
     "pytest-timeout",
 )

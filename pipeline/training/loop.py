@@ -125,10 +125,8 @@ class Trainer:
         self.saver = Saver(run, world, config, Channel(world), lock)
         self._saved_at, self._stalled = time.monotonic(), 0.0
         self._asked: set[str] = set()
-        self.config = config
-        self.world = world
-        self.plan = plan
-        self.run = run
+        self._rows: list[StepRow] = []
+        self.config, self.world, self.plan, self.run = config, world, plan, run
         self.train_set, self.val_set = train, val
         self.loader = TrainLoader(train, plan, world.rank, config.train.seed, world.device)
         if checkpoint:
@@ -191,6 +189,8 @@ class Trainer:
                 self.account.record(self.run, due=True, complete=not self.stopped)
                 logger.info("%s", self.account.summary())
         except NonFiniteLossError as error:
+            for row in self._rows:
+                logs.write_step(row.step, row.epoch, row.by_rank, {})
             logs.alert(self.step, str(error))
             raise
         finally:
@@ -211,7 +211,8 @@ class Trainer:
             validates = ends or self.step % self.loader.steps_per_epoch == 0
             saves = ends or self.step % self.config.train.checkpoint_every == 0
             # Nothing is saved or validated before all losses up to here are known to be finite.
-            rows = list(self._arrived(everything=validates or saves))
+            rows = self._rows = []
+            rows.extend(self._arrived(everything=validates or saves))
             if self._asked:
                 rows.extend(self._arrived(everything=True))
                 saves = True
@@ -267,8 +268,7 @@ class Trainer:
         if self.average:
             self.average.update(self.step)
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
-        # Scaled as if every rank had an equal share of the counted chips, so that the ranks' mean is the mean over
-        # these.
+        # Scaled as if every rank had an equal share of the counted chips: the ranks' mean is the mean over these.
         means = sums * (self.world.size / counted.clamp(min=1))
         losses = dict(zip(LOSS_TAGS.values(), means.unbind(), strict=True))
         measured = {COUNTED: counted, **losses, "train/grad_norm": self.engine.grad_norm}

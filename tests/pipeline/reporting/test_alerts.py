@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -115,14 +116,15 @@ def test_a_webhook_gets_the_alert_and_no_log_its_address(
 
 
 def test_an_unreachable_webhook_is_named_by_its_error_alone(
-    hook: Hook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    address = hook.address
-    hook.server_close()
-    monkeypatch.setenv(URL_VARIABLE, address)
-    alerts = Alerts(AlertsConfig(), "runs/a", lambda step, text: None)
-    alerts.send(1, "x")
-    alerts.close()
+    # Bound and never listening: the connection is refused, and no other process can take the port meanwhile.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv(URL_VARIABLE, f"http://127.0.0.1:{taken.getsockname()[1]}/hush")
+        alerts = Alerts(AlertsConfig(), "runs/a", lambda step, text: None)
+        alerts.send(1, "x")
+        alerts.close()
     assert "could not be reached (NewConnectionError)" in caplog.text
     assert "hush" not in caplog.text
 
