@@ -213,4 +213,7 @@ def use_tf32(enabled: bool) -> None:
     """
     precision = "tf32" if enabled else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
+    # torch.export reads the older setting, and refuses one that contradicts the two below.
+    torch.backends.cudnn.allow_tf32 = enabled
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
