@@ -6,9 +6,12 @@ import ctypes
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+REPEAT_S = 3.0
+"""Seconds after a SIGTERM in which another one is taken for the same."""
 _PR_SET_PDEATHSIG = 1
 STOPPED_STATUS = 75
 """Exit status of a training that SIGTERM ended at a checkpoint: the same command resumes it (EX_TEMPFAIL)."""
@@ -32,16 +35,21 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[threading.Event]:
-    """Set an event at the first SIGTERM within the block; a second one raises `KeyboardInterrupt`.
+    """Set an event at the first SIGTERM within the block; a later one raises `KeyboardInterrupt`.
 
-    For the main thread of a command whose work ends in good order once the event is set.
+    For the main thread of a command whose work ends in good order once the event is set. Signals within REPEAT_S of
+    the first are the same request: torchrun repeats to its processes what a scheduler has sent to all of them.
     """
     stop = threading.Event()
+    asked = 0.0
 
     def ask(number: int, frame: object) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if not stop.is_set():
+            asked = time.monotonic()
+            stop.set()
+        elif time.monotonic() - asked > REPEAT_S:
             raise KeyboardInterrupt
-        stop.set()
 
     before = signal.signal(signal.SIGTERM, ask)
     try:

@@ -9,11 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_direct_dependency_is_listed_with_its_pinned_version() -> None:
+def direct_dependencies() -> set[str]:
+    """Return the names of the packages that setup.cfg asks for, those of extras included."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    required = {match[1] for match in re.finditer(r"^\s*([a-z][a-z0-9-]*)", "\n".join(lines), re.M)}
+    return {match[1] for match in re.finditer(r"^\s*([a-z][a-z0-9-]*)", "\n".join(lines), re.M)}
+
+
+def test_every_direct_dependency_is_listed_with_its_pinned_version() -> None:
+    required = direct_dependencies()
     pinned = dict(re.findall(r"^([A-Za-z0-9_-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
     section = (ROOT / "docs/operations.md").read_text().partition("## Direct dependencies")[2]
     rows = re.findall(r"^\| ([a-z][\w-]*)(?: \(extra `\w+`\))? \| (\S+) \| ([^|]+) \| ([^|]+) \|$", section, re.M)

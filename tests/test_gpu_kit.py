@@ -11,15 +11,20 @@ import sys
 import time
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks import gpu, gpu_kit
 from benchmarks.build_mamba import for_one_gpu
 from benchmarks.gpu_parts import largest_batch
 from benchmarks.results import table
 from tests.gpu.conftest import REASON
+from tests.test_dependencies import direct_dependencies
 
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
@@ -36,13 +41,27 @@ sys.meta_path.insert(0, Blocker())
 import pytest
 sys.exit(pytest.main(["-m", "gpu", "-rs", "-p", "no:cacheprovider"]))
 """
-BLOCKED = ("rasterio", "boto3", "botocore", "webdataset", "ray", "hypothesis", "xdist", "pytest_timeout")
+
+
+def blocked() -> set[str]:
+    """Return the modules of this project's direct dependencies that neither the kit nor the GPU machine has."""
+    there, found = {*gpu_kit.WHEELS, *gpu_kit.THERE, gpu_kit.DEEPSPEED, "mamba-ssm"}, set[str]()
+    while there:
+        name = canonicalize_name(there.pop())
+        if name not in found:
+            found.add(name)
+            with suppress(metadata.PackageNotFoundError):
+                needs = map(Requirement, metadata.requires(name) or ())
+                there |= {need.name for need in needs if not need.marker or need.marker.evaluate({"extra": ""})}
+    missing = {canonicalize_name(name) for name in direct_dependencies()} - found
+    modules = metadata.packages_distributions()
+    return {module for module, owners in modules.items() if missing & {canonicalize_name(name) for name in owners}}
 
 
 def test_gpu_tests_skip_for_one_reason_where_nothing_but_the_kit_is() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("SATFUSION_GPU_TESTS_ON", None)
-    script = WITHOUT.replace("{BLOCKED}", repr(set(BLOCKED)))
+    script = WITHOUT.replace("{BLOCKED}", repr(blocked()))
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     reasons = re.findall(r"^SKIPPED \[(\d+)\] .*?: (.*)", ended.stdout, re.M)

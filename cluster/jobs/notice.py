@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 
@@ -86,6 +89,13 @@ class Watch:
 
     def _look(self) -> None:
         while not self._done.wait(_POLL_SECONDS):
-            if self._stops.is_set() or self._may_grow():
+            if self._stops.is_set() or self._grows():
                 self._notice.ask.remote(True)
                 return
+
+    def _grows(self) -> bool:
+        try:
+            return self._may_grow()
+        except Exception as error:  # the head does not answer: a request to stop must still be passed on
+            logger.warning("the cluster's resources are not known now: %s", error)
+            return False

@@ -277,6 +277,9 @@ def _details(client: JobSubmissionClient, address: str, job_id: str) -> JobDetai
     try:
         details: JobDetails = client.get_job_info(job_id)
     except RuntimeError as error:
+        # The client tells a server's every error by this type, with the HTTP status in its text.
+        if "404" not in str(error) and "does not exist" not in str(error):
+            raise _unanswered(address, error) from error
         raise UserError(
             f"there is no job {job_id!r} at {address} ({first_line(error)}): `satfusion jobs --address {address}` lists"
             " the jobs"

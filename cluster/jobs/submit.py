@@ -166,12 +166,14 @@ def send(request: JobRequest, address: str) -> str:
         UserError: No Ray job server answers there, or it refuses the job.
     """
     client = connect(address)
+    # Ray passes the metadata in one environment variable, which a list of many AOIs would not fit into.
+    described = {_DESCRIPTION: json.dumps(json.loads(request.job.to_json()))} if _RUN in request.metadata else {}
     with staged(request) as folder:
         try:
             job_id: str = client.submit_job(
                 entrypoint=request.entrypoint,
                 runtime_env={"working_dir": str(folder), "env_vars": dict(request.environment)},
-                metadata={**request.metadata, _DESCRIPTION: json.dumps(json.loads(request.job.to_json()))},
+                metadata={**request.metadata, **described},
             )
         except (RuntimeError, OSError) as error:
             raise UserError(f"the Ray job server at {address} refused the job: {first_line(error)}") from error

@@ -161,6 +161,8 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                     raise failure.mistake from None
                 if failure.kind == "busy":
                     logger.info("%s; they are counted again", failure.reason)
+                    # Free resources may be split over nodes, where no rank fits: this number is not tried again.
+                    sizes = tuple(size for size in sizes if size < world) or sizes
                     continue
                 failures += 1
                 if failures > placement.max_failures:

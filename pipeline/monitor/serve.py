@@ -131,14 +131,14 @@ def watching(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
 
 
 def _follow(watch: Watch, pool: Executor, refresh_seconds: float, stop: threading.Event) -> None:
-    while True:
-        try:
-            watch.update(pool)
-            if stop.wait(refresh_seconds):
+    while not stop.is_set():
+        for work in (watch.update, watch.look):
+            try:
+                work(pool)
+            except Exception as error:  # whatever it is, the next round may succeed, and the board must not freeze
+                logger.warning("not refreshed, will retry: %s", error)
+            if work == watch.update and stop.wait(refresh_seconds):
                 return
-            watch.look(pool)
-        except (UserError, OSError) as error:
-            logger.warning("not refreshed, will retry: %s", error)
 
 
 def list_once(uris: Sequence[str]) -> int:

@@ -111,7 +111,10 @@ class RunFolder:
             return
         with self._sending:
             for call in self._before:
-                call(everything)
+                try:
+                    call(everything)
+                except OSError as error:  # A full disk delays events; it must not cost the checkpoint that follows.
+                    logger.warning("events are not uploaded yet: %s", error)
             for path in sorted(self.local.rglob("*")):
                 self._send(path, everything, final)
 

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -82,7 +81,12 @@ class RunLogs:
             if config.log_batches:
                 self._batches = CsvLog(run.fetch("batches.csv"), ["step", "epoch", "chips"], first_step - 1)
             if alerts:
-                self._alerts = Alerts(alerts, run.storage.uri, partial(self._aggregate.text, tag=ALERTS))
+                self._alerts = Alerts(alerts, run.storage.uri, self._note)
+
+    def _note(self, step: int, text: str) -> None:
+        if self._aggregate:
+            with self._lost_rows:
+                self._aggregate.text(step, text, ALERTS)
 
     @property
     def wants_batches(self) -> bool:

@@ -20,6 +20,7 @@ from sharding.storage.lock import Lock
 
 logger = logging.getLogger(__name__)
 
+_STORED, _FAILED = "stored", "failed"
 POLL_S = 0.02
 """Seconds between looks for the other ranks' message."""
 
@@ -88,8 +89,13 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         step = snapshot.position.step
         # Logs of the steps before must be in the store before the checkpoint that follows them.
-        self._run.sync()
-        self._channel.put(f"logs/{step}/{self._world.rank}", "stored")
+        key = f"logs/{step}/{self._world.rank}"
+        try:
+            self._run.sync()
+        except BaseException:
+            self._channel.put(key, _FAILED)
+            raise
+        self._channel.put(key, _STORED)
         if not self._world.is_main or not self._all_stored(step):
             return
         if self._lock:
@@ -109,10 +115,14 @@ class Saver:
             )
 
     def _all_stored(self, step: int) -> bool:
-        """Wait until every rank has stored its logs; return False if the training ends with an error before."""
+        """Wait until every rank has stored its logs; return False if one cannot, or if the training ends before."""
         missing = [f"logs/{step}/{rank}" for rank in range(self._world.size)]
-        while missing := [name for name in missing if self._channel.get(name) is None]:
-            if self._given_up.wait(POLL_S):
+        while missing:
+            said = {name: self._channel.get(name) for name in missing}
+            if _FAILED in said.values():
+                return False  # All ranks meet that rank's error (`Saver.failed`).
+            missing = [name for name, text in said.items() if text is None]
+            if missing and self._given_up.wait(POLL_S):
                 return False
         return True
 

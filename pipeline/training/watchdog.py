@@ -8,6 +8,7 @@ the stacks of every rank that still can write them. Torchrun or Ray then starts 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -164,7 +165,9 @@ class Watchdog:
                 peer.silent += piece
             if self._found is not None or verdict(self._own, dict(self._peers), self._config.hang_seconds):
                 self._end()
-            faulthandler.dump_traceback_later(self._own.limit + SLACK_S, exit=True, file=STDERR)
+            # Its timer counts time in which the process was stopped, after which a single process goes on.
+            alone = self._world.size == 1
+            faulthandler.dump_traceback_later(self._own.limit + SLACK_S, exit=not alone, file=STDERR)
 
     def _look(self, number: int, idle: float) -> Beat:
         phase, step = self._phases.now
@@ -193,8 +196,9 @@ class Watchdog:
         """Send this rank's beats and read those of the others, until the store is gone or the group hangs."""
         world = self._world
         others = [(world.rank + distance) % world.size for distance in range(1, world.size)]
-        try:
-            while not self._stop.wait(self._beat_seconds):
+        warned = False
+        while not self._stop.wait(self._beat_seconds):
+            try:
                 if self._hangs.is_set():
                     self._tell(others)
                     return
@@ -202,10 +206,13 @@ class Watchdog:
                 for rank in others[:WATCHED]:
                     self._hear(rank)
                 self._found = self._channel.get(FOUND)
+            except RuntimeError as error:  # for a moment, or with the process that serves the store
+                if not warned and not self._stop.is_set():
+                    logger.warning("rank %d cannot reach the store of the process group: %s", world.rank, error)
+                warned = True
+                self._peers.clear()  # No rank is judged by what cannot be heard.
+        with contextlib.suppress(RuntimeError):
             self._channel.put(f"beat/{world.rank}", "ended")
-        except RuntimeError as error:  # the store is gone, and with it the process that serves it
-            if not self._stop.is_set():
-                logger.warning("rank %d cannot reach the store of the process group: %s", self._world.rank, error)
 
     def _tell(self, others: Sequence[int]) -> None:
         """Hear all ranks once more, then tell them of the hang and give them time to write their stacks."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,3 +223,31 @@ def test_a_job_that_does_not_end_is_named(serve: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(server, "GRACE_SECONDS", -server._LOST_SECONDS)
     with pytest.raises(UserError, match="job raysubmit_1 at http://head:8265 has not ended"):
         stop(ADDRESS, "raysubmit_1")
+
+
+def test_a_server_in_trouble_is_not_taken_for_one_without_the_job(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Server, job_id: str) -> SimpleNamespace:
+        raise RuntimeError("Request failed with status code 500: the head restarts")
+
+    monkeypatch.setattr(Server, "get_job_info", fail)
+    serve(Server(job(1)))
+    assert main(["stop", "--address", ADDRESS, "raysubmit_1"]) == 2
+    assert "did not answer (Request failed with status code 500" in capsys.readouterr().err
+
+
+def test_only_a_training_is_described_in_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of many AOIs would not fit into the one environment variable that holds them."""
+    sent: list[dict[str, Any]] = []
+
+    def submit_job(**options: Any) -> str:
+        sent.append(options["metadata"])
+        return "raysubmit_1"
+
+    monkeypatch.setattr(submit, "connect", lambda address: SimpleNamespace(submit_job=submit_job))
+    training = request()
+    submit.send(training, ADDRESS)
+    submit.send(replace(training, metadata={}), ADDRESS)
+    assert json.loads(sent[0]["job"])["config"]["output"]["uri"] == sent[0]["run"]
+    assert sent[1] == {}

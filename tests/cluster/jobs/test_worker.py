@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, TrainingFailedError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from cluster.jobs import room
+from cluster.jobs import notice, room
 from cluster.jobs import train_job as worker
 from cluster.jobs.placement import Placement
 from cluster.jobs.train_job import Job, Stopped, run_job
@@ -238,3 +238,29 @@ def test_an_elastic_job_takes_what_is_free_when_it_stays_so(
     free[:] = [4.0]
     monkeypatch.setattr(room, "_SETTLE_SECONDS", 0.0)
     assert room.await_room(Placement("2..8"), (2, 4, 8), threading.Event()) == 4
+
+
+def test_an_elastic_job_does_not_ask_twice_for_room_that_is_split_over_nodes(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight halves of free resources are no room for eight ranks: their start times out, and fewer are tried."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 9.0}}])
+    attempts.workers = "2..9"
+    attempts.run(0, ControllerError(WorkerGroupStartupTimeoutError(8)), None)
+    assert attempts.worlds == [8, 4]
+
+
+def test_a_head_that_does_not_answer_hides_no_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    stops, looked = threading.Event(), threading.Event()
+
+    def may_grow() -> bool:
+        looked.set()
+        raise ConnectionError("the head restarts")
+
+    monkeypatch.setattr(notice, "_POLL_SECONDS", 0.01)
+    handle = SimpleNamespace(ask=SimpleNamespace(remote=lambda wanted: asked.set()))
+    with notice.Watch(handle, stops, may_grow):
+        assert looked.wait(60)
+        stops.set()
+        assert asked.wait(60)

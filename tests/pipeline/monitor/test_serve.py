@@ -8,15 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from cluster.local.processes import free_ports
 from pipeline.config import RunConfig
+from pipeline.monitor.serve import _follow
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from tests.conftest import S3
@@ -104,3 +109,28 @@ def test_a_store_that_does_not_answer_is_one_sentence() -> None:
     assert ended.returncode == 2, ended.stderr
     assert "satfusion: error: " in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_board_that_cannot_be_refreshed_is_tried_again_and_can_be_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    looks: list[str] = []
+    enough, stop = threading.Event(), threading.Event()
+
+    class Broken:
+        def update(self, pool: Executor) -> None:
+            looks.append("update")
+            raise OSError("No space left on device")
+
+        def look(self, pool: Executor) -> None:
+            looks.append("look")
+            if len(looks) > 3:
+                enough.set()
+            raise ValueError("not expected")
+
+    follower = threading.Thread(target=_follow, args=(Broken(), None, 0.01, stop), daemon=True)
+    follower.start()
+    assert enough.wait(60)
+    stop.set()
+    follower.join(60)
+    assert not follower.is_alive()
+    assert looks[:4] == ["update", "look"] * 2
+    assert "not refreshed, will retry: No space left on device" in caplog.text

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from pipeline.config import TrainConfig
+from pipeline.reporting.alerts import AlertsConfig
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.run_logs import RunLogs
 from pipeline.reporting.segments import EventFile
@@ -71,3 +72,15 @@ def test_training_continues_without_rows_that_the_disk_does_not_take(
     assert steps[-2:] == ["3", "4"]
     assert caplog.text.count("events and metrics are being lost") == 1
     assert "training continues, free the disk" in caplog.text
+
+
+def test_an_alert_that_the_disk_does_not_take_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    logs = RunLogs(RunFolder(str(tmp_path), 10), world, TrainConfig(), 1, AlertsConfig())
+    with full_disk():
+        logs.alert(1, "psnr is low")
+    logs.close()
+    assert "step 1: psnr is low" in caplog.text
+    assert "events and metrics are being lost" in caplog.text

@@ -14,8 +14,9 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.engines.engine import TrainState
+from pipeline.reporting.run_folder import RunFolder
 from pipeline.training import loop, saving
-from pipeline.training.checkpoint import complete_checkpoints, read_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Position, complete_checkpoints, read_checkpoint, save_checkpoint
 from pipeline.training.loop import run_training
 from pipeline.training.validation import Validated, validate
 from pipeline.world import World
@@ -137,3 +138,53 @@ def test_the_best_weights_of_a_step_are_not_rewritten_when_it_is_taken_again(
     assert (tmp_path / "checkpoints" / "best-3" / "COMPLETE").stat() == before
     assert steps(tmp_path) == [2, 3]
     assert last_checkpoint(tmp_path).position.step == 3
+
+
+class Messages:
+    """Messages between ranks, in one process."""
+
+    def __init__(self, **known: str) -> None:
+        self.known = {name.replace("_", "/"): text for name, text in known.items()}
+
+    def put(self, name: str, text: str) -> None:
+        self.known[name] = text
+
+    def get(self, name: str) -> str | None:
+        return self.known.get(name)
+
+
+def snapshot() -> saving.Snapshot:
+    position = Position(4, None, "0" * 64, 2)
+    return saving.Snapshot(False, True, position, TrainState({}, {}, 4), [], 0.0, 0.0)
+
+
+@pytest.mark.parametrize("theirs", ["failed", "stored"])
+def test_logs_that_another_rank_cannot_store_are_not_waited_for(
+    theirs: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(saving, "save_checkpoint", lambda storage, name, *rest: written.append(name))
+    messages = Messages(logs_4_1=theirs)
+    run, main = RunFolder(str(tmp_path), 10), World(0, 2, torch.device("cpu"))
+    saver = saving.Saver(run, main, make_config(tmp_path), messages, None)  # type: ignore[arg-type]
+    saver.submit(snapshot())
+    assert saver.wait() is None
+    assert written == (["step-4"] if theirs == "stored" else [])
+    saver.close()
+
+
+def test_a_rank_that_cannot_store_its_logs_says_so(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: RunFolder, **options: bool) -> None:
+        raise UserError("the store refuses")
+
+    monkeypatch.setattr(RunFolder, "sync", refuse)
+    messages = Messages()
+    run, other = RunFolder(str(tmp_path), 10), World(1, 2, torch.device("cpu"))
+    saver = saving.Saver(run, other, make_config(tmp_path), messages, None)  # type: ignore[arg-type]
+    saver.submit(snapshot())
+    assert isinstance(saver.wait(), UserError)
+    assert saver.failed
+    assert messages.known == {"logs/4/1": "failed"}
+    saver.close()
