@@ -155,7 +155,7 @@ def cautions(result: Evaluation) -> list[str]:
         if any(better(column, means[method][column] - means[FUSED][column]) for method in BASELINES)
     ]
     if worse:
-        found.append(f"A bicubic baseline is better than the fused images in: {', '.join(worse)}.")
+        found.append(f"A bicubic baseline is better than the fused images in: {'; '.join(worse)}.")
     for kind, methods in result.curves().items():
         psnr = [estimate_rows(rows, "psnr").mean for rows in methods[FUSED].values()]
         if len(psnr) > 1 and max(psnr) - min(psnr) < UNMOVED:
