@@ -161,7 +161,9 @@ def _in_words(whole: bool, limits: msgspec.Meta, unit: float = 1) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    # By value, not by type: `typing` gives fields with equal ranges, such as 10**6 and 1e6, one and the same range.
+    whole = isinstance(value, int) or (value.is_integer() and abs(value) < 10**15)
+    return f"{int(value):,}" if whole else f"{value:g}"
 
 
 def _shown(value: float) -> str:

@@ -77,7 +77,7 @@ def test_a_number_out_of_range_is_named_with_the_range(count: float) -> None:
 
 
 def test_a_range_is_told_in_the_units_of_the_option() -> None:
-    with pytest.raises(UserError, match=r"^--size 0\.5 is out of range: it must be a number from 1 to 1000 KB$"):
+    with pytest.raises(UserError, match=r"^--size 0\.5 is out of range: it must be a number from 1 to 1,000 KB$"):
         Outer(Path("x"), size=500)
 
 
@@ -136,3 +136,9 @@ def test_a_storage_reads_regular_files_only(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=r"index\.json is a pipe, a device or a socket, which is not read"):
             read()
+
+
+def test_a_range_reads_alike_whichever_type_its_numbers_have() -> None:
+    for high in (10**6, 1e6):
+        with pytest.raises(UserError, match=r"from 0\.5 to 1,000,000"):
+            check_range("--x", 1e9, 0.5, high)

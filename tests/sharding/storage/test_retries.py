@@ -155,7 +155,7 @@ def test_retries_are_counted_by_reason() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: StorageOptions(part_size=MIB), "--part-size 1 is out of range: it must be a number from 5 to 1024"),
+        (lambda: StorageOptions(part_size=MIB), "--part-size 1 is out of range: it must be a number from 5 to 1,024"),
         (lambda: StorageOptions(concurrency=0), "--concurrency 0 is out of range"),
         (lambda: StorageOptions(sse="rot13"), "--sse 'rot13' is unknown: it may be AES256"),
         (lambda: StorageOptions(sse="aws:kms:"), "--sse 'aws:kms:' is unknown"),
