@@ -1,16 +1,20 @@
 """Scratch folders of this user's processes, below the temporary folder; those of killed processes are removed.
 
 A process that is killed cannot remove its folders. So each folder holds a file that its process keeps locked; the
-kernel releases the lock however the process ends, and the next start removes every folder whose lock is free.
+kernel releases the lock however the process ends, and the next start removes every folder whose lock is free. Several
+machines may share the temporary folder on a file system whose locks hold on one machine only, so the file's name holds
+the machine's name, and a start looks at the folders of its own machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import multiprocessing.util
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +25,7 @@ from typing import Self
 from sharding.errors import UserError
 
 _PREFIX, _PYTHONS_PREFIX = "satfusion-", "pymp-"
-_LOCK, _FILES = "satfusion.lock", "files"
+_FILES = "files"
 
 
 class ScratchFolder:
@@ -80,7 +84,7 @@ def mark_python_folder() -> None:
     try:
         _remove_abandoned(Path(tempfile.gettempdir()))
         folder = Path(multiprocessing.util.get_temp_dir())
-        if not (folder / _LOCK).exists():
+        if not (folder / _lock_name()).exists():
             _lock_new(folder)  # open, and so locked, until this process ends
     except OSError as error:
         raise _unusable(error) from None
@@ -93,19 +97,25 @@ def _unusable(error: OSError) -> UserError:
     )
 
 
+def _lock_name() -> str:
+    """Return the name of this machine's locked files."""
+    return f"{_PREFIX}{socket.gethostname().replace('/', '_')}.lock"
+
+
 def _lock_new(folder: Path) -> int:
     # Locked before it has its name, so that no other start finds it unlocked.
-    unnamed = folder / f"{_LOCK}.new"
+    unnamed = folder / "unlocked"
     descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with contextlib.suppress(OSError):  # A file system without locks: then nobody else can lock it, or remove it.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unnamed.rename(folder / _LOCK)
+        unnamed.rename(folder / _lock_name())
     return descriptor
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove every scratch folder of this user whose process has ended."""
-    for lock in (found for prefix in (_PREFIX, _PYTHONS_PREFIX) for found in parent.glob(f"{prefix}*/{_LOCK}")):
+    """Remove every scratch folder of this user on this machine whose process has ended."""
+    name = glob.escape(_lock_name())
+    for lock in (found for prefix in (_PREFIX, _PYTHONS_PREFIX) for found in parent.glob(f"{prefix}*/{name}")):
         with contextlib.suppress(OSError):  # removed meanwhile, or another user's
             if lock.parent.is_symlink() or lock.parent.stat().st_uid != os.getuid():
                 continue

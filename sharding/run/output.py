@@ -28,6 +28,7 @@ _GENERATION = re.compile(r"plan-[0-9a-f]{16}")
 _OURS = rf"({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})(/.*)?"
 _LOOKED_AT = re.compile(rf"{_GENERATION.pattern}/.*|{_OURS}", re.DOTALL)
 _IN_THE_WAY = re.compile(_OURS, re.DOTALL)
+_GENERATED = re.compile(rf"{_GENERATION.pattern}/({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})")
 _PARALLEL = 8
 """Sidecars read in parallel."""
 _OPTIONS = {"hr_source": "hr"}
@@ -89,6 +90,10 @@ class Output:
     def damaged_index(self) -> bool:
         """True if there is an index of this program that cannot be read."""
         return self.index is None and INDEX_NAME in self.ours
+
+    def claims(self, key: str) -> bool:
+        """Return True if only this program stores an object of this key: it is its own, or in a generation's folder."""
+        return key in self.ours or _GENERATED.fullmatch(key) is not None
 
     def folder(self, plan: str, fingerprints: Collection[str]) -> str:
         """Return the folder of a plan's shards: its generation's, or "" if an earlier version wrote them there."""

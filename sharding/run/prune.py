@@ -38,19 +38,24 @@ class Pruned:
     foreign: tuple[str, ...]
     """Keys among the names of a dataset's files that this program did not write, and that stay."""
 
+    aborted: tuple[str, ...]
+    """Keys of unfinished uploads of killed commands, whose parts were removed."""
+
     def lines(self) -> Iterator[str]:
         """Yield the lines of a summary for the user."""
         for item in self.removed:
             what = item.folder or "shards beside index.json"
             yield f"removed {what}: {_files(item.files)}, {item.bytes / 1e6:.1f} MB"
-        if not self.removed:
+        for key in self.aborted:
+            yield f"removed the parts of an unfinished upload of {key}"
+        if not self.removed and not self.aborted:
             yield f"nothing to remove: {self.uri} holds only what its index lists"
         for key in self.foreign:
             yield f"left {key!r}, which this program did not write"
 
 
 def prune(output: Storage) -> Pruned:
-    """Remove this program's files that the published index does not need.
+    """Remove this program's files that the published index does not need, and what killed uploads left.
 
     A training that still reads an earlier generation fails at its next read.
 
@@ -61,13 +66,14 @@ def prune(output: Storage) -> Pruned:
     with Lock(output, "prune") as lock:
         there = look(output)
         _require_dataset(there)
+        aborted = output.abort_uploads(there.claims)
         older = there.older()
         for keys in older.values():
             lock.check()
             for key in keys:
                 output.delete(key)
     removed = (Removed(folder, len(keys), sum(there.sizes[key] for key in keys)) for folder, keys in older.items())
-    return Pruned(output.uri, tuple(removed), tuple(sorted(there.sizes.keys() - there.ours)))
+    return Pruned(output.uri, tuple(removed), tuple(sorted(there.sizes.keys() - there.ours)), tuple(aborted))
 
 
 def unneeded(output: Storage) -> str:

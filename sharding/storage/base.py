@@ -144,6 +144,15 @@ class Storage(Protocol):
         """Delete an object; no error if it does not exist."""
         ...
 
+    def abort_uploads(self, ours: Callable[[str], bool]) -> list[str]:
+        """Abort the unfinished uploads whose key ``ours`` accepts; return their keys, sorted. A folder has none.
+
+        A killed writer leaves them: their parts cost money, and no listing of objects shows them. Call it with the lock
+        of the place held and before anything is written, since then they are nobody's. A store that does not allow it
+        costs a warning.
+        """
+        ...
+
     def child(self, name: str) -> Storage:
         """Return the storage of a prefix or folder below this one."""
         ...

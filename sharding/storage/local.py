@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from sharding.errors import UserError
@@ -154,6 +154,10 @@ class LocalStorage:
                 folder.rmdir()
             except OSError:  # not empty, or never there
                 break
+
+    def abort_uploads(self, ours: Callable[[str], bool]) -> list[str]:
+        """Return nothing: `remove_abandoned` removes what killed writers left."""
+        return []
 
     def child(self, name: str) -> LocalStorage:
         """Return the storage of a folder below."""

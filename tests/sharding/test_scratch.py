@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,17 +65,35 @@ def test_the_next_start_removes_what_a_killed_process_left(temporary: Path, make
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("make", [OWN, PYTHONS])
+def test_another_machines_folder_stays_though_its_lock_looks_free(
+    temporary: Path, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a shared file system whose locks hold on one machine only, where its process may run."""
+    folder = killed(temporary, f"import socket; socket.gethostname = lambda: 'node[1]'; {make}")
+    with scratch_folder("test"):
+        assert (folder / "file").exists()
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    with scratch_folder("test"):
+        assert (folder / "file").exists()
+    monkeypatch.setattr(socket, "gethostname", lambda: "node[1]")
+    with scratch_folder("test"):
+        assert not folder.exists()
+    assert list(temporary.iterdir()) == []
+
+
 def test_what_is_not_ours_stays(temporary: Path) -> None:
+    lock = f"satfusion-{socket.gethostname()}.lock"
     (temporary / "satfusion-notes").mkdir()
     (temporary / "satfusion-notes" / "file").write_text("mine")
     (temporary / "elsewhere").mkdir()
-    (temporary / "elsewhere" / "satfusion.lock").write_text("")
+    (temporary / "elsewhere" / lock).write_text("")
     (temporary / "satfusion-link").symlink_to(temporary / "elsewhere")
     (temporary / "pymp-other").mkdir()
     with scratch_folder("test"):
         pass
     assert (temporary / "satfusion-notes" / "file").read_text() == "mine"
-    assert (temporary / "elsewhere" / "satfusion.lock").exists()
+    assert (temporary / "elsewhere" / lock).exists()
     assert (temporary / "pymp-other").exists()
 
 

@@ -124,6 +124,10 @@ def _refusal(where: str, bucket: str, error: ClientError) -> UserError:
         return BucketNotFoundError(f"bucket {bucket!r} does not exist: create it, or correct the URI {where}{hint()}")
     if code in {"NoSuchKey", "404"}:
         return NotFoundError(f"{where} does not exist")
+    if code == "NoSuchUpload":
+        return NotFoundError(
+            f"the unfinished upload of {where} was removed by another command or a lifecycle rule: run this again"
+        )
     if code in _KEY_CODES:
         return UserError(
             f"the S3 server refused the access key for {where} ({code}): check AWS_ACCESS_KEY_ID and "

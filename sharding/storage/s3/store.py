@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from sharding.storage.base import BucketNotFoundError, Fill, NotFoundError, StoredObject
+from sharding.errors import UserError
+from sharding.storage.base import BucketNotFoundError, Fill, NotFoundError, StorageUnavailableError, StoredObject
 from sharding.storage.retries import Attempts, RetryCounter
 from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.errors import RestartReadError, explained
 from sharding.storage.s3.read import Body, BodyFill, read_range, read_whole
 from sharding.storage.s3.write import Upload, opened
+
+logger = logging.getLogger(__name__)
 
 
 class S3Storage:
@@ -132,6 +136,39 @@ class S3Storage:
     def delete(self, key: str) -> None:
         """Send DELETE; S3 answers the same if the object does not exist."""
         self._call(key, "delete_object", Key=self._key(key))
+
+    def abort_uploads(self, ours: Callable[[str], bool]) -> list[str]:
+        """List the uploads in parts under the prefix, and abort those that are ours."""
+        aborted = []
+        try:
+            for key, upload in self._uploads():
+                if ours(key):
+                    with contextlib.suppress(NotFoundError):  # a retry of a request whose answer was lost
+                        self._call(key, "abort_multipart_upload", Key=self._key(key), UploadId=upload)
+                    aborted.append(key)
+        except (StorageUnavailableError, BucketNotFoundError):
+            raise
+        except UserError as error:
+            logger.warning(
+                "parts of killed uploads may remain below %s, and cost money: allow s3:ListBucketMultipartUploads and "
+                "s3:AbortMultipartUpload, or give the bucket a lifecycle rule that removes them (%s)",
+                self.uri,
+                error,
+            )
+        return sorted(aborted)
+
+    def _uploads(self) -> list[tuple[str, str]]:
+        """Return key and identity of each unfinished upload, on all pages."""
+        found = []
+        page: dict[str, Any] = {"IsTruncated": True}
+        markers: dict[str, str] = {}
+        while page.get("IsTruncated"):
+            page = self._call("", "list_multipart_uploads", Prefix=self._base, **markers)
+            found += [(item["Key"][len(self._base) :], item["UploadId"]) for item in page.get("Uploads", [])]
+            if not page.get("NextKeyMarker"):  # some servers leave it out
+                break
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        return found
 
     def child(self, name: str) -> S3Storage:
         """Return the storage of a longer prefix."""

@@ -8,8 +8,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,39 +26,62 @@ from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
-from sharding.storage import open_storage
+from sharding.storage import Storage, open_storage
 from tests.command import column
 
 KILLS = 10
+AOIS = 6
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
 """A shard a sample."""
+FILES = 2 * AOIS + 2
+"""Files of a generation and one more: shards, their sidecars, copies of both indexes."""
 
 
-def overwrite(source: Path, output: Path, seed: int) -> subprocess.Popen[bytes]:
+def overwrite(source: Path, output: str, seed: int) -> subprocess.Popen[str]:
     """Start the command that replaces the dataset by one of another seed and of one revisit."""
-    command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(source), "--output", str(output)]
+    command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(source), "--output", output]
     options = ["--overwrite", "--revisits", "1", "--seed", str(seed), "--shard-size", "2.5", "--workers", "1"]
     return subprocess.Popen(
         [*command, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
     )
 
 
-def kill_in_its_work(process: subprocess.Popen[bytes], folder: Path, moment: float) -> None:
-    """Kill the command some time after its next file has appeared."""
-    before, deadline = set(folder.glob("plan-*/*")), time.monotonic() + 300
+def kill_in_its_work(process: subprocess.Popen[str], folder: Path, files: int, moment: float) -> None:
+    """Kill the command some time after so many new files have appeared, or let it end if it does."""
+    before, deadline = set(folder.glob("plan-*/*")), time.monotonic() + 500
     try:
-        while process.poll() is None and set(folder.glob("plan-*/*")) <= before:
-            assert time.monotonic() < deadline
+        while process.poll() is None and len(set(folder.glob("plan-*/*")) - before) < files:
+            assert time.monotonic() < deadline, "it makes no more files"
             time.sleep(0.002)
         time.sleep(moment)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
+
+
+def disturb(source: Path, storage: Storage, killed: threading.Semaphore) -> list[int]:
+    """Replace the dataset again and again, killed at random moments and in the end not; return the statuses."""
+    draw, statuses = random.Random(17), list[int]()
+    for number in range(KILLS + 1):
+        before = Index.load(storage)
+        process = overwrite(source, storage.uri, number)
+        if number < KILLS:
+            kill_in_its_work(process, Path(storage.uri), draw.randint(1, FILES), draw.uniform(0, 0.1))
+        else:
+            output, _ = process.communicate(timeout=500)
+            assert process.returncode == 0, output
+        statuses.append(process.returncode)
+        published = Index.load(storage)
+        assert published.digest == before.digest or (published.split_seed, len(published.skipped)) == (number, 0)
+        assert verify(storage, deep=True).problems == ()
+        killed.release()
+    return statuses
 
 
 @pytest.mark.slow
@@ -64,27 +89,34 @@ def test_a_training_does_not_notice_kills_of_overwrite_nor_that_it_ends(
     world: World, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     source, data = tmp_path / "source", tmp_path / "data"
-    write_worldstrat(source, 12, seed=6, revisits=2, hr_side=80)
+    write_worldstrat(source, AOIS, seed=6, revisits=2, hr_side=80)
     storage = open_storage(data)
     first = shard_folder(source, storage, OPTIONS).index
-    # Without a cache, every epoch reads every sample again; all its batches come after the kill.
-    settings = (f"data.uri={data}", "data.cache_mib=0", "data.prefetch_batches=1", f"train.epochs={KILLS + 3}")
+    # Without a cache, every epoch reads every sample again, the last two after the dataset has been replaced.
+    settings = (f"data.uri={data}", "data.cache_mib=0", "data.prefetch_batches=1", "train.global_batch=12")
+    settings = (*settings, f"train.epochs={KILLS + 3}", "output.panels=0", "train.hang_seconds=0")
     run_training(make_config(tmp_path / "undisturbed", *settings))
-    draw, seen = random.Random(17), list[str]()
+    assert Index.load(storage).digest == first.digest
+    killed, epochs = threading.Semaphore(0), list[int]()
 
-    def disturb(metrics: Mapping[str, float]) -> None:
-        number = len(seen)
-        process = overwrite(source, data, number)
-        if number < KILLS:
-            kill_in_its_work(process, data, draw.uniform(0, 0.6))
-        else:
-            assert process.wait(timeout=300) == 0
-        seen.append(Index.load(storage).digest)
-        assert verify(storage, deep=True).problems == ()
+    def wait_for_a_kill(metrics: Mapping[str, float], done: Future[list[int]]) -> None:
+        """Let each epoch be read while the next command works."""
+        epochs.append(len(epochs))
+        deadline = time.monotonic() + 1000
+        while not (done.done() or killed.acquire(timeout=0.1)):
+            assert time.monotonic() < deadline
+        if done.done():
+            done.result()  # its error, if it has one
 
-    run_training(make_config(tmp_path / "disturbed", *settings), report=disturb)
-    assert len(seen) == KILLS + 3
-    assert seen[-1] != first.digest, "at the end it is another dataset"
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(disturb, source, storage, killed)
+        config = make_config(tmp_path / "disturbed", *settings)
+        run_training(config, report=lambda metrics: wait_for_a_kill(metrics, done))
+    statuses = done.result()
+    print(f"killed before they ended: {statuses.count(-signal.SIGKILL)} of {KILLS}")
+    assert -signal.SIGKILL in statuses
+    assert len(epochs) == KILLS + 3
+    assert Index.load(storage).split_seed == KILLS, "at the end it is another dataset"
     for name in ("train/loss", "val/loss"):
         disturbed = column(tmp_path / "disturbed", name)
         assert len(disturbed) > KILLS

@@ -25,6 +25,7 @@ from sharding.storage import open_storage
 from sharding.storage.lock import Holder
 from tests.command import column, last_checkpoint, run_command, start_command
 from tests.conftest import S3
+from tests.uploads import begin_upload, unfinished
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -148,6 +149,18 @@ def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfi
     rows = storage.read("metrics.csv").decode().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == [str(step) for step in range(1, 15)]
     assert len(storage.read("batches.csv").decode().splitlines()) == 1 + 14
+
+
+def test_a_start_removes_the_parts_of_a_killed_checkpoint(
+    world: World, make_config: MakeConfig, s3: S3, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(s3.prefix())
+    for key in ("checkpoints/step-1/state.pt", "another/checkpoints/step-1/state.pt"):
+        begin_upload(s3, storage, key)
+    with caplog.at_level("INFO"):
+        run_training(make_config(storage.uri, "train.max_steps=1"))
+    assert "removed the parts of 1 uploads of killed trainings" in caplog.text
+    assert unfinished(s3, storage) == ["another/checkpoints/step-1/state.pt"]
 
 
 def test_leaving_does_not_hide_what_went_wrong(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import Report, shard_folder
 from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
+from sharding.run.prune import prune
 from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import CorruptedError, Storage, open_storage, retries
@@ -31,6 +32,7 @@ from tests.conftest import S3
 from tests.faults import FaultProxy, Faults, Request
 from tests.sharding.archives import pack
 from tests.sharding.conftest import World, digests, generation
+from tests.uploads import begin_upload, unfinished
 
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
 """A sample takes 2.4 MB, so a shard has one."""
@@ -192,6 +194,42 @@ def test_a_command_that_is_killed_takes_its_workers_along(many: World, s3: S3) -
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3: S3) -> None:
+    released = threading.Event()
+
+    def hold(request: Request) -> Faults:
+        """Let no upload in parts end before the kill."""
+        if request.method == "POST" and "uploadId" in request.path:
+            released.wait()
+        return Faults()
+
+    uri = s3.prefix()
+    storage = open_storage(uri)
+    more = ["--shard-size", "8", "--part-size", "5"]
+    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.faults = hold
+        process = start(many, uri, more=more, environment={"AWS_ENDPOINT_URL": proxy.url})
+        try:
+            deadline = time.monotonic() + 400
+            while not proxy.seen("POST", "uploadId"):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            released.set()
+            process.communicate()
+    (left,) = unfinished(s3, storage)
+    assert re.fullmatch(r"plan-[0-9a-f]{16}/[a-z]+-00000\.tar", left)
+    begin_upload(s3, storage, "train-00000.tar")  # a name of ours where only others would begin one
+    assert f"removed the parts of 1 uploads of killed commands, such as {left}" in finished(start(many, uri, more=more))
+    assert unfinished(s3, storage) == ["train-00000.tar"]
+    begin_upload(s3, storage, INDEX_NAME)
+    assert list(prune(storage).lines()) == [f"removed the parts of an unfinished upload of {INDEX_NAME}"]
+    assert unfinished(s3, storage) == ["train-00000.tar"]
+    assert verify(storage, deep=True).problems == ()
 
 
 def of_group(group: int) -> list[int]:

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.local import objectstore
 from cluster.local.objectstore import ObjectStore
+from sharding.format.index import Index
 from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
@@ -79,35 +80,43 @@ def start(namespace: str, source: Path, output: str, seed: int) -> subprocess.Po
     )
 
 
-def check_rounds(namespaces: Namespaces, source: Path, outputs: list[str]) -> None:
-    """Run both commands at once into each output: one makes its dataset, the other is refused."""
-    for uri in outputs:
-        both = [start(name, source, uri, seed) for seed, name in enumerate(namespaces.names)]
-        try:
-            ended = [(process.communicate(timeout=500)[0], process.returncode) for process in both]
-        finally:
-            for process in both:
-                process.kill()
-        assert sorted(status for _, status in ended) == [0, 2], ended
-        refusal = next(output for output, status in ended if status == 2)
-        assert re.search("is being written by `satfusion shard` of|holds another dataset|others try to", refusal)
-        assert verify(open_storage(uri), deep=True).problems == ()
-        assert not [item for item in open_storage(uri).list() if item.key.startswith(".lock/")]
+@pytest.fixture(scope="module")
+def bucket(namespaces: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the URI of a bucket whose server both namespaces reach; its endpoint and keys are in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectstore, "_HOST", namespaces.host)
+        with ObjectStore(tmp_path_factory.mktemp("s3"), bucket="rounds") as store:
+            for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL_S3"):
+                patch.delenv(name, raising=False)
+            for name, value in store.environment.items():
+                patch.setenv(name, value)
+            yield "s3://rounds"
+
+
+def check_round(namespaces: Namespaces, source: Path, uri: str) -> None:
+    """Run both commands at once into one output: one makes its dataset, the other is refused."""
+    both = [start(name, source, uri, seed) for seed, name in enumerate(namespaces.names)]
+    try:
+        ended = [(process.communicate(timeout=500)[0], process.returncode) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert sorted(status for _, status in ended) == [0, 2], ended
+    refusal = next(output for output, status in ended if status == 2)
+    assert re.search("is being written by `satfusion shard` of|holds another dataset|others try to", refusal)
+    assert verify(open_storage(uri), deep=True).problems == ()
+    assert Index.load(open_storage(uri)).split_seed == next(seed for seed in (0, 1) if ended[seed][1] == 0)
+    assert not [item for item in open_storage(uri).list() if item.key.startswith(".lock/")]
 
 
 @pytest.mark.slow
-def test_in_a_shared_folder(namespaces: Namespaces, source: Path, tmp_path: Path) -> None:
-    check_rounds(namespaces, source, [str(tmp_path / str(number)) for number in range(ROUNDS)])
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_in_a_shared_folder(namespaces: Namespaces, source: Path, tmp_path: Path, number: int) -> None:
+    check_round(namespaces, source, str(tmp_path))
 
 
 @pytest.mark.slow
-def test_on_one_s3_server(
-    namespaces: Namespaces, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objectstore, "_HOST", namespaces.host)
-    with ObjectStore(tmp_path, bucket="shared") as store:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL_S3"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in store.environment.items():
-            monkeypatch.setenv(name, value)
-        check_rounds(namespaces, source, [f"s3://shared/{number}" for number in range(ROUNDS)])
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_on_one_s3_server(namespaces: Namespaces, source: Path, bucket: str, number: int) -> None:
+    check_round(namespaces, source, f"{bucket}/{number}")

@@ -9,6 +9,9 @@ import logging
 import pickle
 import random
 import re
+import subprocess
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ from urllib3 import HTTPResponse
 
 from cluster.local.objectstore import ObjectStore
 from cluster.local.processes import free_ports
+from sharding.errors import UserError
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage, retries
 from sharding.storage.options import MIB, StorageOptions
 from sharding.storage.retries import RetryCounter
@@ -30,6 +34,7 @@ from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.read import READS, read_range
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults, Request
+from tests.uploads import begin_upload, unfinished
 
 DATA = random.Random(1).randbytes(1_000_000)
 SMALL_PARTS = StorageOptions(part_size=5 * MIB)
@@ -347,13 +352,57 @@ def test_an_upload_that_fails_leaves_no_parts(
     assert storage.list() == []
 
 
-def unfinished(s3: S3, storage: Storage) -> list[str]:
-    """Return the keys of uploads below a storage that are neither complete nor aborted."""
-    import boto3
+def test_the_parts_of_a_killed_upload_are_found_and_removed(
+    direct: Storage, proxy: FaultProxy, storage: Storage, s3: S3, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
 
-    client = boto3.session.Session().client("s3", endpoint_url=s3.environment["AWS_ENDPOINT_URL"])
-    prefix = storage.uri.removeprefix("s3://shared/")
-    return [item["Key"] for item in client.list_multipart_uploads(Bucket="shared", Prefix=prefix).get("Uploads", [])]
+    def hold(request: Request) -> Faults:
+        """Let no upload end before its writer is killed."""
+        if request.method == "POST" and "uploadId" in request.path:
+            released.wait()
+        return Faults()
+
+    proxy.faults = hold
+    code = "import sys; from sharding.storage import open_storage; open_storage(sys.argv[1]).write('a/x', bytes(20 << 20))"
+    writer = subprocess.Popen([sys.executable, "-c", code, direct.uri])
+    try:
+        deadline = time.monotonic() + 400
+        while not proxy.seen("POST", "uploadId"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        writer.kill()
+        writer.wait()
+        released.set()
+    assert direct.list() == []
+    assert unfinished(s3, direct) == ["a/x"]
+    begin_upload(s3, direct, "a/y z")
+    begin_upload(s3, open_storage(f"{direct.uri}-other"), "a/x")
+    proxy.faults = lambda request: Faults(unknown=1.0) if "uploads" in request.path else Faults()
+    assert storage.abort_uploads(lambda key: True) == []
+    assert "parts of killed uploads may remain" in caplog.text
+    proxy.faults = Faults(lose=1.0, times=2)  # the listing's answer, and the first removal's
+    assert storage.abort_uploads(lambda key: key == "a/x") == ["a/x"]
+    assert proxy.done("lose") == 2
+    assert unfinished(s3, direct) == ["a/y z"]
+    assert direct.child("a").abort_uploads(lambda key: key == "y z") == ["y z"]
+    assert unfinished(s3, direct) == []
+    assert unfinished(s3, open_storage(f"{direct.uri}-other")) == ["a/x"]
+
+
+def test_who_lost_an_upload_is_told(direct: Storage, proxy: FaultProxy, storage: Storage) -> None:
+    def remove(request: Request) -> Faults:
+        if "partNumber=2" in request.path:
+            direct.abort_uploads(lambda key: True)
+        return Faults()
+
+    proxy.faults = remove
+    with pytest.raises(UserError, match=r"the unfinished upload of s3://.*/x was removed by another command"):
+        storage.write("x", DATA * 12)
+    assert direct.list() == []
+
+
 
 
 def test_a_store_without_conditional_writes_is_asked_first(
