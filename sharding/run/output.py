@@ -28,7 +28,9 @@ _GENERATION = re.compile(r"plan-[0-9a-f]{16}")
 _OURS = rf"({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})(/.*)?"
 _LOOKED_AT = re.compile(rf"{_GENERATION.pattern}/.*|{_OURS}", re.DOTALL)
 _IN_THE_WAY = re.compile(_OURS, re.DOTALL)
-_GENERATED = re.compile(rf"{_GENERATION.pattern}/({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})")
+_GENERATED = re.compile(
+    rf"{_GENERATION.pattern}/({_SHARD.pattern}({re.escape(SIDECAR_SUFFIX)})?|{re.escape(INDEX_NAME)})"
+)
 _PARALLEL = 8
 """Sidecars read in parallel."""
 _OPTIONS = {"hr_source": "hr"}

@@ -20,7 +20,6 @@ from pipeline.config import RunConfig
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.format.index import Index
-from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import shard_folder
 from sharding.run.job import ShardOptions
 from sharding.run.plan import PlanOptions
@@ -28,10 +27,11 @@ from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import Storage, open_storage
 from tests.command import column
+from tests.conftest import SMALL
 
 KILLS = 10
-AOIS = 6
-OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
+AOIS = 5
+OPTIONS = ShardOptions(SMALL, PlanOptions(shard_bytes=700_000))
 """A shard a sample."""
 FILES = 2 * AOIS + 2
 """Files of a generation and one more: shards, their sidecars, copies of both indexes."""
@@ -40,7 +40,8 @@ FILES = 2 * AOIS + 2
 def overwrite(source: Path, output: str, seed: int) -> subprocess.Popen[str]:
     """Start the command that replaces the dataset by one of another seed and of one revisit."""
     command = [sys.executable, "-m", "cluster.cli", "shard", "--input", str(source), "--output", output]
-    options = ["--overwrite", "--revisits", "1", "--seed", str(seed), "--shard-size", "2.5", "--workers", "1"]
+    options = ["--lr-size", str(SMALL.lr_size), "--hr-size", str(SMALL.hr_size), "--overwrite", "--revisits", "1"]
+    options = [*options, "--seed", str(seed), "--shard-size", "0.7", "--workers", "1"]
     return subprocess.Popen(
         [*command, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -92,9 +93,9 @@ def test_a_training_does_not_notice_kills_of_overwrite_nor_that_it_ends(
     write_worldstrat(source, AOIS, seed=6, revisits=2, hr_side=80)
     storage = open_storage(data)
     first = shard_folder(source, storage, OPTIONS).index
-    # Without a cache, every epoch reads every sample again, the last two after the dataset has been replaced.
-    settings = (f"data.uri={data}", "data.cache_mib=0", "data.prefetch_batches=1", "train.global_batch=12")
-    settings = (*settings, f"train.epochs={KILLS + 3}", "output.panels=0", "train.hang_seconds=0")
+    # Without a cache, every epoch reads every sample again, the last one after the dataset has been replaced.
+    settings = (f"data.uri={data}", "data.cache_mib=0", "data.prefetch_batches=1", "train.global_batch=9")
+    settings = (*settings, f"train.epochs={KILLS + 2}", "output.panels=0", "train.hang_seconds=0")
     run_training(make_config(tmp_path / "undisturbed", *settings))
     assert Index.load(storage).digest == first.digest
     killed, epochs = threading.Semaphore(0), list[int]()
@@ -115,7 +116,7 @@ def test_a_training_does_not_notice_kills_of_overwrite_nor_that_it_ends(
     statuses = done.result()
     print(f"killed before they ended: {statuses.count(-signal.SIGKILL)} of {KILLS}")
     assert -signal.SIGKILL in statuses
-    assert len(epochs) == KILLS + 3
+    assert len(epochs) == KILLS + 2
     assert Index.load(storage).split_seed == KILLS, "at the end it is another dataset"
     for name in ("train/loss", "val/loss"):
         disturbed = column(tmp_path / "disturbed", name)

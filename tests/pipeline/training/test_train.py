@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
-from sharding.storage.lock import Holder
+from sharding.storage.lock import JOB_VARIABLE, Holder
 from tests.command import column, last_checkpoint, run_command, start_command
 from tests.conftest import S3
 from tests.uploads import begin_upload, unfinished
@@ -217,6 +218,34 @@ def test_a_run_folder_that_another_job_writes_to_is_refused(
     storage.delete("events/mine.txt")
     assert run_training(make_config(tmp_path, "train.max_steps=1")).step == 1
     assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_of_two_trainings_the_second_is_refused_and_a_restart_of_the_first_is_not(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run, job = tmp_path / "run", {JOB_VARIABLE: "night"}
+    config = command(make_config(run, "train.max_steps=3", "train.engine=torch"), tmp_path)
+    first = start_command(1, config, job, held_at=2)
+    try:
+        deadline = time.monotonic() + 400
+        while not ((run / "metrics.csv").exists() and len(column(run, "step")) == 2):
+            assert time.monotonic() < deadline, first.output()
+            time.sleep(0.01)
+        second = start_command(1, config)
+        refused = second.wait()
+        assert refused.statuses == [2], refused.output
+        named = rf"is being written by `satfusion train` of .+, pid {first.processes[0].pid} \(job night\), since 20"
+        assert re.search(named, refused.output), refused.output
+        # The first one still lives, and its heartbeat is fresh.
+        restarted = start_command(1, config, job).wait()
+        assert restarted.statuses == [0], restarted.output
+        assert first.processes[0].poll() is None
+    finally:
+        first.kill()
+    assert column(run, "step") == ["1", "2", "3"]
+    assert complete_checkpoints(open_storage(run), "step") == [3]
 
 
 def test_a_run_that_lost_its_record_resumes_from_its_checkpoint(

@@ -364,7 +364,9 @@ def test_the_parts_of_a_killed_upload_are_found_and_removed(
         return Faults()
 
     proxy.faults = hold
-    code = "import sys; from sharding.storage import open_storage; open_storage(sys.argv[1]).write('a/x', bytes(20 << 20))"
+    code = (
+        "import sys; from sharding.storage import open_storage; open_storage(sys.argv[1]).write('a/x', bytes(20 << 20))"
+    )
     writer = subprocess.Popen([sys.executable, "-c", code, direct.uri])
     try:
         deadline = time.monotonic() + 400
@@ -401,8 +403,6 @@ def test_who_lost_an_upload_is_told(direct: Storage, proxy: FaultProxy, storage:
     with pytest.raises(UserError, match=r"the unfinished upload of s3://.*/x was removed by another command"):
         storage.write("x", DATA * 12)
     assert direct.list() == []
-
-
 
 
 def test_a_store_without_conditional_writes_is_asked_first(
