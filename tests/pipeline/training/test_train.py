@@ -226,7 +226,8 @@ def test_of_two_trainings_the_second_is_refused_and_a_restart_of_the_first_is_no
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     run, job = tmp_path / "run", {JOB_VARIABLE: "night"}
-    config = command(make_config(run, "train.max_steps=3", "train.engine=torch"), tmp_path)
+    settings = ("train.max_steps=3", "train.engine=torch", "train.hang_seconds=0")  # the first one is held
+    config = command(make_config(run, *settings), tmp_path)
     first = start_command(1, config, job, held_at=2)
     try:
         deadline = time.monotonic() + 400

@@ -197,11 +197,12 @@ def test_a_command_that_is_killed_takes_its_workers_along(many: World, s3: S3) -
 
 
 def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3: S3) -> None:
-    released = threading.Event()
+    held, released = threading.Event(), threading.Event()
 
     def hold(request: Request) -> Faults:
         """Let no upload in parts end before the kill."""
         if request.method == "POST" and "uploadId" in request.path:
+            held.set()
             released.wait()
         return Faults()
 
@@ -212,10 +213,7 @@ def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3:
         proxy.faults = hold
         process = start(many, uri, more=more, environment={"AWS_ENDPOINT_URL": proxy.url})
         try:
-            deadline = time.monotonic() + 400
-            while not proxy.seen("POST", "uploadId"):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            assert held.wait(400)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
