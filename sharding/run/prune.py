@@ -73,7 +73,7 @@ def prune(output: Storage) -> Pruned:
             for key in keys:
                 output.delete(key)
     removed = (Removed(folder, len(keys), sum(there.sizes[key] for key in keys)) for folder, keys in older.items())
-    return Pruned(output.uri, tuple(removed), tuple(sorted(there.sizes.keys() - there.ours)), tuple(aborted))
+    return Pruned(output.uri, tuple(removed), tuple(sorted(there.sizes.keys() - there.ours)), aborted)
 
 
 def unneeded(output: Storage) -> str:

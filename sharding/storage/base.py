@@ -144,7 +144,7 @@ class Storage(Protocol):
         """Delete an object; no error if it does not exist."""
         ...
 
-    def abort_uploads(self, ours: Callable[[str], bool]) -> list[str]:
+    def abort_uploads(self, ours: Callable[[str], bool]) -> tuple[str, ...]:
         """Abort the unfinished uploads whose key ``ours`` accepts; return their keys, sorted. A folder has none.
 
         A killed writer leaves them: their parts cost money, and no listing of objects shows them. Call it with the lock

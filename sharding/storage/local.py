@@ -155,9 +155,9 @@ class LocalStorage:
             except OSError:  # not empty, or never there
                 break
 
-    def abort_uploads(self, ours: Callable[[str], bool]) -> list[str]:
+    def abort_uploads(self, ours: Callable[[str], bool]) -> tuple[str, ...]:
         """Return nothing: `remove_abandoned` removes what killed writers left."""
-        return []
+        return ()
 
     def child(self, name: str) -> LocalStorage:
         """Return the storage of a folder below."""

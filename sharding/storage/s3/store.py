@@ -137,7 +137,7 @@ class S3Storage:
         """Send DELETE; S3 answers the same if the object does not exist."""
         self._call(key, "delete_object", Key=self._key(key))
 
-    def abort_uploads(self, ours: Callable[[str], bool]) -> list[str]:
+    def abort_uploads(self, ours: Callable[[str], bool]) -> tuple[str, ...]:
         """List the uploads in parts under the prefix, and abort those that are ours."""
         aborted = []
         try:
@@ -155,20 +155,19 @@ class S3Storage:
                 self.uri,
                 error,
             )
-        return sorted(aborted)
+        return tuple(sorted(aborted))
 
-    def _uploads(self) -> list[tuple[str, str]]:
-        """Return key and identity of each unfinished upload, on all pages."""
-        found = []
+    def _uploads(self) -> Iterator[tuple[str, str]]:
+        """Yield key and identity of each unfinished upload, of all pages."""
         page: dict[str, Any] = {"IsTruncated": True}
         markers: dict[str, str] = {}
         while page.get("IsTruncated"):
             page = self._call("", "list_multipart_uploads", Prefix=self._base, **markers)
-            found += [(item["Key"][len(self._base) :], item["UploadId"]) for item in page.get("Uploads", [])]
+            for item in page.get("Uploads", []):
+                yield item["Key"][len(self._base) :], item["UploadId"]
             if not page.get("NextKeyMarker"):  # some servers leave it out
                 break
             markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
-        return found
 
     def child(self, name: str) -> S3Storage:
         """Return the storage of a longer prefix."""
