@@ -1,8 +1,8 @@
 """Uploads of a long training's events, metrics and panels: bytes, objects, delay and memory.
 
-``python -m benchmarks.events [--steps 100000] [--step-seconds 0.15]``: the real writers of rank 0, with made-up values
-and a clock that jumps, upload to a real S3 server. The row "before" has the same bytes, each changed file sent whole
-at each upload, as computed from the files' sizes.
+``python -m benchmarks.events [--steps 100000] [--step-seconds 0.15] [--validate-every 1000]``: the real writers of
+rank 0, with made-up values and a clock that jumps, upload to a real S3 server. The row "before" has the same bytes,
+each changed file sent whole at each upload, as computed from the files' sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from pipeline.world import World
 from sharding.storage import Storage
 
 RANKS = 2
-STEPS_PER_EPOCH = 1000
 CHECKPOINT_EVERY = TrainConfig().checkpoint_every
 PANEL = (176, 780, 3)
 
@@ -80,8 +79,8 @@ class Imitated:
     """Resident memory after each tenth of the steps, bytes."""
 
 
-def imitate(uri: str, steps: int, step_seconds: float, output: OutputConfig) -> Imitated:
-    """Write and upload a run's files with a clock that jumps by ``step_seconds``."""
+def imitate(uri: str, steps: int, step_seconds: float, epoch: int, output: OutputConfig) -> Imitated:
+    """Write and upload a run's files with a clock that jumps by ``step_seconds``; epochs have ``epoch`` steps."""
     now = 1000.0
     clock = SimpleNamespace(monotonic=lambda: now, time=lambda: 1.7e9 + now)
     generator = np.random.default_rng(1)
@@ -106,19 +105,19 @@ def imitate(uri: str, steps: int, step_seconds: float, output: OutputConfig) -> 
             now += step_seconds
             values = torch.from_numpy(generator.random((len(STEP_TAGS), RANKS)))
             validation = {}
-            if step % STEPS_PER_EPOCH == 0:
+            if step % epoch == 0:
                 by_rank = torch.from_numpy(generator.random((RANKS, len(VAL_TAGS))))
                 validation = dict(zip(VAL_TAGS, by_rank.mean(0).tolist(), strict=True))
-                for chip in range(num_panels(output, step, STEPS_PER_EPOCH, steps)):
+                for chip in range(num_panels(output, step, epoch, steps)):
                     picture = generator.normal(128, 12, PANEL).clip(0, 255).astype(np.uint8)
                     logs.panel(step, f"val/{chip}", picture)
                 logs.validation(step, validation, by_rank)
-            logs.write_step(step, step // STEPS_PER_EPOCH, dict(zip(STEP_TAGS, values, strict=True)), validation)
+            logs.write_step(step, step // epoch, dict(zip(STEP_TAGS, values, strict=True)), validation)
             if step % CHECKPOINT_EVERY == 0:
                 sync(everything=True)
             elif now - last_sync >= output.sync_seconds:
                 sync(everything=False)
-            if step % (steps // 10) == 0:
+            if step % max(1, steps // 10) == 0:
                 resident.append(psutil.Process().memory_info().rss)
         logs.close()
         run.sync(final=True)
@@ -149,16 +148,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--step-seconds", type=float, default=0.15)
     parser.add_argument("--sync-seconds", type=float, default=OutputConfig().sync_seconds)
+    parser.add_argument("--validate-every", type=int, default=1000)
+    parser.add_argument("--panels-every", type=int, default=OutputConfig().panels_every)
     args = parser.parse_args()
     logging.getLogger("pipeline").setLevel(logging.ERROR)
-    output = OutputConfig(sync_seconds=args.sync_seconds)
+    output = OutputConfig(sync_seconds=args.sync_seconds, panels_every=args.panels_every)
     with (
         tempfile.TemporaryDirectory(prefix="satfusion-events-") as folder,
         ObjectStore(Path(folder), bucket="runs") as store,
         mock.patch.dict("os.environ", store.environment),
     ):
         began = time.monotonic()
-        done = imitate("s3://runs/run", args.steps, args.step_seconds, output)
+        done = imitate("s3://runs/run", args.steps, args.step_seconds, args.validate_every, output)
         objects = Counter(item.key.rsplit("/", 1)[0] for item in RunFolder("s3://runs/run", 1).storage.list())
     sent = sum(done.uploads.sent.values())
     print(f"{args.steps} steps of {args.step_seconds} s, imitated in {time.monotonic() - began:.0f} s")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,10 @@ KILLS = 10
 AOIS = 5
 OPTIONS = ShardOptions(SMALL, PlanOptions(shard_bytes=700_000))
 """A shard a sample."""
-FILES = 2 * AOIS + 2
-"""Files of a generation and one more: shards, their sidecars, copies of both indexes."""
+FILES = 2 * AOIS + 1
+"""Files of a generation: shards, their sidecars, a copy of the index."""
+EPOCHS = 6
+"""Of the training: five read while the commands are killed, the last one reads after all of them."""
 
 
 def overwrite(source: Path, output: str, seed: int) -> subprocess.Popen[str]:
@@ -66,23 +68,25 @@ def kill_in_its_work(process: subprocess.Popen[str], folder: Path, files: int, m
         process.communicate()
 
 
-def disturb(source: Path, storage: Storage, killed: threading.Semaphore) -> list[int]:
-    """Replace the dataset again and again, killed at random moments and in the end not; return the statuses."""
-    draw, statuses = random.Random(17), list[int]()
-    for number in range(KILLS + 1):
-        before = Index.load(storage)
-        process = overwrite(source, storage.uri, number)
-        if number < KILLS:
+def disturb(source: Path, storage: Storage, ended: threading.Semaphore) -> int:
+    """Replace the dataset until the command was killed ten times in its work, then once more; return its last seed."""
+    draw, kills = random.Random(17), 0
+    for seed in range(4 * KILLS):
+        before, last = Index.load(storage), kills == KILLS
+        process = overwrite(source, storage.uri, seed)
+        if not last:
             kill_in_its_work(process, Path(storage.uri), draw.randint(1, FILES), draw.uniform(0, 0.1))
+            kills += process.returncode == -signal.SIGKILL  # else it had come to its end
         else:
             output, _ = process.communicate(timeout=500)
             assert process.returncode == 0, output
-        statuses.append(process.returncode)
         published = Index.load(storage)
-        assert published.digest == before.digest or (published.split_seed, len(published.skipped)) == (number, 0)
+        assert published.digest == before.digest or (published.split_seed, len(published.skipped)) == (seed, 0)
         assert verify(storage, deep=True).problems == ()
-        killed.release()
-    return statuses
+        ended.release()
+        if last:
+            return seed
+    pytest.fail(f"it was killed only {kills} times before it ended")
 
 
 @pytest.mark.slow
@@ -93,34 +97,31 @@ def test_a_training_does_not_notice_kills_of_overwrite_nor_that_it_ends(
     write_worldstrat(source, AOIS, seed=6, revisits=2, hr_side=80)
     storage = open_storage(data)
     first = shard_folder(source, storage, OPTIONS).index
-    # Without a cache, every epoch reads every sample again, the last one after the dataset has been replaced.
+    # Without a cache, every epoch reads every sample again. The wait for kills is no hang.
     settings = (f"data.uri={data}", "data.cache_mib=0", "data.prefetch_batches=1", "train.global_batch=9")
-    settings = (*settings, f"train.epochs={KILLS + 2}", "output.panels=0", "train.hang_seconds=0")
+    settings = (*settings, f"train.epochs={EPOCHS}", "output.panels=0", "train.hang_seconds=0")
     run_training(make_config(tmp_path / "undisturbed", *settings))
     assert Index.load(storage).digest == first.digest
-    killed, epochs = threading.Semaphore(0), list[int]()
-
-    def wait_for_a_kill(metrics: Mapping[str, float], done: Future[list[int]]) -> None:
-        """Let each epoch be read while the next command works."""
-        epochs.append(len(epochs))
-        deadline = time.monotonic() + 1000
-        while not (done.done() or killed.acquire(timeout=0.1)):
-            assert time.monotonic() < deadline
-        if done.done():
-            done.result()  # its error, if it has one
+    ended, epochs = threading.Semaphore(0), list[Mapping[str, float]]()
 
     with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(disturb, source, storage, killed)
-        config = make_config(tmp_path / "disturbed", *settings)
-        run_training(config, report=lambda metrics: wait_for_a_kill(metrics, done))
-    statuses = done.result()
-    print(f"killed before they ended: {statuses.count(-signal.SIGKILL)} of {KILLS}")
-    assert -signal.SIGKILL in statuses
-    assert len(epochs) == KILLS + 2
-    assert Index.load(storage).split_seed == KILLS, "at the end it is another dataset"
+        done = thread.submit(disturb, source, storage, ended)
+
+        def wait_for_kills(metrics: Mapping[str, float]) -> None:
+            """Let two more commands end in each epoch, and all of them before the last one."""
+            epochs.append(metrics)
+            if len(epochs) >= EPOCHS - 1:
+                done.result(timeout=3000)
+            for _ in range(2):
+                while not (done.done() or ended.acquire(timeout=0.1)):
+                    pass
+
+        run_training(make_config(tmp_path / "disturbed", *settings), report=wait_for_kills)
+    assert len(epochs) == EPOCHS
+    assert Index.load(storage).split_seed == done.result(), "at the end it is another dataset"
     for name in ("train/loss", "val/loss"):
         disturbed = column(tmp_path / "disturbed", name)
-        assert len(disturbed) > KILLS
+        assert len(disturbed) == 3 * EPOCHS
         assert disturbed == column(tmp_path / "undisturbed", name)
     chips = [column(tmp_path / run, "chips", "batches.csv") for run in ("disturbed", "undisturbed")]
     assert chips[0] == chips[1]

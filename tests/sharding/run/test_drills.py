@@ -221,7 +221,7 @@ def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3:
             released.set()
             process.communicate()
     (left,) = unfinished(s3, storage)
-    assert re.fullmatch(r"plan-[0-9a-f]{16}/[a-z]+-00000\.tar", left)
+    assert re.fullmatch(r"plan-[0-9a-f]{16}/[a-z]+-0000[0-9]\.tar", left)
     begin_upload(s3, storage, "train-00000.tar")  # a name of ours where only others would begin one
     assert f"removed the parts of 1 uploads of killed commands, such as {left}" in finished(start(many, uri, more=more))
     assert unfinished(s3, storage) == ["train-00000.tar"]
