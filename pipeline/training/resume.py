@@ -58,7 +58,7 @@ def claimed(run: RunFolder, world: World) -> Iterator[Lock | None]:
                 lock = stack.enter_context(Lock(run.storage, "train"))
                 _refuse_foreign(run.storage)
                 if aborted := run.storage.abort_uploads(lambda key: key.startswith(RUN_NAMES)):
-                    logger.info("removed the parts of %d uploads of killed trainings", len(aborted))
+                    logger.info("removed the parts of killed uploads: %d", len(aborted))
             except UserError as error:
                 refusal = error
         refusal = world.gather_objects(refusal)[0]

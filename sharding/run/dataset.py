@@ -165,7 +165,7 @@ class _Sharding:
         with Lock(self.output, "shard", self._note) as lock:
             self.there = look(self.output)
             if aborted := self.output.abort_uploads(self.there.claims):
-                self._note(f"removed the parts of {len(aborted)} uploads of killed commands, such as {aborted[0]}")
+                self._note(f"removed the parts of killed uploads: {len(aborted)}, such as {aborted[0]}")
             index = self.there.latest
             if index and index.plan != plan_digest(tasks):
                 plan, tasks = self.planner.adopt(index, extend=not overwrite) or (plan, tasks)

@@ -160,7 +160,7 @@ def test_a_start_removes_the_parts_of_a_killed_checkpoint(
         begin_upload(s3, storage, key)
     with caplog.at_level("INFO"):
         run_training(make_config(storage.uri, "train.max_steps=1"))
-    assert "removed the parts of 1 uploads of killed trainings" in caplog.text
+    assert "removed the parts of killed uploads: 1" in caplog.text
     assert unfinished(s3, storage) == ["another/checkpoints/step-1/state.pt"]
 
 

@@ -223,7 +223,7 @@ def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3:
     (left,) = unfinished(s3, storage)
     assert re.fullmatch(r"plan-[0-9a-f]{16}/[a-z]+-0000[0-9]\.tar", left)
     begin_upload(s3, storage, "train-00000.tar")  # a name of ours where only others would begin one
-    assert f"removed the parts of 1 uploads of killed commands, such as {left}" in finished(start(many, uri, more=more))
+    assert f"removed the parts of killed uploads: 1, such as {left}" in finished(start(many, uri, more=more))
     assert unfinished(s3, storage) == ["train-00000.tar"]
     begin_upload(s3, storage, INDEX_NAME)
     assert list(prune(storage).lines()) == [f"removed the parts of an unfinished upload of {INDEX_NAME}"]
