@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +49,7 @@ def clear_nodata(raster: DatasetReader, image: NDArray[np.generic]) -> bool:
     A tag of 0 changes nothing: 0 means no data in WorldStrat.
     """
     nodata = raster.nodata
-    whole = image.dtype.kind in "iu"
-    if nodata is None or nodata == 0 or (whole and not _holds(image.dtype, nodata)):
+    if nodata is None or nodata == 0 or (image.dtype.kind in "iu" and not _holds(image.dtype, nodata)):
         return False
     missing = np.isnan(image) if math.isnan(nodata) else image == np.asarray(nodata).astype(image.dtype)
     if not missing.any():
@@ -58,7 +58,7 @@ def clear_nodata(raster: DatasetReader, image: NDArray[np.generic]) -> bool:
     return True
 
 
-def _holds(integers: np.dtype[np.generic], value: float) -> bool:
+def _holds(integers: np.dtype[Any], value: float) -> bool:
     limits = np.iinfo(integers)
     return value.is_integer() and limits.min <= value <= limits.max
 

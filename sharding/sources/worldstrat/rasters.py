@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import rasterio
@@ -184,7 +184,7 @@ class _Reader:
             reason = _IN_MEMORY.sub(file.name, str(error))
             raise UnusableError("unreadable", f"{file.name} is damaged or truncated ({reason})") from error
 
-    def count_limit(self, name: str, stored: NDArray[np.generic]) -> None:
+    def count_limit(self, name: str, stored: NDArray[Any]) -> None:
         """Count the values of integers that are the largest of their type; ``name`` is the image's in a sample."""
         if stored.dtype.kind in "iu" and stored.max() == (limit := np.iinfo(stored.dtype).max):
             self.at_limit[name] += int(np.count_nonzero(stored == limit))
@@ -306,7 +306,7 @@ class _Spot:
 def _read_spot(
     reader: _Spot, hr_file: SourceFile | None, pan_file: SourceFile, hr_source: str
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Read target and PAN. They cover the same land: 1 pixel of PAN per pixel of ``_ps``, a whole number (4) of ``_rgbn``."""
+    """Read target and PAN, which has 1 pixel per pixel of ``_ps``, and a whole number of them, 4, per ``_rgbn``."""
     hr = reader.read(hr_file, SPOT_RGB, ("red", "green", "blue")) if hr_file else None
     pan = reader.read(pan_file, (1,), ("pan",))
     if hr is None or hr_file is None:

@@ -233,7 +233,7 @@ def test_a_target_of_half_the_pixels_of_pan_is_taken(base: Path, folder: Path) -
     with rasterio.open(next(folder.glob(SPOT.format("rgbn")))) as file:
         expected = file.read([1, 2, 3]) / 10_000
     assert np.abs(sample.images["hr"] * 3e-5 - expected).max() < 2e-5
-    with pytest.raises(UserError, match="--native with --hr rgbn would keep targets of 6 m beside PAN of 1.5 m"):
+    with pytest.raises(UserError, match=r"--native with --hr rgbn would keep targets of 6 m beside PAN of 1\.5 m"):
         made(folder, SampleOptions(revisits=2, lr_size=None, hr_size=None, hr="rgbn"))
 
 
