@@ -126,7 +126,7 @@ def _rows(
     middle = median(batch)
     for method, image in images.items():
         values = image_metrics(image, batch.hr, registration, ratio, batch.valid)
-        values |= no_reference(image, middle, batch.pan) | opensr_measures(image, middle, batch.hr)
+        values |= no_reference(image, middle, batch.pan) | opensr_measures(image, middle, batch.hr, batch.valid)
         yield {**place, "method": method, **{column: _value(values[column]) for column in COLUMNS}}
 
 
