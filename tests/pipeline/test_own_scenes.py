@@ -37,7 +37,7 @@ def write(sensor: str, folder: Path) -> None:
     if sensor == "rgbn":
         write_rgbn(folder, 4, side=240)
     elif sensor == "two_crs":
-        write_two_crs(folder, [(400, 600), (400, 400), (400, 400)])
+        write_two_crs(folder, [(400, 600), (400, 400), (400, 400), (400, 400)])
     else:
         for number, split in enumerate(("train", "valid", "test")):
             write_hdf5(folder / f"{split}_wv3.h5", 2, seed=number)
