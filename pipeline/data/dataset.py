@@ -249,6 +249,11 @@ class ChipDataset(Dataset[Batch]):
         """Return the name of the chip's AOI."""
         return self._place(chip)[1].aoi
 
+    def place(self, chip: int) -> str:
+        """Return the AOI's name in its own dataset: in a mix, AOIs of one name are one place."""
+        name = self.aoi(chip)
+        return name.partition("/")[2] if self._opened.weights else name
+
     def agreement(self, chip: int) -> float | None:
         """Return the correlation of the revisits of the chip's AOI with its target; None if the index has none."""
         content = self._place(chip)[1].content

@@ -13,7 +13,16 @@ from pipeline.evaluation.charts import curves, distributions
 from pipeline.evaluation.compare import Comparison
 from pipeline.evaluation.intervals import LEAST, METHOD, Estimate
 from pipeline.evaluation.perturb import UNITS
-from pipeline.evaluation.result import COLUMNS, FUSED, HIGHER_IS_BETTER, Evaluation, Row, better, estimate_rows
+from pipeline.evaluation.result import (
+    COLUMNS,
+    FUSED,
+    HIGHER_IS_BETTER,
+    Evaluation,
+    Row,
+    better,
+    estimate_rows,
+    place_of,
+)
 from pipeline.quality import opensr
 from pipeline.quality.metrics import ADJUSTED, METRICS
 from pipeline.quality.no_reference import MEASURES
@@ -123,7 +132,7 @@ def comparison_page(found: Comparison) -> bytes:
 
 def cautions(result: Evaluation) -> list[str]:
     """Return what a reader must know before trusting the numbers, in sentences."""
-    aois = {row["aoi"]: row["agreement"] for row in result.chips}
+    aois = {place_of(row): row["agreement"] for row in result.chips}
     found = [
         f"{len(aois)} AOIs were scored. Chips of one AOI resemble each other, so intervals are over AOIs."
         + (f" Below {LEAST} there are none." if len(aois) < LEAST else "")
@@ -208,7 +217,7 @@ def _groups(result: Evaluation) -> Iterable[str]:
         yield f"<h2>By {'land-cover class' if kind == 'class' else 'agreement of the revisits with the target'}</h2>"
         rows: list[Line] = []
         for name, members in groups.items():
-            aois = len({row["aoi"] for row in members})
+            aois = len({place_of(row) for row in members})
             cells = (
                 _cell(estimate_rows([row for row in members if row["method"] == method], column))
                 for column in ("psnr", "sam")

@@ -47,8 +47,8 @@ class Evaluation:
     registration: Mode
     """Mode of registering predictions to the target."""
     chips: list[Row]
-    """A row per chip and method: ``aoi chip method agreement``, ``class`` where classes are known, and COLUMNS; None is
-    an offset where nothing correlates."""
+    """A row per chip and method: ``aoi chip method agreement``, ``place`` (the AOI's name in its own dataset) of a mix,
+    ``class`` where classes are known, and COLUMNS; None is an offset where nothing correlates."""
     methods: tuple[str, ...]
     """Methods in the order of the table: the fused images, then BASELINES and PANSHARPENED."""
     folder: str
@@ -133,7 +133,7 @@ class Evaluation:
                     f"{method} {estimate_rows([row for row in rows if row['method'] == method], 'psnr')}"
                     for method in (FUSED, BASELINES[1])
                 )
-                aois = len({row["aoi"] for row in rows})
+                aois = len({place_of(row) for row in rows})
                 lines.append(f"{kind} {name}, {aois} AOIs: psnr of {', '.join(cells)}")
         return lines
 
@@ -188,7 +188,7 @@ def mean(values: Sequence[object]) -> float:
 
 def estimate_rows(rows: Iterable[Row], column: str) -> Estimate:
     """Return the mean of a column over rows, with its interval over their AOIs."""
-    return _estimate((row["aoi"], row[column]) for row in rows)
+    return _estimate((place_of(row), row[column]) for row in rows)
 
 
 def paired(rows: Iterable[Row], others: Iterable[Row], column: str) -> Estimate:
@@ -197,10 +197,17 @@ def paired(rows: Iterable[Row], others: Iterable[Row], column: str) -> Estimate:
     Raises:
         ValueError: A chip is in one of them only.
     """
-    first, second = ({(row["aoi"], row["chip"]): row[column] for row in of} for of in (rows, others))
+    first, second = ({(row["aoi"], row["chip"]): row for row in of} for of in (rows, others))
     if first.keys() != second.keys():
         raise ValueError(f"chips differ: {sorted(map(str, first.keys() ^ second.keys()))[:3]}")
-    return _estimate((place[0], _number(value) - _number(second[place])) for place, value in first.items())
+    return _estimate(
+        (place_of(row), _number(row[column]) - _number(second[chip][column])) for chip, row in first.items()
+    )
+
+
+def place_of(row: Row) -> object:
+    """Return the place that a row is of: AOIs of one name in the datasets of a mix are drawn as one."""
+    return row.get("place", row["aoi"])
 
 
 def better(column: str, difference: float) -> bool:

@@ -109,7 +109,9 @@ def draw(network: nn.Module, dataset: ChipDataset, chip: int) -> bytes:
 def _place(dataset: ChipDataset, chip: int, classes: Mapping[str, str]) -> Row:
     aoi = dataset.aoi(chip)
     place: Row = {"aoi": aoi, "chip": chip % dataset.chips_per_scene, "agreement": dataset.agreement(chip)}
-    return place | {"class": classes.get(aoi, UNKNOWN)} if classes else place
+    if (own := dataset.place(chip)) != aoi:
+        place["place"] = own
+    return place | {"class": classes.get(own, UNKNOWN)} if classes else place
 
 
 def _fuse(network: nn.Module, batch: Batch) -> Tensor:
@@ -124,7 +126,7 @@ def _rows(
     middle = median(batch)
     for method, image in images.items():
         values = image_metrics(image, batch.hr, registration, ratio, batch.valid)
-        values |= no_reference(image, middle, batch.pan) | opensr_measures(image, middle, batch.hr)
+        values |= no_reference(image, middle, batch.pan) | opensr_measures(image, middle, batch.hr, batch.valid)
         yield {**place, "method": method, **{column: _value(values[column]) for column in COLUMNS}}
 
 

@@ -27,32 +27,40 @@ TINY = 1e-8
 
 
 @torch.no_grad()
-def opensr_measures(fused: Tensor, lr: Tensor, target: Tensor) -> dict[str, Tensor]:
+def opensr_measures(fused: Tensor, lr: Tensor, target: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     """Measure fused images by what they change of the low-resolution image, and whether the target has it.
 
     Args:
         fused: Fused images [B, C, H, W], reflectance.
         lr: Low-resolution images [B, C, h, w]: for several revisits their median.
         target: High-resolution images [B, C, H, W].
+        valid: Mask [B, 1, H, W], 1 where there is data, else 0; None if there is everywhere.
 
     Returns:
-        A tensor [B], float64, for each name of ``MEASURES``; NaN for images that are all border.
+        A tensor [B], float64, for each name of ``MEASURES``; NaN for images that are all border or without data.
     """
-    each = [_measure(*images) for images in zip(fused.double(), lr.double(), target.double(), strict=True)]
+    masks = torch.ones_like(target[:, :1]) if valid is None else valid
+    each = [
+        _measure(*images) for images in zip(fused.double(), lr.double(), target.double(), masks.double(), strict=True)
+    ]
     return {name: torch.tensor([found[place] for found in each]) for place, name in enumerate(MEASURES)}
 
 
-def _measure(fused: Tensor, lr: Tensor, target: Tensor) -> list[float]:
+def _measure(fused: Tensor, lr: Tensor, target: Tensor, valid: Tensor) -> list[float]:
     """Return the MEASURES of one image."""
     ratio = target.shape[-1] / lr.shape[-1]
     border = int(BORDER / ratio)
     lr = _inner(lr, border)
-    fused, target = (_inner(image, round(border * ratio)) for image in (fused, target))
-    if not lr.numel() or not target.numel():
+    fused, target, valid = (_inner(image, round(border * ratio)) for image in (fused, target, valid))
+    held = valid[0] == 1
+    if not lr.numel() or not held.any():
         return [float("nan")] * len(MEASURES)
     seen = _resized(fused, lr)
     enlarged = _resized(lr, target)
-    matched = torch.stack([_matched(band, wanted) for band, wanted in zip(fused, target, strict=True)])
+    target, enlarged = target[:, held], enlarged[:, held]
+    matched = torch.stack([_matched(band, wanted) for band, wanted in zip(fused[:, held], target, strict=True)])
+    whole = _resized(valid, lr)[0] > 1 - TINY
+    lr, seen = lr[:, whole], seen[:, whole]
     cosine = (lr * seen).sum(0) / (lr.norm(dim=0) * seen.norm(dim=0))
     consistency = [(lr - seen).abs().mean(), cosine.clamp(-1, 1).acos().rad2deg().nanmean()]
     shares = _correctness(_distance(enlarged, target), _distance(matched, target), _distance(matched, enlarged))
@@ -60,7 +68,7 @@ def _measure(fused: Tensor, lr: Tensor, target: Tensor) -> list[float]:
 
 
 def _correctness(reference: Tensor, improvement: Tensor, omission: Tensor) -> list[Tensor]:
-    """Return the shares of improvement, omission and hallucination, from distances [H, W].
+    """Return the shares of improvement, omission and hallucination, from distances [pixels].
 
     The distances are those of the enlarged input to the target, of the image to the target, and of the image to the
     enlarged input.
@@ -75,12 +83,12 @@ def _correctness(reference: Tensor, improvement: Tensor, omission: Tensor) -> li
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return the normalised difference [H, W], the mean over bands."""
+    """Return the normalised difference [pixels], the mean over bands."""
     return ((a - b).abs() / (a + b + TINY).abs()).nanmean(dim=0)
 
 
 def _matched(band: Tensor, wanted: Tensor) -> Tensor:
-    """Return a band [H, W] with the distribution of values of another: each value becomes that of its quantile."""
+    """Return a band [pixels] with the distribution of values of another: each value becomes that of its quantile."""
     _, place, count = np.unique(band.cpu().numpy(), return_inverse=True, return_counts=True)
     values, others = np.unique(wanted.cpu().numpy(), return_counts=True)
     own, other = (np.cumsum(numbers) / numbers.sum() for numbers in (count, others))

@@ -245,14 +245,18 @@ def smallest(layouts: Iterable[SampleLayout]) -> tuple[int, int] | None:
 
 
 def worldstrat_facts(options: SampleOptions, layouts: Iterable[SampleLayout] = ()) -> Facts:
-    """Return the facts of a dataset of WorldStrat samples; its chips are the published ones if they fit."""
+    """Return the facts of a dataset of WorldStrat samples.
+
+    Chips are the published ones if they fit; native samples have as many as the smallest holds, WorldStrat's the same.
+    """
     lr, hr = options.lr_size, options.hr_size
     sides = smallest(layouts) or ((lr, lr) if lr is not None else WORLDSTRAT_CHIPS.extent)
+    published = lr is not None and min(sides) >= max(WORLDSTRAT_CHIPS.extent)
     return Facts(
         source="worldstrat",
         bands=Bands(tuple(BAND_NAMES[options.level][number - 1] for number in options.band_numbers), _HR_BANDS),
         ratio=(hr, lr) if lr is not None and hr is not None else None,
-        chips=WORLDSTRAT_CHIPS if min(sides) >= max(WORLDSTRAT_CHIPS.extent) else fitted_chips(sides, CHIP),
+        chips=WORLDSTRAT_CHIPS if published else fitted_chips(sides, CHIP),
         radiometry=Radiometry(options.step),
         masks=("clm",),
     )

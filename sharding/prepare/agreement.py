@@ -48,10 +48,10 @@ def agreement_of(
     """
     height, width = (max(1, side // COARSER) for side in lr.shape[-2:])
     size = height, width
-    target = _averaged(hr[list(bands[1])], size)
+    target = _averaged(hr, size)[list(bands[1])]
     seen = _averaged(hr_valid[None].astype(np.float32), size)[0] > WHOLE
-    images = np.stack([_averaged(image[list(bands[0])], size) for image in lr])
-    usable = np.stack([_averaged(mask.astype(np.float32), size) > WHOLE for mask in clear])
+    images = _averaged(lr, size)[:, list(bands[0])]
+    usable: Mask = np.asarray(_averaged(clear.astype(np.float32), size) > WHOLE)
     middle = median_of(images, usable)
     known: Mask = seen & np.asarray(usable.any(axis=0))[0]
     distance = float(np.median(np.abs(middle - target)[:, known])) if known.sum() >= LEAST_PIXELS else None
@@ -77,5 +77,10 @@ def _correlation(image: Array, target: Array, known: Mask) -> float | None:
 
 
 def _averaged(image: Array, size: tuple[int, ...]) -> Array:
-    averaged = functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(image))[None], (size[0], size[1]))
-    return np.asarray(averaged[0].numpy(), np.float32)
+    """Return images [..., h, w] averaged to a size."""
+    if image.shape[-2:] == (COARSER * size[0], COARSER * size[1]):  # the same sums, five times as fast
+        first, second = image[..., ::COARSER, :], image[..., 1::COARSER, :]
+        total = first[..., ::2] + first[..., 1::2] + second[..., ::2] + second[..., 1::2]
+        return np.asarray(total * np.float32(1 / COARSER**2), np.float32)
+    averaged = functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(image)), (size[0], size[1]))
+    return np.asarray(averaged.numpy(), np.float32)

@@ -33,7 +33,7 @@ def check_plausible(scene: Scene, chosen: Sequence[int]) -> None:
         values = image[part][:, valid[part]]
         if not values.size:
             continue
-        middle = float(np.median(values))
+        middle, high = map(float, np.percentile(values, (50, 98)))
         if middle > BRIGHTEST:
             top = float(values.max())
             raise UnusableError(
@@ -46,7 +46,7 @@ def check_plausible(scene: Scene, chosen: Sequence[int]) -> None:
                 "implausible",
                 f"half of {title} is below 0 (median {middle:.3g}): an offset was subtracted twice, or too much",
             )
-        if float(np.percentile(values, 98)) < DARKEST:
+        if high < DARKEST:
             raise UnusableError(
                 "implausible", f"98 % of {title} is below {DARKEST:g}, which is no reflectance: it was scaled twice"
             )

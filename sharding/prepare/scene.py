@@ -21,6 +21,9 @@ from sharding.sources.source import Scene
 # it is visible, and the comparison with the other revisits shows if it is usual there.
 SCL_MASKED = (0, 1, 3, 8, 9, 10)
 
+_BLOCK = 1 << 15
+"""Values that are rounded at a time, few enough for the processor's cache."""
+
 HALF = np.float32(0.5)
 """Share of pixels with data that a resized pixel needs."""
 
@@ -124,13 +127,18 @@ def quantise(image: Array) -> tuple[NDArray[np.uint16], int]:
     Returns:
         The integers, and the number of values above the largest, which are clipped to it. Negative values become 0.
     """
-    # In float32 the error of the largest values would exceed half a step.
-    steps = np.divide(image, STEP, dtype=np.float64)
-    np.rint(steps, out=steps)
-    limit = np.iinfo(np.uint16).max
-    saturated = int(np.count_nonzero(steps > limit))
-    np.clip(steps, 0, limit, out=steps)
-    return steps.astype(np.uint16), saturated
+    limit, saturated = np.iinfo(np.uint16).max, 0
+    stored = np.empty(image.shape, np.uint16)
+    values, into = np.ascontiguousarray(image).reshape(-1), stored.reshape(-1)
+    for start in range(0, values.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        # In float32 the error of the largest values would exceed half a step.
+        steps = np.divide(values[part], STEP, dtype=np.float64)
+        np.rint(steps, out=steps)
+        if steps.max() > limit:
+            saturated += int(np.count_nonzero(steps > limit))
+        into[part] = np.clip(steps, 0, limit, out=steps)
+    return stored, saturated
 
 
 def _usable(scene: Scene) -> NDArray[np.bool_]:

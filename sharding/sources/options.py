@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Literal
@@ -12,13 +13,20 @@ from sharding.format.layout import CHIP
 from sharding.prepare.options import SampleOptions
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("level", "bands", "hr", "lr_size", "hr_size", "scale", "offset", "mask_nodata"), ("worldstrat",)),
+    **dict.fromkeys(("level", "bands", "hr", "lr_size", "hr_size"), ("worldstrat",)),
+    **dict.fromkeys(("scale", "offset", "offset_since", "mask_nodata"), ("worldstrat",)),
     **dict.fromkeys(("tile", "overlap", "chip", "split_by", "block_km"), ("scenes",)),
     **dict.fromkeys(("few_revisits", "select", "max_cloud"), ("worldstrat", "scenes")),
     "bits": ("pancollection",),
 }
 """Kinds of sources that use an option; all kinds use the others."""
 _TITLES = {"worldstrat": "WorldStrat"}
+_DAY = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")
+
+
+def is_day(text: str) -> bool:
+    """Return whether a text is a day, YYYY-MM-DD."""
+    return _DAY.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,9 @@ class SourceOptions:
 
     offset: float = 0.0
     """Reflectance of a value of 0 there, such as -0.1."""
+
+    offset_since: str | None = field(default=None, metadata={"metavar": "DATE"})
+    """First day whose revisits have --offset, such as 2022-01-25; earlier ones have none. None: all have it."""
 
     min_agreement: float | None = field(default=None, metadata={"metavar": "R"})
     """Skip samples whose revisits have a lower correlation with the target than this, -1 to 1. None skips none."""
@@ -80,6 +91,8 @@ class SourceOptions:
             raise UserError(f"--scale {self.scale:g} is out of range: it must be above 0 and at most 1000000")
         if not -1e6 <= self.offset <= 1e6:
             raise UserError(f"--offset {self.offset:g} is out of range: it must be from -1000000 to 1000000")
+        if self.offset_since is not None and not (self.offset and is_day(self.offset_since)):
+            raise UserError(f"--offset-since {self.offset_since!r} needs a day YYYY-MM-DD, and --offset")
         if self.min_agreement is not None and not -1 <= self.min_agreement <= 1:
             raise UserError(f"--min-agreement {self.min_agreement:g} is out of range: it must be from -1 to 1")
         if self.max_nodata is not None and not 0 <= self.max_nodata <= 100:

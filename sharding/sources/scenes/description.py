@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError, nearest
+from sharding.sources.options import is_day
 
 FILE_NAME = "scenes.toml"
 MAX_BYTES = 1 << 20
@@ -97,7 +97,6 @@ class Description:
     """PAN pixels per LR pixel; None measures it."""
 
 
-_DAY = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 _KINDS = ("revisits", "pan", "target", "masks")
 _MASK_KEYS = ("files", "cloud", "unknown")
 
@@ -179,7 +178,7 @@ def _images(table: Any, kind: str, path: str) -> Images:
             found[key] = _number(value, option, path)
     if found.get("scale", 1) == 0:
         raise UserError(f"{path}: {kind}.scale = 0 makes every value equal: give reflectance per value, such as 0.0001")
-    if "offset_since" in found and not ("offset" in found and re.fullmatch(_DAY, found["offset_since"])):
+    if "offset_since" in found and not ("offset" in found and is_day(found["offset_since"])):
         raise UserError(f"{path}: {kind}.offset_since = {found['offset_since']!r} needs a day YYYY-MM-DD, and `offset`")
     if kind == "pan" and len(found.get("bands", [1])) != 1:
         raise UserError(f"{path}: pan.bands = {table['bands']!r} must name one band")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +49,18 @@ def clear_nodata(raster: DatasetReader, image: NDArray[np.generic]) -> bool:
     A tag of 0 changes nothing: 0 means no data in WorldStrat.
     """
     nodata = raster.nodata
-    if nodata is None or nodata == 0:
+    if nodata is None or nodata == 0 or (image.dtype.kind in "iu" and not _holds(image.dtype, nodata)):
         return False
     missing = np.isnan(image) if math.isnan(nodata) else image == np.asarray(nodata).astype(image.dtype)
     if not missing.any():
         return False
     image[:, missing.any(axis=0)] = 0
     return True
+
+
+def _holds(integers: np.dtype[Any], value: float) -> bool:
+    limits = np.iinfo(integers)
+    return value.is_integer() and limits.min <= value <= limits.max
 
 
 def land_of(crs: str | None, bounds: Bounds) -> Bounds | None:

@@ -51,6 +51,9 @@ class AoiFiles:
     offset: float = 0.0
     """Reflectance of a value of 0 in them."""
 
+    offset_since: str | None = None
+    """First day whose revisits have ``offset``, YYYY-MM-DD; None if all have it."""
+
     few_revisits: str = "drop"
     """``drop`` or ``repeat``, see `sharding.sources.options.SourceOptions`."""
 
@@ -89,6 +92,8 @@ class AoiFiles:
         """Text of what decides the pixels beside files and options: usually nothing."""
         usual = (self.few_revisits, self.scale, self.offset) == ("drop", 1.0, 0.0)
         text = "" if usual else f"{self.few_revisits} {self.scale!r} {self.offset!r}"
+        if self.offset_since is not None:
+            text += f" {self.offset_since}"
         return f"{text} {VALID}" if self.mask_nodata else text
 
     def check(self, options: SampleOptions) -> None:

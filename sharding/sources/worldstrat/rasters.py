@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import rasterio
@@ -24,7 +24,8 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 
 from sharding.errors import RevisitError, UnusableError
-from sharding.prepare.options import BAND_NAMES, SampleOptions
+from sharding.prepare.options import BAND_NAMES, LR_SIZE, SampleOptions
+from sharding.sources.options import is_day
 from sharding.sources.source import NO_CLM, Bounds, Revisit, Scene
 from sharding.sources.worldstrat.facts import bands_by_name, check_place, clear_nodata, land_of
 from sharding.sources.worldstrat.files import MAX_BYTES, SourceFile
@@ -33,6 +34,11 @@ from sharding.sources.worldstrat.files import MAX_BYTES, SourceFile
 SPOT_RGB = (1, 2, 3)
 SPOT_SCALE = 10_000
 """SPOT counts per reflectance of 1."""
+MOST_SHRUNK = 1.5
+"""LR pixels per pixel of the usual LR grid above which revisits are not shrunk to it; WorldStrat's have up to 1.02."""
+
+DATES = ("lowres_date", "datetime")
+"""Keys of a revisit's date in its metadata."""
 
 _IN_MEMORY = re.compile(r"/vsimem/[\w./-]+")
 
@@ -70,6 +76,11 @@ class Files(Protocol):
         """Reflectance of a value of 0 in them."""
         ...
 
+    @property
+    def offset_since(self) -> str | None:
+        """First day whose revisits have ``offset``; None if all have it."""
+        ...
+
     def candidates(self, options: SampleOptions, /) -> Mapping[int, Mapping[str, SourceFile]]:
         """Return the revisits from which a sample is chosen."""
         ...
@@ -89,9 +100,11 @@ def read_scene(aoi: Files, options: SampleOptions, *, target: bool = True) -> Sc
     reader = _Reader()
     candidates = aoi.candidates(options)
     files = list(candidates.values())
+    metadata = [reader.metadata(item.get("metadata")) for item in files]
+    offsets = [_offset(number, item, aoi) for number, item in zip(candidates, metadata, strict=True)]
     with _gdal():
         images = {number: item[options.data_layer] for number, item in candidates.items()}
-        lr, (crs, bounds), masked = _read_lr(reader, images, options, aoi)
+        lr, (crs, bounds), masked = _read_lr(reader, images, options, (aoi.scale, offsets))
         size = lr.shape[-2:]
 
         def masks(layer: str) -> list[NDArray[np.uint8] | None]:
@@ -100,7 +113,6 @@ def read_scene(aoi: Files, options: SampleOptions, *, target: bool = True) -> Sc
         clm, scl, data = masks("CLM"), masks("SCL"), masks("dataMask")
         spot = _Spot(reader, crs, bounds)
         hr, pan = _read_spot(spot, aoi.hr[options.hr] if target else None, aoi.hr["pan"], options.hr)
-    metadata = [reader.metadata(item.get("metadata")) for item in files]
     unknown = np.full((1, *size), NO_CLM, np.uint8)
     valid = [
         (image != 0).any(0, keepdims=True) if mask is None else mask != 0 for image, mask in zip(lr, data, strict=True)
@@ -131,6 +143,7 @@ def read_scene(aoi: Files, options: SampleOptions, *, target: bool = True) -> Sc
         bounds=bounds,
         land=land_of(crs, bounds),
         georeference=GEOREFERENCE,
+        counts={"at_limit": dict(reader.at_limit)},
         facts={"level": options.level, "bands": list(options.band_numbers)},
         sources=dict(sorted(reader.digests.items())),
         bytes_in=reader.bytes_in,
@@ -141,10 +154,11 @@ def read_scene(aoi: Files, options: SampleOptions, *, target: bool = True) -> Sc
 
 
 class _Reader:
-    """Reader of an AOI's files; it reads each once and keeps the digests."""
+    """Reader of an AOI's files; it reads each once, keeps the digests, and counts values at the limit of their type."""
 
     def __init__(self) -> None:
         self.digests: dict[str, str] = {}
+        self.at_limit: Counter[str] = Counter()
         self.bytes_in = 0
 
     @contextlib.contextmanager
@@ -169,6 +183,11 @@ class _Reader:
             # GDAL names the file by its random place in memory, and two runs would give two reasons.
             reason = _IN_MEMORY.sub(file.name, str(error))
             raise UnusableError("unreadable", f"{file.name} is damaged or truncated ({reason})") from error
+
+    def count_limit(self, name: str, stored: NDArray[Any]) -> None:
+        """Count the values of integers that are the largest of their type; ``name`` is the image's in a sample."""
+        if stored.dtype.kind in "iu" and stored.max() == (limit := np.iinfo(stored.dtype).max):
+            self.at_limit[name] += int(np.count_nonzero(stored == limit))
 
     def mask(self, file: SourceFile, size: tuple[int, ...]) -> NDArray[np.uint8]:
         """Read a mask [1, h, w]; ``size`` is the required (h, w)."""
@@ -212,29 +231,38 @@ def _gdal() -> Iterator[None]:
 
 
 def _read_lr(
-    reader: _Reader, files: Mapping[int, SourceFile], options: SampleOptions, aoi: Files
+    reader: _Reader, files: Mapping[int, SourceFile], options: SampleOptions, radiometry: tuple[float, Sequence[float]]
 ) -> tuple[NDArray[np.float32], Georeference, bool]:
     """Read the revisits' images [R, C, h, w], their georeference, and whether a nodata tag cleared pixels.
 
+    Args:
+        reader: Reader of the files.
+        files: Images by number.
+        options: Options of the sample.
+        radiometry: Reflectance of a value of 1, and of a value of 0 in each image.
+
     Raises:
         RevisitError: For the first image of another size than most.
+        UnusableError: Images so large that they would be shrunk unasked.
     """
     bands, georeference, masked = options.band_numbers, None, False
     names = [BAND_NAMES[options.level][number - 1] for number in bands]
-    scaled = (aoi.scale, aoi.offset) != (1.0, 0.0)
+    scale, offsets = radiometry
+    told = scale != 1.0 or any(offsets)
     images: list[NDArray[np.float32]] = []
-    for file in files.values():
+    for file, offset in zip(files.values(), offsets, strict=True):
         with reader.open(file, bands, georeference=georeference is None) as raster:
-            if np.dtype(raster.dtypes[0]).kind != "f" and not scaled:
+            if np.dtype(raster.dtypes[0]).kind != "f" and not told:
                 raise UnusableError(
                     "wrong-type",
                     f"{file.name} holds {raster.dtypes[0]}, reflectance is float32: give --scale, such as 0.0001",
                 )
             stored = raster.read(list(bands_by_name(file.name, raster, bands, names)))
             masked |= clear_nodata(raster, stored)
+            reader.count_limit("lr", stored)
             image = np.asarray(stored, dtype=np.float32)
-            if scaled:
-                image = np.where(image != 0, image * np.float32(aoi.scale) + np.float32(aoi.offset), np.float32(0))
+            if scale != 1.0 or offset:
+                image = np.where(image != 0, image * np.float32(scale) + np.float32(offset), np.float32(0))
             if georeference is None:
                 west, south, east, north = raster.bounds
                 georeference = str(raster.crs) if raster.crs else None, (west, south, east, north)
@@ -248,6 +276,12 @@ def _read_lr(
             if image.shape != usual:
                 detail = f"{file.name} is {_by(image.shape)}, {like.name} is {_by(usual)}"
                 raise RevisitError("size-mismatch", detail, number)
+    if options.lr_size == LR_SIZE and max(usual[-2:]) > MOST_SHRUNK * LR_SIZE:
+        raise UnusableError(
+            "size-mismatch",
+            f"{next(iter(files.values())).name} is {_by(usual)}, and WorldStrat's {LR_SIZE}: it is not shrunk unasked; "
+            "--native keeps its pixels, another --lr-size resizes it, --source scenes cuts into tiles",
+        )
     return np.stack(images), georeference, masked
 
 
@@ -265,18 +299,19 @@ class _Spot:
             check_place(file.name, raster, self._crs, self._bounds)
             image: NDArray[np.uint16] = raster.read(list(bands_by_name(file.name, raster, bands, names)))
             self.masked |= clear_nodata(raster, image)
+            self._reader.count_limit("pan" if len(bands) == 1 else "hr", image)
         return image
 
 
 def _read_spot(
     reader: _Spot, hr_file: SourceFile | None, pan_file: SourceFile, hr_source: str
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Read target and PAN. They cover the same land: 4 pixels of PAN per pixel of ``_rgbn``, 1 per pixel of ``_ps``."""
+    """Read target and PAN, which has 1 pixel per pixel of ``_ps``, and a whole number of them, 4, per ``_rgbn``."""
     hr = reader.read(hr_file, SPOT_RGB, ("red", "green", "blue")) if hr_file else None
     pan = reader.read(pan_file, (1,), ("pan",))
     if hr is None or hr_file is None:
         return pan[:0], pan
-    expected = 4 if hr_source == "rgbn" else 1
+    expected = max(1, round(pan.shape[-1] / hr.shape[-1])) if hr_source == "rgbn" else 1
     for mine, theirs in zip(pan.shape[-2:], hr.shape[-2:], strict=True):
         if abs(mine - expected * theirs) > 2 * (expected - 1):
             raise UnusableError(
@@ -310,12 +345,26 @@ def _by(shape: Sequence[int]) -> str:
     return f"{shape[-2]} x {shape[-1]} px"
 
 
+def _offset(number: int, metadata: Mapping[str, object], aoi: Files) -> float:
+    """Return the reflectance of a value of 0 in a revisit: none if it is older than the first day that has the offset.
+
+    Raises:
+        UnusableError: ``no-date``, if the revisit's metadata name no day.
+    """
+    if aoi.offset_since is None:
+        return aoi.offset
+    day = (_text(metadata, *DATES) or "")[:10]
+    if not is_day(day):
+        raise UnusableError("no-date", f"revisit {number} has no date, which --offset-since needs")
+    return aoi.offset if day >= aoi.offset_since else 0.0
+
+
 def _revisit(number: int, metadata: Mapping[str, object], has_clm: bool) -> Revisit:
     cover = metadata.get("cloud_cover")
     known = isinstance(cover, int | float) and 0 <= cover <= 100  # NaN is neither
     return Revisit(
         number=number,
-        date=_text(metadata, "lowres_date", "datetime"),
+        date=_text(metadata, *DATES),
         cloud_cover=float(cover) if known else None,  # type: ignore[arg-type]
         has_clm=has_clm,
     )

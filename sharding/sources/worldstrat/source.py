@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sharding.errors import UserError
 from sharding.format.layout import Facts, SampleLayout, worldstrat_facts
 from sharding.prepare.options import SampleOptions
 from sharding.sources.options import SourceOptions
@@ -20,8 +21,13 @@ class WorldStratSource:
         """List the files.
 
         Raises:
-            UserError: If it is no folder of WorldStrat.
+            UserError: If it is no folder of WorldStrat, or options whose target has other pixels than PAN.
         """
+        if sample.hr == "rgbn" and sample.hr_size is None:
+            raise UserError(
+                "--native with --hr rgbn would keep targets of 6 m beside PAN of 1.5 m, which no model takes: "
+                "drop one of them"
+            )
         self._source = open_source(folder, sample.level)
         self._mask_nodata = options.mask_nodata
         self.scenes: Sequence[AoiFiles] = [
@@ -30,6 +36,7 @@ class WorldStratSource:
                 few_revisits=options.few_revisits,
                 scale=options.scale,
                 offset=options.offset,
+                offset_since=options.offset_since,
                 mask_nodata=options.mask_nodata,
             )
             for aoi in find_aois(self._source)

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config import DataConfig, RunConfig, load_config, split_weight
 from pipeline.data import BatchPlan, ChipDataset, TrainLoader
+from pipeline.data.mix import _mixed
 from pipeline.order import Shuffle, epoch_batches, epoch_chips, stretches
 from sharding.errors import UserError
 from sharding.prepare.options import SampleOptions
@@ -119,6 +120,19 @@ def test_chips_are_those_of_their_datasets(pair: tuple[str, str]) -> None:
             turned += not torch.equal(batch.hr[slot], expected.hr[0])
     assert turned
     assert data.sibling("val").num_chips == sum(other.sibling("val").num_chips for other in alone)
+
+
+def test_an_aoi_that_two_datasets_hold_is_one_place_whatever_its_name(pair: tuple[str, str]) -> None:
+    data = ChipDataset([pair[0], pair[0]], "train", CONFIG)
+    alone = ChipDataset(pair[0], "train", CONFIG)
+    assert [data.aoi(chip) for chip in (0, alone.num_chips)] == [f"{part}/{alone.aoi(0)}" for part in (0, 1)]
+    assert [data.place(chip) for chip in (0, alone.num_chips)] == [alone.aoi(0)] * 2
+    slashed = "1/a/b"
+    vars(alone._place(0)[1])["aoi"] = slashed  # as [[scene]] of scenes.toml may name it
+    assert alone.place(0) == slashed
+    renamed = _mixed([alone.index, alone.index], (1.0, 2.0))
+    entries = [entry for _, entry in renamed.samples("train") if entry.aoi.endswith(slashed)]
+    assert [entry.aoi for entry in entries] == ["0/1/a/b", "1/1/a/b"]
 
 
 def test_passes_differ_in_their_augmentation(pair: tuple[str, str]) -> None:

@@ -50,6 +50,20 @@ def evaluation(aois: int = 8, gain: float = 0.0, hostile: str = "", agreement: f
     )  # fmt: skip
 
 
+def test_an_aoi_of_two_datasets_is_one_in_intervals() -> None:
+    """A mix numbers its AOIs; those of one name show one place, whatever slashes the name has."""
+    once = evaluation(5)
+    mixed = evaluation(5)
+    mixed.chips[:] = [
+        {**row, "aoi": f"{part}/{row['aoi']}", "place": row["aoi"]} for part in (0, 1) for row in once.chips
+    ]
+    assert str(mixed.estimate(FUSED, "psnr")) == str(once.estimate(FUSED, "psnr"))
+    assert str(mixed.difference("psnr", FUSED, BASELINES[0])) == str(once.difference("psnr", FUSED, BASELINES[0]))
+    assert mixed.estimate(FUSED, "psnr").aois == 5
+    assert ", 5 AOIs: psnr" in mixed.table()
+    assert cautions(mixed)[0] == cautions(once)[0]
+
+
 def picture(row: Row) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 3)).save(buffer, format="PNG")

@@ -44,3 +44,18 @@ def test_any_ratio_has_values_and_an_image_that_is_all_border_none() -> None:
     assert all(value.shape == (2,) and value.isfinite().all() for value in found.values())
     small = opensr_measures(fused[..., :20, :20], torch.rand(2, 3, 5, 5, generator=random), target[..., :20, :20])
     assert all(value.isnan().all() for value in small.values())
+
+
+def test_pixels_without_data_count_in_no_measure() -> None:
+    small, large, made = make_case(4)
+    lr, target, fused = (torch.from_numpy(image)[None] for image in (small, large, made["invented"]))
+    valid = torch.ones_like(target[:, :1])
+    assert opensr_measures(fused, lr, target, valid) == opensr_measures(fused, lr, target)
+    side = target.shape[-1] // 3
+    valid[..., :side] = 0
+    found = opensr_measures(fused, lr, target, valid)
+    other, wrong = target.clone(), fused.clone()
+    other[..., :side], wrong[..., :side] = 0.7, 0.0
+    assert opensr_measures(wrong, lr, other, valid) == found
+    assert opensr_measures(wrong, lr, other) != found
+    assert all(value.isnan().all() for value in opensr_measures(fused, lr, target, 0 * valid).values())

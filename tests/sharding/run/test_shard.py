@@ -43,6 +43,17 @@ def samples(storage: Storage, index: Index) -> Iterator[Sample]:
             yield fetch_sample(storage, shard, entry)
 
 
+def test_shards_have_the_bytes_that_they_have_always_had(shared: Path, tmp_path: Path) -> None:
+    """On native grids: resizing rounds in other ways on other processors."""
+    options = ShardOptions(SampleOptions(lr_size=None, hr_size=None), PlanOptions(splits="seeded"))
+    index = shard_folder(shared / "worldstrat-sample", open_storage(tmp_path / "out"), options)
+    assert {split: [shard.sha256 for shard in index.splits[split]] for split in SPLITS} == {
+        "train": ["5b87b046cc0a06ba6a3f2d92e9656bedd72a0a3279e0978876262fcc527c2202"],
+        "val": ["1d13068b2427d439f4888d77ea7abea2146d59d67599ec710d65a85cd0d65006"],
+        "test": ["10800c3ca4f3989f18f684b250c0b126ea8d9335a39994818a19529bf8e3978b"],
+    }
+
+
 def test_chips_equal_the_golden_ones_after_a_round_trip(shared: Path, output: Storage) -> None:
     golden = np.load(shared / "golden" / "chips.npz")
     index = shard_folder(shared / "worldstrat-sample", output, ShardOptions())

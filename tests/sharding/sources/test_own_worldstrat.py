@@ -5,22 +5,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import rasterio
 from numpy.typing import NDArray
+from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 
 from cluster.cli import main
-from sharding.errors import UnusableError
+from sharding.errors import UnusableError, UserError
 from sharding.format.index import Index
+from sharding.format.layout import ArrayLayout, ChipGrid
 from sharding.format.sample import fetch_sample
 from sharding.format.writer import NewSample
 from sharding.prepare.options import SampleOptions
 from sharding.prepare.sample import make_sample
 from sharding.sources.options import SourceOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
+from sharding.sources.worldstrat.facts import clear_nodata
 from sharding.sources.worldstrat.source import WorldStratSource
 from sharding.storage import open_storage
 
@@ -163,6 +168,84 @@ def test_a_dataset_with_the_mask_is_verified_and_its_leaks_are_told(
     again = [option for option in options if option != "--mask-nodata"]
     assert main(["shard", *arguments, *again]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_nodata_tag_that_the_type_cannot_hold_hides_no_pixel(folder: Path) -> None:
+    def stored(x: NDArray[np.generic]) -> NDArray[np.generic]:
+        x[:, :40, :40] = -9999 % 65536
+        return x
+
+    change(folder, SPOT.format("ps"), stored)
+    with rasterio.open(next(folder.glob(SPOT.format("ps")))) as file:
+        image = file.read()
+    # GDAL writes no such tag, but reads files of others.
+    assert not clear_nodata(cast(DatasetReader, SimpleNamespace(nodata=-9999.0)), image)
+    assert (image[:, :40, :40] == -9999 % 65536).all()
+
+
+def test_values_at_the_limit_of_their_type_are_counted(folder: Path) -> None:
+    def bright(x: NDArray[np.generic]) -> NDArray[np.generic]:
+        x[:3, 20, 20:23] = 65535
+        return x
+
+    assert "at_limit" not in made(folder).meta
+    change(folder, SPOT.format("ps"), bright)
+    change(folder, LR, lambda x: bright(np.round(x * 10_000).astype(np.uint16)))
+    assert made(folder, scale=1e-4).meta["at_limit"] == {"hr": 9, "lr": 2 * 6}  # of the revisits' bands 2, 3 and 4
+
+
+def test_an_offset_may_begin_on_a_day(base: Path, folder: Path) -> None:
+    """The first of the two revisits is the later one, and has the offset of later products."""
+    change(folder, "lr_dataset/*/L2A/*-1-L2A_data.tiff", lambda x: x + np.float32(0.1))
+    usual = made(base)
+    days = [revisit["date"] for revisit in usual.meta["revisits"]]  # type: ignore[attr-defined]
+    assert days[0] > days[1]
+    sample = made(folder, offset=-0.1, offset_since=days[0])
+    assert np.abs(sample.images["lr"].astype(int) - usual.images["lr"].astype(int)).max() <= 1
+    assert sample.meta["clearest"] == usual.meta["clearest"]
+    assert (made(folder).images["lr"][0] > usual.images["lr"][0] + 3000).all(), "unasked it stays as it is"
+    for path in folder.glob("lr_dataset/*/L2A/*-2.metadata"):
+        path.unlink()
+    with pytest.raises(UnusableError, match="no-date: revisit 2 has no date, which --offset-since needs"):
+        made(folder, offset=-0.1, offset_since=days[0])
+    with pytest.raises(UserError, match="--offset-since '2022' needs a day YYYY-MM-DD, and --offset"):
+        SourceOptions(offset=-0.1, offset_since="2022")
+
+
+def test_larger_rasters_are_not_shrunk_unasked(folder: Path) -> None:
+    change(folder, "*/*/**/*.tiff", lambda x: np.tile(x, (1, 7, 7)))
+    with pytest.raises(
+        UnusableError, match=r"size-mismatch: .*-1-L2A_data.tiff is 280 x 266 px, .* not shrunk unasked"
+    ):
+        made(folder, SampleOptions(revisits=2))
+    native = made(folder, NATIVE)
+    layout = {name: ArrayLayout(image.shape, "<u2") for name, image in native.images.items()}
+    facts = WorldStratSource(folder, NATIVE, SourceOptions()).facts(NATIVE, [layout])
+    assert native.images["lr"].shape == (2, 3, 280, 266)
+    assert facts.chips == ChipGrid(50, 50, columns=5, rows=5)
+
+
+def test_a_target_of_half_the_pixels_of_pan_is_taken(base: Path, folder: Path) -> None:
+    change(folder, SPOT.format("rgbn"), lambda x: x.repeat(2, -1).repeat(2, -2))
+    half = SampleOptions(revisits=2, lr_size=60, hr_size=120, hr="rgbn")
+    sample, usual = made(folder, half), made(base, half)
+    assert np.array_equal(sample.images["pan"], usual.images["pan"])
+    with rasterio.open(next(folder.glob(SPOT.format("rgbn")))) as file:
+        expected = file.read([1, 2, 3]) / 10_000
+    assert np.abs(sample.images["hr"] * 3e-5 - expected).max() < 2e-5
+    with pytest.raises(UserError, match=r"--native with --hr rgbn would keep targets of 6 m beside PAN of 1\.5 m"):
+        made(folder, SampleOptions(revisits=2, lr_size=None, hr_size=None, hr="rgbn"))
+
+
+def test_few_revisits_are_repeated_if_asked(folder: Path) -> None:
+    eight = SampleOptions(revisits=8, lr_size=36, hr_size=120)
+    with pytest.raises(UnusableError, match="too-few-revisits: 2 revisits where 8 are needed"):
+        made(folder, eight)
+    sample = made(folder, eight, few_revisits="repeat")
+    numbers = [revisit["number"] for revisit in sample.meta["revisits"]]  # type: ignore[attr-defined]
+    assert numbers == [1, 1, 1, 1, 2, 2, 2, 2]
+    images = made(folder).images["lr"]
+    assert np.array_equal(sample.images["lr"], images[[0, 0, 0, 0, 1, 1, 1, 1]])
 
 
 def test_bands_are_taken_by_name(base: Path, folder: Path) -> None:
