@@ -34,6 +34,7 @@ from benchmarks.loader_forms import Epoch, Place
 from pipeline.order import Chips
 
 PARTS = ("read", "CRC-32", "cut", "to batch", "variants", "order", "scene", "scenes", "batch", "plan", "library")
+"""Scene, scenes, batch and plan are Python: of reading a sample, of the cache, of filling a batch, of prefetching."""
 COUNTS = ("user", "system", "wall", "faults", "switches")
 LEAST_SECONDS = 0.5
 """Least CPU time of a measurement."""
