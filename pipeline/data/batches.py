@@ -86,7 +86,7 @@ class StoredBatch:
         """[B], 1, or 0 for a quarantined chip."""
         self.chips: tuple[int, ...] = ()
         self.variants: tuple[Variant, ...] = ()
-        self._stored = StoredChips(layout, self.memory)
+        self._stored = StoredChips(layout, self.memory.numpy())
 
     def begin(self, chips: Sequence[int], variants: Sequence[Variant]) -> None:
         """Set the chips that `put` will copy."""

@@ -94,6 +94,12 @@ class ChipLayout:
         """Return the bytes of a chip."""
         return self._parts[-1][1]
 
+    @cached_property
+    def record(self) -> np.dtype[np.void]:
+        """Return the type of a chip in memory, with a field for each image."""
+        values = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return np.dtype([(f"image{number}", values, shape) for number, (*_, shape) in enumerate(self._parts)])
+
     def tensors(self, memory: Tensor) -> list[Tensor]:
         """Return LR [N, R, C, h, w], HR [N, C, H, W] and PAN [N, 1, H, W] of chips, views of uint8 [N, chip_bytes].
 
@@ -105,13 +111,17 @@ class ChipLayout:
 class StoredChips:
     """Stored chips, one after the other in one block of memory."""
 
-    def __init__(self, layout: ChipLayout, memory: Tensor) -> None:
-        """Wrap uint8 memory [N, chip_bytes]."""
-        # A numpy array, because its slices cost a fifth of torch's.
-        self.rows: Memory = memory.numpy()
+    def __init__(self, layout: ChipLayout, rows: Memory) -> None:
+        """Wrap uint8 memory [N, chip_bytes].
+
+        A few views by numpy, because torch's cost five times as much: this runs for each scene, after copies that
+        took the interpreter out of the processor's cache.
+        """
+        self.rows = rows
         """[N, chip_bytes], each chip as bytes."""
         self._native = layout.native
-        self.images: list[Stored] = [image.numpy() for image in layout.tensors(memory)]
+        records = rows.view(layout.record)[:, 0]
+        self.images: list[Stored] = [records[name] for name in layout.record.names or ()]
         """LR [N, R, C, h, w], HR [N, C, H, W], PAN [N, 1, H, W] and the mask if there is one, views of the rows."""
 
     def crop(self, slot: int, scene: Sequence[Stored], window: Window, revisits: Sequence[int] | None = None) -> None:

@@ -21,7 +21,7 @@ from models.config import ModelConfig
 from models.registry import check_sizes
 from pipeline.config import DataConfig
 from pipeline.data.batches import Batch, StoredBatch, to_batch
-from pipeline.data.chips import ChipLayout, Variant, Window, chip_window, training_draws, training_variant
+from pipeline.data.chips import ChipLayout, Variant, Window, chip_window, training_variant
 from pipeline.data.disk_cache import DiskCache
 from pipeline.data.mix import open_dataset
 from pipeline.data.sample_reader import SampleReader
@@ -224,11 +224,6 @@ class ChipDataset(Dataset[Batch]):
         """Return the number of samples that this process read a second time, because they were damaged."""
         return self.scenes.reader.refetched
 
-    @property
-    def quarantined_chips(self) -> int:
-        """Return the number of chips, of all splits, that this process found damaged and skipped."""
-        return len(self.scenes.quarantined) * self.chips_per_scene
-
     def __len__(self) -> int:
         return self.num_chips
 
@@ -284,12 +279,6 @@ class ChipDataset(Dataset[Batch]):
             stored.begin([chip], [Variant(window, 0, False, revisit)])
             stored.put(0, scene)
         return to_batch(stored, device, self.simulation, EVALUATION_DRAW)
-
-    def training_chip(self, chip: int, seed: int, epoch: int) -> Batch:
-        """Return ``chip`` as training sees it in ``epoch``, as a batch of one."""
-        stored = StoredBatch(self.layout, 1)
-        self.crop([chip], [self.variant(chip, training_draws(self.num_chips, seed, epoch))], stored)
-        return to_batch(stored, CPU, self.simulation, (seed, epoch))
 
     def crop(self, chips: Sequence[int], variants: Sequence[Variant], into: StoredBatch) -> None:
         """Crop chips out of their scenes; read scenes that are not cached."""

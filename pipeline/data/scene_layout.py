@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.clouds import Cloudy, choose, clear_shares
 from pipeline.data.chips import ChipLayout, Memory, Stored, StoredChips, Window
@@ -143,7 +142,7 @@ class CutScenes:
             buffer = np.empty(self._largest, np.uint8)
         try:
             scene = _read_whole(entry, buffer, fill, self._cloudy)
-            chips = StoredChips(self._layout, torch.from_numpy(memory).view(len(self._numbers), -1))
+            chips = StoredChips(self._layout, memory.reshape(len(self._numbers), -1))
             chosen = {window: scene.revisits(window) for window in self._numbers}
             for window, number in self._numbers.items():
                 chips.crop(number, scene.images, window, chosen[window])

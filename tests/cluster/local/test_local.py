@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -12,12 +11,9 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,103 +24,27 @@ from cluster.jobs.placement import Placement
 from cluster.jobs.server import follow
 from cluster.jobs.submit import build_request, send
 from cluster.local import nodes as local
-from cluster.local.nodes import LocalCluster, NodeOptions
+from cluster.local.nodes import LocalCluster
 from cluster.local.objectstore import ObjectStore
-from cluster.local.processes import ProcessId, identify, is_running, running_with
+from cluster.local.processes import is_running, running_with
 from cluster.token import authorization, token_file
 from pipeline.config import RunConfig, load_config
 from pipeline.signals import STOPPED_STATUS
-from sharding.errors import UserError
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
+from tests.cluster.local.conftest import MARK, Watch
 from tests.command import column, last_checkpoint, run_command
 from tests.conftest import SMALL, TINY
-from tests.listening import is_loopback, listening
-from tests.strangers import NOBODY, as_stranger
+from tests.listening import is_loopback
+from tests.strangers import as_stranger
 
 pytestmark = pytest.mark.distributed
-MARK = "SATFUSION_CLUSTER"
-
-
-@dataclass
-class Watch:
-    """Poll of the sockets that a cluster's processes listen on."""
-
-    cluster: LocalCluster
-    seen: set[tuple[str, int]] = field(default_factory=set)
-    processes: set[ProcessId] = field(default_factory=set)
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def look(self) -> None:
-        while not self.done.is_set():
-            self.processes |= (now := set(running_with(MARK, self.cluster.mark)))
-            self.seen |= listening([process.pid for process in now])
-            self.done.wait(0.5)
-
-
-@contextlib.contextmanager
-def short_folder() -> Iterator[Path]:
-    """Make a folder with a path short enough for Ray's sockets; pytest's own is too long."""
-    with tempfile.TemporaryDirectory(prefix="sf-") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with short_folder() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def state() -> Iterator[Path]:
-    with short_folder() as folder:
-        yield folder / "state"
-        local.down(folder / "state")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """Return an S3 server that is not started yet, whose keys the nodes of the cluster have."""
-    store = ObjectStore(tmp_path_factory.mktemp("s3"))
-    yield store
-    store.stop()
-
-
-@pytest.fixture(scope="module")
-def cluster(state: Path, store: ObjectStore) -> LocalCluster:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-            patch.delenv(name, raising=False)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, store.environment[name])
-        # Ray trusts the stated number of GPUs; each node sees one, whether it exists or not.
-        return local.up(NodeOptions(nodes=2, cpus_per_node=1, gpus_per_node=1), state)
-
-
-@pytest.fixture(scope="module")
-def watch(cluster: LocalCluster) -> Iterator[Watch]:
-    watch = Watch(cluster)
-    thread = threading.Thread(target=watch.look)
-    thread.start()
-    yield watch
-    watch.done.set()
-    thread.join()
 
 
 def custom_job(cluster: LocalCluster, entrypoint: str) -> str:
     request = build_request(load_config("srcnn_pnn"), Placement(1), {}, Path("/"))
     return send(dataclasses.replace(request, entrypoint=entrypoint), cluster.address)
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"mark": 5}', "\0"])
-def test_a_state_that_is_none_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "state.json").write_text(text)
-    for action in ("status", "down", "up"):
-        assert main(["cluster", action, "--state", str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert f"{tmp_path}/state.json is not the state of a cluster (" in error
-        assert error.count("\n") == 1
 
 
 def test_two_nodes_with_addresses_of_their_own(
@@ -459,82 +379,3 @@ def test_down_ends_what_up_started_and_nothing_else(
     assert main(["cluster", "down", "--state", str(state)]) == 0
     assert "no cluster is up" in capsys.readouterr().out
     assert main(["cluster", "status", "--state", str(state)]) == 1
-
-
-def test_a_failed_up_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[LocalCluster] = []
-
-    def fail(cluster: LocalCluster) -> None:
-        started.append(cluster)
-        assert running_with(MARK, cluster.mark)
-        raise UserError("the dashboard does not answer")
-
-    monkeypatch.setattr(local, "_wait_for_nodes", fail)
-    with pytest.raises(UserError, match="does not answer"):
-        local.up(NodeOptions(nodes=1), folder / "c")
-    assert running_with(MARK, started[0].mark) == []
-    assert not (folder / "c").exists()
-
-
-def test_a_node_that_does_not_start_says_why(folder: Path) -> None:
-    # Ray refuses a store larger than the machine.
-    with pytest.raises(UserError, match=r"127\.0\.0\.2 did not start") as caught:
-        local.up(NodeOptions(nodes=1, object_store_mb=10**7), folder / "c")
-    assert len(str(caught.value)) < 1500
-    assert not (folder / "c").exists()
-
-
-@pytest.mark.parametrize(
-    "options", [{"nodes": 0}, {"nodes": 999}, {"cpus_per_node": 0}, {"gpus_per_node": -1}, {"object_store_mb": 10}]
-)
-def test_sizes_that_cannot_be_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} .* is out of range"):
-        NodeOptions(**options)
-
-
-def test_files_of_others_in_a_state_folder_stay(folder: Path) -> None:
-    (folder / "logs").mkdir(mode=0o700)
-    (folder / "logs" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds 'logs', which no cluster of this program is known to have made"):
-        local.up(NodeOptions(nodes=1), folder)
-    assert [path.name for path in folder.rglob("*")] == ["logs", "mine.txt"]
-
-
-def test_a_state_folder_that_cannot_serve_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="too long"):
-        local.up(NodeOptions(), folder / ("long" * 20))
-    with pytest.raises(UserError, match="space"):
-        local.up(NodeOptions(), folder / "a b")
-    assert list(folder.iterdir()) == []
-    (folder / "state.json").write_text("[]")
-    with pytest.raises(UserError, match="remove it"):
-        local.down(folder)
-
-
-def test_a_state_folder_that_another_user_could_write_to_is_refused(folder: Path) -> None:
-    (folder / "open").mkdir()
-    (folder / "open").chmod(0o777)
-    with pytest.raises(UserError, match=r"other users may write to the state folder .* run `chmod go-w"):
-        local.up(NodeOptions(), folder / "open")
-    assert list((folder / "open").iterdir()) == []
-    if os.getuid() == 0:
-        (folder / "theirs").mkdir()
-        os.chown(folder / "theirs", NOBODY, NOBODY)
-        for use in (lambda: local.up(NodeOptions(), folder / "theirs"), lambda: local.down(folder / "theirs")):
-            with pytest.raises(UserError, match="belongs to another user"):
-                use()
-
-
-def test_a_reused_process_number_is_not_ours() -> None:
-    own = identify(os.getpid())
-    assert own is not None
-    assert is_running(own)
-    assert not is_running(ProcessId(own.pid, own.started - 1))
-
-
-def test_leftovers_of_a_reboot_do_not_stand_in_the_way(tmp_path: Path) -> None:
-    gone = LocalCluster("mark", "http://127.0.0.1:9", "127.0.0.2:9", ("127.0.0.2",), 1, 0, (ProcessId(1, -1),))
-    local._write_state(tmp_path, gone)
-    assert local.read_state(tmp_path) == gone
-    assert local.down(tmp_path) == gone
-    assert local.read_state(tmp_path) is None

@@ -27,6 +27,7 @@ from sharding.prepare.options import STEP, SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import open_storage
+from tests.chips import training_chip
 from tests.conftest import S3
 from tests.format2 import to_format_2
 
@@ -102,7 +103,7 @@ def test_reflectance_is_the_same_from_integers_and_from_floats(source: Path, tmp
         for dtype in ("uint16", "float32")
     )
     for chip in (0, 8):
-        ours, theirs = (dataset.training_chip(chip, seed=1, epoch=0) for dataset in (integers, floats))
+        ours, theirs = (training_chip(dataset, chip, seed=1, epoch=0) for dataset in (integers, floats))
         for name in ("lr", "pan", "hr"):
             image, exact = getattr(ours, name), getattr(theirs, name)
             assert image.dtype == exact.dtype == torch.float32
@@ -112,7 +113,7 @@ def test_reflectance_is_the_same_from_integers_and_from_floats(source: Path, tmp
 def test_other_grids_give_chips_of_their_scale(source: Path, tmp_path: Path) -> None:
     dataset = ChipDataset(sharded(source, tmp_path / "out", lr_size=170, hr_size=340), "train", DataConfig())
     dataset.check_fits(ModelConfig(revisits=2))
-    batch = dataset.training_chip(8, seed=1, epoch=0)
+    batch = training_chip(dataset, 8, seed=1, epoch=0)
     assert batch.lr.shape == (1, 2, 3, 50, 50)
     assert batch.pan.shape == (1, 1, 100, 100)
     assert batch.hr.shape == (1, 3, 100, 100)

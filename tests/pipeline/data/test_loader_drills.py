@@ -276,7 +276,7 @@ def test_damage_in_the_store_is_quarantined(
                 assert own.isfinite().all()
                 assert torch.equal(own[counts], other[counts]), region
         dataset = dataset_of(batches)
-        assert (dataset.refetched, dataset.quarantined_chips) == (1, CHIPS_PER_SCENE)
+        assert (dataset.refetched, len(dataset.scenes.quarantined)) == (1, 1)
         assert len(list((tmp_path / region).glob(f"*{SUFFIX}"))) == len(places) - 1  # damaged bytes are not kept
 
 

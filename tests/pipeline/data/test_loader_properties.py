@@ -20,6 +20,7 @@ from pipeline.data import ChipDataset, TrainLoader, evaluation_batches
 from pipeline.data.batches import Batch, collate
 from pipeline.order import BatchPlan
 from sharding.errors import UserError
+from tests.chips import training_chip
 
 CHIPS = 45
 SEED = 7
@@ -62,7 +63,7 @@ def plans(draw: st.DrawFn, global_batch: int | None = None) -> BatchPlan:
 def chips_one_by_one(uri: str, random_windows: bool, simulate: str, epoch: int) -> list[Batch]:
     """Return each chip of an epoch, made alone and without a loader."""
     dataset = ChipDataset(uri, "train", DataConfig(random_windows=random_windows, simulate=simulate))
-    return [dataset.training_chip(chip, SEED, epoch) for chip in range(CHIPS)]
+    return [training_chip(dataset, chip, SEED, epoch) for chip in range(CHIPS)]
 
 
 def equal(ours: Batch, theirs: Batch) -> bool:

@@ -26,6 +26,9 @@ def test_a_layout_is_one_stretch_a_chip(dtype: str) -> None:
         image.view(torch.uint8).fill_(number)
     found = [int((memory == number).sum()) for number in range(4)]
     assert found == [0, *(4 * item * count for count in (150, 768, 256))]
+    for image, tensor in zip(StoredChips(layout, memory.numpy()).images, layout.tensors(memory), strict=True):
+        np.testing.assert_array_equal(image, tensor.numpy(), strict=True)
+        assert np.shares_memory(image, memory.numpy())
 
 
 Taken = tuple[ChipDataset, SampleEntry, list[Window], Fill]
@@ -42,7 +45,7 @@ def taken(shards: dict[int, str]) -> Taken:
 
 
 def blank(layout: ChipLayout, chips: int) -> StoredChips:
-    return StoredChips(layout, torch.zeros(chips, layout.chip_bytes, dtype=torch.uint8))
+    return StoredChips(layout, np.zeros((chips, layout.chip_bytes), np.uint8))
 
 
 def test_chips_cut_ahead_are_those_of_a_whole_scene(taken: Taken) -> None:

@@ -20,6 +20,7 @@ from pipeline.order import BatchPlan
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
+from tests.chips import training_chip
 from tests.command import column, last_checkpoint
 
 SIZES = [((156, 156), (50, 50)), ((61, 46), (19, 15)), ((24, 33), (12, 33))]
@@ -174,10 +175,10 @@ def test_the_revisits_of_a_chip_are_made_from_the_chip_as_it_was_turned(mode: st
     config = DataConfig(simulate=mode, random_windows=True)
     dataset = ChipDataset(dataset_uri, "train", config)
     for chip in (0, 7, 20):
-        batch = dataset.training_chip(chip, seed=5, epoch=2)
+        batch = training_chip(dataset, chip, seed=5, epoch=2)
         made = SIMULATORS[mode](batch.hr[0], 8, (50, 50), chip_generator(5, 2, chip))
         assert torch.equal(batch.lr[0], made)
-    plain = ChipDataset(dataset_uri, "train", DataConfig(random_windows=True)).training_chip(20, seed=5, epoch=2)
+    plain = training_chip(ChipDataset(dataset_uri, "train", DataConfig(random_windows=True)), 20, seed=5, epoch=2)
     assert torch.equal(plain.hr, batch.hr)
     assert torch.equal(plain.pan, batch.pan)
     assert not torch.equal(plain.lr, batch.lr)

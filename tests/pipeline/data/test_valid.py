@@ -22,6 +22,7 @@ from sharding.format.index import INDEX_NAME, SPLITS, Index
 from sharding.format.sample import fetch_sample
 from sharding.format.writer import NewSample, ShardWriter
 from sharding.storage import open_storage
+from tests.chips import training_chip
 from tests.command import column
 
 MakeConfig = Callable[..., RunConfig]
@@ -89,7 +90,7 @@ def test_values_without_data_change_no_loss_and_no_metric(pair: tuple[str, str],
     for uri in pair:
         data, rows = ChipDataset(uri, "train", DataConfig(random_windows=True)), []
         for chip in range(0, data.num_chips, 4):
-            batch = data.training_chip(chip, seed=1, epoch=0)
+            batch = training_chip(data, chip, seed=1, epoch=0)
             with torch.no_grad():
                 images = network(batch.lr, batch.pan, batch.revisit)
             loss = fusion_loss(images, batch.hr, config.loss, batch.valid).total
