@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from sharding.format.layout import SampleLayout
 from sharding.names import climbs, holds_control
@@ -23,11 +23,6 @@ NPY_HEADER = 1 << 16
 def key_of(aoi: str) -> str:
     """Escape an AOI's name for a tar, where a key ends at its first dot and ``/`` would make a folder."""
     return quote(aoi, safe=" ").replace(".", "%2E")
-
-
-def aoi_of(key: str) -> str:
-    """Return the AOI's name of a key; the inverse of ``key_of``."""
-    return unquote(key)
 
 
 def refuse_name(name: str) -> None:
