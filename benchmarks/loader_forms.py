@@ -184,13 +184,13 @@ def floor_in_order(place: Place, check: bool, huge: bool = False) -> Epoch:
 
 
 def ours(place: Place, uri: str = "", *, evict: bool = False, turns: bool = False, **options: Any) -> Epoch:
-    """Return the form that reads stored batches of the loader, with as many threads as cores unless ``options`` differ.
+    """Return the form that reads batches of the loader, with as many threads as cores unless ``options`` differ.
 
     Args:
         place: Place of the dataset.
         uri: URI of the dataset, if it is elsewhere.
         evict: Evict all scenes before each epoch, but keep their memory: the cost of a dataset larger than memory.
-        turns: Turn, flip and convert to float, as in training.
+        turns: Turn, flip and convert to float, as in training; otherwise batches stay as they are stored.
         options: Options of the configuration.
     """
     settings = {"rotate_flip": turns, "loader_threads": place.cores, **options}
@@ -198,11 +198,14 @@ def ours(place: Place, uri: str = "", *, evict: bool = False, turns: bool = Fals
     dataset = ChipDataset(config.uri, "train", config)
     loader = TrainLoader(dataset, BatchPlan.create(BATCH, 0, 1), 0, 0)
 
+    if not turns:
+        patch("pipeline.data.loader.to_batch", lambda stored, *_: stored).start()
+
     def epoch(number: int, see: See) -> int:
         if evict:
             forget(dataset.scenes)
         count = 0
-        for batch in loader.batches(number) if turns else loader.stored_batches(number):
+        for batch in loader.batches(number):
             count += len(batch.lr)
             see((batch.lr, batch.hr, batch.pan))
         return count

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +18,9 @@ from cluster.jobs.placement import Placement
 from cluster.logs import configure_logging
 from cluster.sweep.options import SweepOptions
 from pipeline.signals import sigterm_as_interrupt
-from sharding.arguments import add_options, read_options
+from sharding.arguments import add_options, add_path, read_options
 from sharding.errors import UserError
-from sharding.names import local_path, refuse_secrets
+from sharding.names import refuse_secrets
 from sharding.storage import open_storage
 from sharding.terminal import say
 
@@ -90,8 +89,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "Exit status 1 unless the fused image's PSNR lies above both baselines'.",
     )
     demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe demo")
-    _add_path(demo, "--output", "default demo-output", Path("demo-output"))
-    _add_path(demo, "--worldstrat", "real data (default: generated scenes)")
+    add_path(demo, "--output", "DIR", "default demo-output", default=Path("demo-output"))
+    add_path(demo, "--worldstrat", "DIR", "real data (default: generated scenes)")
     demo.set_defaults(run=_demo)
     cluster = verbs.add_parser(
         "cluster",
@@ -113,11 +112,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     down.set_defaults(run=_down)
     _add_render(actions)
     for action in (up, status, down):
-        _add_path(action, "--state", "state folder, one per cluster")
-
-
-def _add_path(verb: argparse.ArgumentParser, option: str, text: str, default: Path | None = None) -> None:
-    verb.add_argument(option, type=partial(local_path, option), default=default, metavar="DIR", help=text)
+        add_path(action, "--state", "DIR", "state folder, one per cluster")
 
 
 def _add_render(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -127,13 +122,11 @@ def _add_render(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Write the files that run a training elsewhere, from one short TOML file (docs/deploy.md).",
     )
     render.add_argument("file", type=Path, metavar="FILE", help="TOML file of the deployment")
-    render.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the files")
+    add_path(render, "--to", "DIR", "folder of the files", required=True)
     render.add_argument(
         "--target", action="append", metavar="TARGET", help="kuberay, slurm, docker, apptainer or aws; default all"
     )
-    render.add_argument(
-        "--crds", type=Path, metavar="DIR", help="compare with the custom resource definitions of a KubeRay release"
-    )
+    add_path(render, "--crds", "DIR", "compare with the custom resource definitions of a KubeRay release")
     render.set_defaults(run=_render)
 
 

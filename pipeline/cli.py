@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
+from sharding.arguments import add_path
 from sharding.errors import UserError
-from sharding.names import local_path
 from sharding.schema import check_range
 from sharding.terminal import say
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``train``, ``evaluate``, ``predict``, ``export``, ``monitor`` and ``models`` to the command."""
+    _add_train(verbs)
+    _add_evaluate(verbs)
+    _add_predict(verbs)
+    _add_export(verbs)
+    _add_monitor(verbs)
+    _add_models(verbs)
+
+
+def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = verbs.add_parser(
         "train", help="train in this process group", description="Train alone, or in each process under torchrun."
     )
     add_config_arguments(train)
     train.set_defaults(run=_train)
 
+
+def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = verbs.add_parser(
         "evaluate",
         help="measure a checkpoint on a split",
         description="Print metrics beside baselines, with intervals; write CSVs and panels to the run. Under "
         "torchrun the ranks share the chips.",
     )
-    evaluate.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
+    _add_run_or_file(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"))
-    evaluate.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
     evaluate.add_argument("--data", default="", metavar="URI", help="dataset to evaluate on (default: the run's own)")
-    evaluate.add_argument(
-        "--published-checkpoint",
-        type=partial(local_path, "--published-checkpoint"),
-        metavar="FILE",
-        help="weights of the published code, instead of a RUN",
-    )
-    evaluate.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
     evaluate.add_argument(
         "--output",
         metavar="URI",
@@ -60,23 +62,13 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         choices=("noise", "blur", "shift", "revisits"),
         help="also score revisits that are perturbed in levels",
     )
-    evaluate.add_argument(
-        "--classes",
-        type=partial(local_path, "--classes"),
-        metavar="FILE",
-        help="WorldStrat's split file, to score by land-cover class",
-    )
-    evaluate.add_argument(
-        "--report",
-        type=partial(local_path, "--report"),
-        metavar="FILE.html",
-        help="write a report with charts and pictures, one file that needs no other",
-    )
+    add_path(evaluate, "--classes", "FILE", "WorldStrat's split file, to score by land-cover class")
+    text = "write a report with charts and pictures, one file that needs no other"
+    add_path(evaluate, "--report", "FILE.html", text)
     evaluate.set_defaults(run=_evaluate)
 
-    _add_predict(verbs)
-    _add_export(verbs)
 
+def _add_monitor(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     monitor = verbs.add_parser(
         "monitor",
         help="show runs in TensorBoard",
@@ -89,14 +81,11 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     monitor.add_argument(
         "--once", action="store_true", help="print each run's last step and figures, and serve nothing"
     )
-    monitor.add_argument(
-        "--export",
-        type=partial(local_path, "--export"),
-        metavar="FILE",
-        help="write all scalars to FILE, .csv or .parquet, and serve nothing",
-    )
+    add_path(monitor, "--export", "FILE", "write all scalars to FILE, .csv or .parquet, and serve nothing")
     monitor.set_defaults(run=_monitor)
 
+
+def _add_models(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     models = verbs.add_parser(
         "models",
         help="list every model with its cost",
@@ -123,16 +112,8 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Fuse AOIs of a WorldStrat folder, of own GeoTIFFs or of a dataset; no target is needed. Each gets "
         "a Cloud-optimised GeoTIFF, a preview and a sidecar. The same command resumes after an interruption.",
     )
-    predict.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
-    predict.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
+    _add_run_or_file(predict)
     _add_weights(predict)
-    predict.add_argument(
-        "--published-checkpoint",
-        type=partial(local_path, "--published-checkpoint"),
-        metavar="FILE",
-        help="weights of the published code, instead of a RUN",
-    )
-    predict.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
     predict.add_argument(
         "--input",
         required=True,
@@ -168,6 +149,13 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     export.add_argument("--program", action="store_true", help="also write model.pt2, a program of torch.export")
     export.add_argument("--overwrite", action="store_true", help="replace another exported model")
     export.set_defaults(run=_export)
+
+
+def _add_run_or_file(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run_uri", nargs="?", metavar="RUN", help="run folder, local or s3://")
+    verb.add_argument("--checkpoint", metavar="best|last|STEP", help="default: best")
+    add_path(verb, "--published-checkpoint", "FILE", "weights of the published code, instead of a RUN")
+    verb.add_argument("--model", metavar="ENCODER+HEAD", help="model of FILE, for example trnet_pan+u2net")
 
 
 def _add_weights(verb: argparse.ArgumentParser) -> None:

@@ -54,6 +54,12 @@ def add_options(parser: argparse._ActionsContainer, kind: type[DataclassInstance
         parser.add_argument(_option_of(item), help=text.replace("%", "%%"), **values)
 
 
+def add_path(parser: argparse._ActionsContainer, option: str, metavar: str, text: str, **more: Any) -> None:
+    """Add an argument that is a path on this machine: ``file:///`` is accepted, other URIs are refused."""
+    parse = functools.partial(local_path, option)
+    parser.add_argument(option, type=parse, metavar=metavar, help=text, **more)
+
+
 def read_options(kind: type[T], values: Mapping[str, object]) -> T:
     """Build a dataclass and its nested dataclasses from the given arguments: ``vars()`` of a parsed namespace.
 

@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sharding.arguments import add_options, read_options
+from sharding.arguments import add_options, add_path, read_options
 from sharding.download.worldstrat import DEFAULT_KEYS, download, parse_only
 from sharding.errors import UserError
 from sharding.format.index import Index
@@ -79,14 +79,9 @@ def _add_verify(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="compare a dataset with its index",
         description="Compare every shard's size and SHA-256 with the index. Status 1 if anything differs.",
     )
-    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    _add_dataset(verb)
     verb.add_argument("--deep", action="store_true", help="also decode each sample, and compare some with --input")
-    verb.add_argument(
-        "--input",
-        type=partial(local_path, "--input"),
-        metavar="DIR",
-        help="with --deep: prepare some AOIs again and compare",
-    )
+    add_path(verb, "--input", "DIR", "with --deep: prepare some AOIs again and compare")
     verb.add_argument(
         "--num-aois", type=int, default=5, metavar="N", help="number of these AOIs (default: %(default)s)"
     )
@@ -100,20 +95,11 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="print the contents of a dataset, and draw a contact sheet",
         description="Print splits, shards, statistics and skipped AOIs of a dataset, or the details of one AOI.",
     )
-    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    _add_dataset(verb)
     verb.add_argument("--aoi", metavar="NAME", help="print and draw only this AOI")
-    verb.add_argument(
-        "--png",
-        type=partial(local_path, "--png"),
-        metavar="FILE",
-        help=f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR",
-    )
-    verb.add_argument(
-        "--html",
-        type=partial(local_path, "--html"),
-        metavar="FILE",
-        help="write a page of the whole dataset: footprints, and the grid, bands, histograms and agreement of each AOI",
-    )
+    add_path(verb, "--png", "FILE", f"draw up to {SHEET_ROWS} AOIs: revisits, PAN and HR")
+    text = "write a page of the whole dataset: footprints, and the grid, bands, histograms and agreement of each AOI"
+    add_path(verb, "--html", "FILE", text)
     verb.set_defaults(run=run_inspect)
 
 
@@ -124,8 +110,12 @@ def _add_prune(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Remove the shards that the published index.json does not list, and print what was removed. A run "
         "that still reads them fails. Files that this program did not write stay.",
     )
-    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
+    _add_dataset(verb)
     verb.set_defaults(run=run_prune)
+
+
+def _add_dataset(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("uri", metavar="URI", help="local folder or s3://BUCKET/PREFIX with an index.json")
 
 
 def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -135,13 +125,7 @@ def _add_download(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Download files of WorldStrat v1.1 (https://zenodo.org/records/15382551) and check their SHA-256. "
         "After an interruption the same command resumes.",
     )
-    verb.add_argument(
-        "--to",
-        required=True,
-        type=partial(local_path, "--to"),
-        metavar="DIR",
-        help="folder; created if it does not exist",
-    )
+    add_path(verb, "--to", "DIR", "folder; created if it does not exist", required=True)
     verb.add_argument(
         "--only",
         default=",".join(DEFAULT_KEYS),

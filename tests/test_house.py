@@ -111,6 +111,17 @@ def test_the_architecture_page_lists_every_file() -> None:
     assert house.tree() in page, "run `python -m tests.house --tree` and put its lines into docs/architecture.md"
 
 
+def test_pages_name_only_files_and_code_that_exist() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        if page.name == "CHANGELOG.md":  # it names what has been removed, too
+            continue
+        for path, name in re.findall(r"`((?:\w+/)+\w+\.py)(?:: (\w+))?`", page.read_text(encoding="utf-8")):
+            if "mine" in path or "sharpen" in path:  # an example that the reader writes
+                continue
+            assert (ROOT / path).is_file(), f"{page.name} names {path}"
+            assert name in (ROOT / path).read_text(encoding="utf-8"), f"{page.name} names {name} of {path}"
+
+
 def test_pages_link_to_what_is_there() -> None:
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

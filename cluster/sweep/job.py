@@ -12,7 +12,7 @@ from cluster.sweep.plan import SweepJob
 from cluster.sweep.run import run_sweep
 from sharding.errors import UserError
 from sharding.files import read_text
-from sharding.terminal import escaped
+from sharding.terminal import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ray.init(address="auto", logging_level=logging.WARNING)
         return run_sweep(job, cells_on_ray(job.options))
     except UserError as error:
-        print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
+        say(f"satfusion: error: {error}", sys.stderr)
         return 2
 
 

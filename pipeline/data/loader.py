@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import LifoQueue
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -18,8 +18,6 @@ from pipeline.data.dataset import CPU, ChipDataset
 from pipeline.data.prefetch import Prefetcher
 from pipeline.order import BatchPlan, Chips, OrderState, Shuffle, epoch_batches, rank_slots, steps_per_epoch, stretches
 from sharding.errors import UserError
-
-T = TypeVar("T")
 
 
 class TrainLoader:
@@ -139,27 +137,11 @@ class TrainLoader:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's batch for each step of ``epoch``, starting at ``first_step`` (0-based in the epoch)."""
-
-        def finish(stored: StoredBatch) -> Batch:
-            with torch.cuda.stream(self._stream):
-                batch = to_batch(stored, self._device, self._dataset.simulation, (self._seed, epoch))
-            if self._stream:
-                # In a thread of this method, so that the memory of the stored chips can be reused.
-                self._stream.record_event().synchronize()
-            return batch
-
-        for batch in self._ahead(epoch, first_step, finish):
+        for batch in self._ahead(epoch, first_step):
             if self._stream:
                 for tensor in batch.tensors:
                     tensor.record_stream(torch.cuda.current_stream(self._device))
             yield batch
-
-    def stored_batches(self, epoch: int, first_step: int = 0) -> Iterator[StoredBatch]:
-        """Yield the same batches as stored, for callers that convert them.
-
-        Each batch is valid until the next one is requested.
-        """
-        return self._ahead(epoch, first_step, lambda stored: stored)
 
     def epoch_batches(self, epoch: int, first_step: int = 0) -> Dataset[Batch]:
         """Return the batches of ``batches`` as a map-style dataset, for torch's own loader and its processes.
@@ -170,26 +152,29 @@ class TrainLoader:
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         return _EpochBatches(self._dataset, slots, self._num_draws, (self._seed, epoch))
 
-    def _ahead(self, epoch: int, first_step: int, finish: Callable[[StoredBatch], T]) -> Iterator[T]:
-        """Yield ``finish`` of each batch; threads call it to prepare batches ahead of the consumer."""
+    def _ahead(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Yield each batch; threads prepare them ahead of the consumer."""
         slots = rank_slots(self.order(epoch), self._plan, self._rank)[first_step:]
         draws = training_draws(self._num_draws, self._seed, epoch)
         memory = self._memory
-        # The batch in use, and those prepared ahead.
-        while memory.qsize() <= min(len(slots), self._config.prefetch_batches):
+        # One for each batch that is prepared ahead.
+        while memory.qsize() < min(len(slots), self._config.prefetch_batches):
             memory.put(StoredBatch(self._dataset.layout, self._plan.per_rank, pin=self._stream is not None))
 
-        def prepare(chips: list[int]) -> tuple[T, int]:
+        def prepare(chips: list[int]) -> tuple[Batch, int]:
             stored = memory.get()
             self._dataset.crop(chips, [self._dataset.variant(chip, draws) for chip in chips], stored)
             quarantined = int((stored.weight == 0).sum())
-            done = finish(stored)
-            if done is not stored:
-                memory.put(stored)
-            return done, quarantined
+            with torch.cuda.stream(self._stream):
+                batch = to_batch(stored, self._device, self._dataset.simulation, (self._seed, epoch))
+            if self._stream:
+                # In this thread, so that the memory of the stored chips can be reused.
+                self._stream.record_event().synchronize()
+            memory.put(stored)
+            return batch, quarantined
 
         with ThreadPoolExecutor(self._config.loader_threads, thread_name_prefix="loader") as pool:
-            ahead: deque[Future[tuple[T, int]]] = deque()
+            ahead: deque[Future[tuple[Batch, int]]] = deque()
             scenes = Prefetcher(slots, self._dataset, pool, self._config.loader_threads)
             batches = iter(enumerate(slots.tolist()))
             try:
@@ -204,8 +189,6 @@ class TrainLoader:
                     self.quarantined_chips += quarantined
                     self.wait_seconds = time.perf_counter() - began
                     yield batch
-                    if isinstance(batch, StoredBatch):
-                        memory.put(batch)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

@@ -22,11 +22,10 @@ from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.engines.engine import (
     MOMENTS,
-    ForwardPass,
+    Engine,
     TrainState,
     arrival,
     clip_gradients,
-    make_adam,
     make_moments,
     plain_state,
     set_rate,
@@ -67,42 +66,23 @@ def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
-class DeepSpeedEngine:
-    """Training of one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020), as an `engine.Engine`."""
+class DeepSpeedEngine(Engine):
+    """Training of one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020)."""
 
     def __init__(
-        self,
-        network: SatFusion,
-        config: TrainConfig,
-        plan: BatchPlan,
-        world: World,
-        state: TrainState | None = None,
+        self, network: SatFusion, config: TrainConfig, plan: BatchPlan, world: World, state: TrainState | None = None
     ) -> None:
-        """Wrap ``network`` (moved and partitioned in place).
-
-        Args:
-            network: The SatFusion network; every rank's weights must be equal.
-            config: Optimizer, precision, clipping and ZeRO stage.
-            plan: Micro-batch and accumulation.
-            world: This process's place.
-            state: Weights and moments to resume from.
-        """
+        """Wrap ``network``; the arguments are those of `pipeline.engines.make.make_engine`."""
         deepspeed = import_deepspeed()
-        if state is not None:
-            # Before DeepSpeed copies the weights into its flat fp32 partitions.
-            network.load_state_dict(state.weights)
-        self._network = network
-        self._stage, self._clip_norm = config.zero_stage, config.clip_norm
+        super().__init__(network, config, world, state)
+        self._stage = config.zero_stage
         self._rank, self._world_size, self._device = world.rank, world.size, world.device
-        self._adam = make_adam(network, config)
-        self._forward = ForwardPass(network, config, world.device.type)
         self._engine, *_ = deepspeed.initialize(
             model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
         )
         # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
         if config.channels_last:
             network.channels_last()
-        self._grad_norm = torch.zeros((), device=world.device)
         self._make_moments(state.step if state is not None else 0)
         if state is not None and state.step > 0:
             self._load_moments(state)
@@ -121,10 +101,6 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             self._grad_norm = clip_gradients(self._network, self._clip_norm)
-
-    def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
-        self._network.at_step(step)
 
     def update(self, learning_rate: float) -> None:
         """Count a micro-batch, and after the last of a global batch update the weights."""

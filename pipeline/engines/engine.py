@@ -7,9 +7,10 @@ same state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FACTOR = "rate_factor"
@@ -42,47 +44,6 @@ class TrainState:
         """Wait until the copies have arrived."""
         if self.arrived is not None:
             self.arrived.synchronize()
-
-
-class Engine(Protocol):
-    """One network in training. At ZeRO 0 only `state` and `predict` make the host wait for the device."""
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """Return the L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
-        ...
-
-    def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
-        ...
-
-    def forward(self, batch: Batch) -> Fusion:
-        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
-        ...
-
-    def update(self, learning_rate: float) -> None:
-        """Count a micro-batch, and after the last of a global batch update the weights."""
-        ...
-
-    def predict(self, batch: Batch) -> Fusion:
-        """Return the images [B, C, H, W] in evaluation mode, float32."""
-        ...
-
-    def state(self, step: int, *, moments: bool = True, keep: bool = True) -> TrainState:
-        """Gather the weights, and the moments unless excluded, on the CPU; all ranks call it together.
-
-        The host does not wait for copies from a GPU (`TrainState.wait`); later steps do not change them.
-
-        Args:
-            step: Optimizer steps taken.
-            moments: False to leave the moments out.
-            keep: False on a rank that takes part without using the result, which is then empty.
-        """
-        ...
 
 
 def compiled(function: Any) -> Any:
@@ -217,3 +178,55 @@ def use_tf32(enabled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = enabled
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
     torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+class Engine(ABC):
+    """One network in training. At ZeRO 0 only `state` and `predict` make the host wait for the device."""
+
+    def __init__(self, network: SatFusion, config: TrainConfig, world: World, state: TrainState | None) -> None:
+        """Load the weights, and make the optimizer and the forward pass; arguments as of `make.make_engine`."""
+        if state is not None:
+            # Before DeepSpeed copies the weights into its flat fp32 partitions.
+            network.load_state_dict(state.weights)
+        self._network = network
+        self._clip_norm = config.clip_norm
+        self._adam = make_adam(network, config)
+        self._forward = ForwardPass(network, config, world.device.type)
+        self._grad_norm = torch.zeros((), device=world.device)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Return the L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
+        return self._grad_norm
+
+    def begin_step(self, step: int) -> None:
+        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
+        self._network.at_step(step)
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss; the last of a step reduces it over ranks."""
+
+    @abstractmethod
+    def update(self, learning_rate: float) -> None:
+        """Count a micro-batch, and after the last of a global batch update the weights."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> Fusion:
+        """Return the images [B, C, H, W] in evaluation mode, float32."""
+
+    @abstractmethod
+    def state(self, step: int, *, moments: bool = True, keep: bool = True) -> TrainState:
+        """Gather the weights, and the moments unless excluded, on the CPU; all ranks call it together.
+
+        The host does not wait for copies from a GPU (`TrainState.wait`); later steps do not change them.
+
+        Args:
+            step: Optimizer steps taken.
+            moments: False to leave the moments out.
+            keep: False on a rank that takes part without using the result, which is then empty.
+        """

@@ -13,10 +13,10 @@ from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.engines.engine import (
     MOMENTS,
+    Engine,
     ForwardPass,
     TrainState,
     clip_gradients,
-    make_adam,
     make_moments,
     plain_state,
     set_rate,
@@ -27,43 +27,23 @@ from pipeline.order import BatchPlan
 from pipeline.world import World
 
 
-class TorchEngine:
-    """Training of one network by PyTorch alone (Li et al., "PyTorch Distributed", VLDB 2020); an `Engine`."""
+class TorchEngine(Engine):
+    """Training of one network by PyTorch alone (Li et al., "PyTorch Distributed", VLDB 2020)."""
 
     def __init__(
-        self,
-        network: SatFusion,
-        config: TrainConfig,
-        plan: BatchPlan,
-        world: World,
-        state: TrainState | None = None,
+        self, network: SatFusion, config: TrainConfig, plan: BatchPlan, world: World, state: TrainState | None = None
     ) -> None:
         """Wrap ``network``; the arguments are those of `pipeline.engines.make.make_engine`."""
-        if state is not None:
-            network.load_state_dict(state.weights)
+        super().__init__(network, config, world, state)
+        # Before the moments, which take the layout of their weights.
         if config.channels_last:
             network.channels_last()
-        self._network = network
-        self._clip_norm, self._accum = config.clip_norm, plan.grad_accum
+        self._accum = plan.grad_accum
         self._micro_steps = 0
-        self._adam = make_adam(network, config)
-        make_moments(
-            self._adam, [parameter for _, parameter in trained(network)], state.step if state is not None else 0
-        )
+        make_moments(self._adam, [parameter for _, parameter in trained(network)], state.step if state else 0)
         if state is not None and state.step > 0:
             self._load_moments(state)
-        self._forward = ForwardPass(network, config, world.device.type)
         self._parallel = _parallel(self._forward, world) if world.size > 1 else None
-        self._grad_norm = torch.zeros((), device=world.device)
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """Return the L2 norm of the last step's reduced gradient before clipping, a scalar on the device."""
-        return self._grad_norm
-
-    def begin_step(self, step: int) -> None:
-        """Tell the network, before the forward passes of an optimizer step, the number of steps taken."""
-        self._network.at_step(step)
 
     def forward(self, batch: Batch) -> Fusion:
         """Return the images [B, C, H, W] with their graph, in training mode, in the forward pass's precision."""

@@ -64,15 +64,7 @@ class File:
                 return
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as member:
                 yield cast(BufferedIOBase, member)
-        except (
-            OSError,
-            KeyError,
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-        ) as error:
+        except _UNREADABLE as error:
             raise UnusableError("unreadable", f"{self.name} cannot be read ({error})") from error
 
 

@@ -268,3 +268,9 @@ def test_equal_values_are_written_out_and_texts_are_blocks() -> None:
     assert to_yaml([{"x": shared, "y": shared, "text": "one\ntwo\n"}]) == (
         "x:\n  a: 1\ny:\n  a: 1\ntext: |\n  one\n  two\n"
     )
+
+
+@pytest.mark.parametrize("option", ["--to", "--crds"])
+def test_a_folder_that_is_elsewhere_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster", "render", "deploy.toml", "--to", "here", option, "s3://bucket/there"]) == 2
+    assert f"{option} 's3://bucket/there' is no local path" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_a_non_finite_prediction_gives_a_non_finite_loss() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mse": 0.4}, r"mse 0.4 \+ mae 0.3 \+ ssim 0.2 \+ sam 0.2 sum to 1.1, and must sum to 1"),
+        ({"mse": 0.4}, r"mse 0.4 \+ mae 0.3 \+ .* sum to 1.1, and must sum to 1"),
         ({"mse": -0.1, "mae": 0.7}, "loss.mse = -0.1 is not a weight"),
         ({"sam": math.nan}, "loss.sam = nan is not a weight"),
         ({"placement": "stage"}, "loss.placement = 'stage' is unknown; did you mean 'staged'"),

@@ -16,7 +16,7 @@ from tests.pipeline.quality.test_losses import assert_near, golden_pair
 def test_published_metrics(dtype: torch.dtype) -> None:
     golden = cases.load("losses")
     metrics = image_metrics(*golden_pair(dtype), registration="published")
-    for name in METRICS:  # the golden values are those after bias adjustment
+    for name in ("mse", "mae", "psnr", "ssim", "sam", "ergas"):  # the golden values are those after bias adjustment
         assert_near(metrics[name + ADJUSTED], golden[name])
 
 
