@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import rasterio
 
 from pipeline.config import RunConfig
 from pipeline.training.loop import run_training
@@ -45,3 +46,28 @@ def test_the_loader_in_a_loop_of_your_own(dataset_uri: str, tmp_path: Path) -> N
     program = example("loader.md").replace("s3://bucket/worldstrat", dataset_uri)
     guarded = "\n".join(f"    {line}" for line in program.splitlines())
     run(f"if __name__ == '__main__':\n{guarded}\n", tmp_path)
+
+
+def commands(page: str) -> str:
+    """Return all shell commands of a page, one after the other."""
+    return "\n".join(re.findall(r"```bash\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_tutorial_as_a_user_types_it(tmp_path: Path) -> None:
+    tools, place = tmp_path / "bin", tmp_path / "place"
+    tools.mkdir()
+    place.mkdir()
+    for name, words in (("satfusion", " -m cluster.cli"), ("python", "")):
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n')
+        (tools / name).chmod(0o755)
+    (place / "make_scenes.py").write_text(example("tutorial.md"))
+    environment = {"PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1", "PATH": f"{tools}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-euc", commands("tutorial.md")], check=True, cwd=place, env=environment, timeout=1800)
+    assert "fused" in (place / "report.html").read_text()
+    assert "loss/train" in (place / "scalars.csv").read_text()
+    for number in range(6):
+        with rasterio.open(place / f"fused/scene{number}.tif") as fused:
+            assert (fused.count, fused.shape, fused.profile["tiled"]) == (4, (240, 240), True)
+            assert fused.descriptions == ("red", "green", "blue", "nir")
