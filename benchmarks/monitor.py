@@ -1,8 +1,8 @@
 """Many runs on S3 in one page: time until it shows all, memory, and what a refresh costs; beside plain TensorBoard.
 
-``python -m benchmarks.monitor [--runs 100] [--steps 2000] [--peer]``: the real writers write one run of one rank, logged
-every ten steps; its files are stored once for each run. Then the command `monitor` serves the prefix. With ``--peer``
-plain TensorBoard serves the same prefix after it, with its own reader of S3.
+``python -m benchmarks.monitor [--runs 100] [--steps 2000] [--peer]``: the real writers write one run of one rank,
+logged every ten steps; its files are stored once for each run. Then the command `monitor` serves the prefix.
+With ``--peer`` plain TensorBoard serves the same prefix after it, with its own reader of S3.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def copy_run(source: str, target: str) -> int:
 def runs_shown(port: int) -> int:
     """Return the number of runs that a TensorBoard's page has; 0 while it does not answer."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/scalars/tags", timeout=60) as answer:  # noqa: S310 - our own server
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/scalars/tags", timeout=60) as answer:
             return sum(bool(tags) for tags in json.load(answer).values())
     except OSError:
         return 0

@@ -1,7 +1,7 @@
 """Scalars of a run at an experiment tracker: W&B or MLflow, where the package is installed and `output.tracker` asks.
 
-Where the tracker is, and the key that opens it, are settings of rank 0's environment (WANDB_*, MLFLOW_*), and no part of
-a configuration. The run's id there is kept in the run folder, so a restart continues the same run.
+Where the tracker is, and the key that opens it, are settings of rank 0's environment (WANDB_*, MLFLOW_*), and no part
+of a configuration. The run's id there is kept in the run folder, so a restart continues the same run.
 """
 
 from __future__ import annotations
