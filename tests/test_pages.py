@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -93,7 +96,14 @@ def test_the_tutorial_as_a_user_types_it(tmp_path: Path) -> None:
         (tools / name).chmod(0o755)
     (place / "make_scenes.py").write_text(example("tutorial.md"))
     environment = {"PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1", "PATH": f"{tools}:/usr/bin:/bin"}
-    subprocess.run(["bash", "-euc", commands("tutorial.md")], check=True, cwd=place, env=environment, timeout=3000)
+    with subprocess.Popen(
+        ["bash", "-euc", commands("tutorial.md")], cwd=place, env=environment, start_new_session=True
+    ) as shell:
+        try:
+            assert shell.wait(3000) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
     assert "fused" in (place / "report.html").read_text()
     assert "loss/train" in (place / "scalars.csv").read_text()
     for number in range(6):
