@@ -10,7 +10,7 @@ MAMBA_WHEEL ?= $(firstword $(wildcard ../shared/gpu-kit/mamba_ssm-*.whl))
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 25
 
-.PHONY: demo test quick test-slow check drills gpu-kit install clean
+.PHONY: demo test quick test-slow check drills docs gpu-kit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/satfusion demo --output $(OUTPUT) $(if $(WORLDSTRAT),--worldstrat "$(WORLDSTRAT)")
@@ -38,6 +38,10 @@ check: $(INSTALLED)
 drills: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.drills $(FAULTS)
 
+# docs/ as a site in site/; a broken link ends it.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 gpu-kit: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_kit $(if $(MAMBA_WHEEL),--mamba-wheel "$(MAMBA_WHEEL)")
 
@@ -53,4 +57,4 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OUTPUT) site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

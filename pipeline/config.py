@@ -210,12 +210,15 @@ class OutputConfig:
     panels_every: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Epochs between validations whose panels are drawn, >= 0; 0 draws after epochs 1, 2, 4, 8, ... and always after
     the last step."""
+    tracker: str = ""
+    """Experiment tracker that gets the scalars too, ``wandb`` or ``mlflow`` (docs/monitor.md); empty for none."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
         check_uri("output.uri", self.uri)
         require(self.uri != "", "output.uri", self.uri, "a folder or an s3:// prefix")
         check_ranges(self, lambda item: f"output.{item.name} =")
+        require_one_of("output.tracker", self.tracker, ("", "wandb", "mlflow"))
 
 
 @dataclass(frozen=True)

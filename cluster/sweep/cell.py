@@ -41,6 +41,8 @@ class Result(msgspec.Struct):
     """Floating-point operations of a forward pass of one chip."""
     seconds: float
     """Time of the training steps, validations and restarts not counted."""
+    baselines: dict[str, dict[str, float | None]] = {}
+    """Figures of the methods that learn nothing, on the same chips."""
 
     def is_of(self, config: RunConfig, index_digest: str, split: str) -> bool:
         """Return True if these are the figures of this configuration on this dataset; new keys have their defaults.
@@ -81,6 +83,7 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
     # Slow: they import torch and DeepSpeed.
     from models.cost import cost
     from pipeline.data import ChipDataset
+    from pipeline.evaluation.baselines import BASELINES, PANSHARPENED
     from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
     from pipeline.evaluation.result import FUSED
     from pipeline.training.loop import run_training
@@ -92,7 +95,7 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
     finally:
         leave_world()
     uri = config.output.uri
-    figures = evaluate_run(uri, split, "best", options=EvaluateOptions(panels=0)).means(FUSED)
+    found = evaluate_run(uri, split, "best", options=EvaluateOptions(panels=0))
     dataset = ChipDataset(config.data.uri, split, config.data)
     window = dataset.window(0)
     costs = cost(config.model, (window.size,) * 2, (window.hr_size,) * 2)
@@ -101,12 +104,17 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
         config=config.to_dict(),
         index_digest=dataset.index.digest,
         split=split,
-        figures={name: value if math.isfinite(value) else None for name, value in figures.items()},
+        figures=_finite(found.means(FUSED)),
         parameters=costs.parameters,
         flops=costs.flops,
         seconds=training_seconds(run.read("metrics.csv").decode(), config.train.global_batch),
+        baselines={name: _finite(found.means(name)) for name in (*BASELINES, *PANSHARPENED)},
     )
     run.write(RESULT_FILE, msgspec.json.format(msgspec.json.encode(result), indent=1))
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def training_seconds(metrics: str, global_batch: int) -> float:

@@ -56,6 +56,7 @@ def rows(cells: Sequence[RunConfig], results: Mapping[str, Result]) -> list[Row]
 def as_csv(table: Sequence[Row]) -> str:
     """Return the table as CSV; an absent figure is an empty cell."""
     metrics = list(dict.fromkeys(name for row in table for result in row.results for name in result.figures))
+    baselines = _baselines(table)
     columns = [f"{name}_{what}" for name in (*metrics, "seconds") for what in ("mean", "spread")]
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -66,6 +67,9 @@ def as_csv(table: Sequence[Row]) -> str:
         writer.writerow(
             [*row.pair.split("+"), *cost, row.planned, len(row.results), *figures, *_mean_and_spread(row.seconds)]
         )
+    for method, found in baselines.items():
+        figures = [value for name in metrics for value in _mean_and_spread(_known(found, name))]
+        writer.writerow([method, "", 0, "", "", "", *figures, "", ""])
     return text.getvalue()
 
 
@@ -96,8 +100,21 @@ def as_markdown(table: Sequence[Row], cells: Sequence[RunConfig], split: str, fa
         done = str(row.planned) if len(row.results) == row.planned else f"{len(row.results)} of {row.planned}"
         figures = [_with_spread(row.values(name)) for name in (*SHOWN,)]
         lines.append(f"| {' | '.join([row.pair, done, *cost, *figures, _with_spread(row.seconds)])} |")
+    for method, found in _baselines(table).items():
+        figures = [_with_spread(_known(found, name)) for name in SHOWN]
+        lines.append(f"| {' | '.join([method, '-', '0', '-', *figures, '-'])} |")
     lines += ["", "Runs:", "", *_links(cells, failed), "", f"Curves: `satfusion monitor {place}`", ""]
     return "\n".join(lines)
+
+
+def _baselines(table: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """Return the figures of the methods that learn nothing; those of all runs are the same."""
+    return next((result.baselines for row in table for result in row.results if result.baselines), {})
+
+
+def _known(figures: Mapping[str, float | None], metric: str) -> list[float]:
+    value = figures.get(metric)
+    return [] if value is None else [value]
 
 
 def _links(cells: Sequence[RunConfig], failed: Mapping[str, str]) -> Iterator[str]:

@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.config import TrainConfig
+from pipeline.config import RunConfig, TrainConfig
 from pipeline.reporting.alerts import Alerts, AlertsConfig
 from pipeline.reporting.events import AggregateEvents, CsvLog, RankEvents
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.tags import ALERTS, RENAMED, STEP_TAGS, VAL_TAGS, Averaged, over_ranks
+from pipeline.reporting.tracker import Tracker, open_tracker
 from pipeline.world import World
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class RunLogs:
         config: TrainConfig,
         first_step: int,
         alerts: AlertsConfig | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         """Open the files to resume at ``first_step``; later steps, written by a killed process, are dropped."""
         self._run = run
@@ -74,6 +76,7 @@ class RunLogs:
         self._metrics: CsvLog | None = None
         self._batches: CsvLog | None = None
         self._alerts: Alerts | None = None
+        self._tracker = tracker
         if world.is_main:
             self._aggregate = AggregateEvents(run, first_step)
             columns = ["step", "epoch", *STEP_TAGS, *VAL_TAGS]
@@ -122,6 +125,8 @@ class RunLogs:
                 self._aggregate.scalars(step, row, merged)
             with self._lost_rows:
                 self._metrics.row({"step": step, "epoch": epoch, **merged, **validation})
+            if self._tracker:
+                self._tracker.scalars(step, merged)
 
     def validation(self, step: int, metrics: Mapping[str, float], by_rank: Tensor, group: str = "val") -> None:
         """Write a validation.
@@ -144,6 +149,8 @@ class RunLogs:
             merged = dict(zip(tags, metrics.values(), strict=True))
             with self._lost_rows:
                 self._aggregate.scalars(step, dict(zip(tags, seen.unbind(1), strict=True)), merged)
+            if self._tracker:
+                self._tracker.scalars(step, merged)
 
     def panel(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """Write an image panel [H, W, 3]; rank 0 only."""
@@ -164,3 +171,14 @@ class RunLogs:
             if log is not None:
                 with self._lost_rows:
                     log.close()
+        if self._tracker:
+            self._tracker.close()
+
+
+def open_logs(run: RunFolder, world: World, config: RunConfig, first_step: int) -> RunLogs:
+    """Open the log files of a rank (`RunLogs`), and on rank 0 the run at the tracker; all ranks call it together.
+
+    Raises:
+        UserError: On every rank: the tracker cannot be used.
+    """
+    return RunLogs(run, world, config.train, first_step, config.alerts, open_tracker(config, run.storage, world))

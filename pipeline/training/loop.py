@@ -24,7 +24,7 @@ from pipeline.reporting.events import rank_folder
 from pipeline.reporting.panels import num_panels
 from pipeline.reporting.phases import Phases
 from pipeline.reporting.run_folder import RunFolder
-from pipeline.reporting.run_logs import RunLogs
+from pipeline.reporting.run_logs import RunLogs, open_logs
 from pipeline.reporting.tags import AVERAGED, LOSS_TAGS
 from pipeline.reporting.time_account import TimeAccount, read_record
 from pipeline.training.announce import announce
@@ -176,7 +176,7 @@ class Trainer:
         if self.world.is_main:
             digest = self.train_set.index.digest
             announce(self.config, self.run, self.world, self.plan, self.loader, digest, self.total_steps)
-        logs = RunLogs(self.run, self.world, self.config.train, self.first_step, self.config.alerts)
+        logs = open_logs(self.run, self.world, self.config, self.first_step)
         try:
             if self.config.train.init and self.step == 0:
                 self._is_best(self.validate(logs))

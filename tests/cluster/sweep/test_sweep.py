@@ -23,6 +23,8 @@ from pipeline.data import ChipDataset
 from sharding.errors import UserError
 from sharding.storage import open_storage
 
+BASELINES: dict[str, dict[str, float | None]] = {"brovey": {"psnr": 19.25, "ssim": None}}
+
 MakeConfig = Callable[..., RunConfig]
 
 
@@ -41,7 +43,7 @@ class Trained:
                 yield Outcome(cell, "loss is not finite\nat step 3")
                 continue
             figures = {"psnr": 20.0 + cell.train.seed, "ssim": None}
-            result = Result(cell.to_dict(), self.digest, "test", figures, 1_500_000, 2_000_000_000, 60.0)
+            result = Result(cell.to_dict(), self.digest, "test", figures, 1_500_000, 2_000_000_000, 60.0, BASELINES)
             open_storage(cell.output.uri).write(RESULT_FILE, msgspec.json.encode(result))
             yield Outcome(cell, "")
 
@@ -77,7 +79,9 @@ def test_what_failed_runs_again_and_what_is_done_is_kept(
     assert [(row["head"], row["done"], row["psnr_mean"], row["ssim_mean"]) for row in table] == [
         ("pnn", "2", "21.5", ""),
         ("pannet", "2", "21.5", ""),
+        ("", "", "19.25", ""),
     ]
+    assert "| brovey | - | 0 | - | 19.25 | - | - | - | - |" in page
     assert float(table[0]["psnr_spread"]) == pytest.approx(0.5**0.5)
     # The same again starts nothing and changes no file.
     trained.started = []
