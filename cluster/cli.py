@@ -26,6 +26,8 @@ from sharding.terminal import say
 
 if TYPE_CHECKING:
     from cluster.local import nodes as local
+    from pipeline.jobs import EvaluateJob, PredictJob
+    from sharding.run.job import ShardJob
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -73,12 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``submit``, ``jobs``, ``sweep``, ``demo`` and others to the command, and the cluster options to ``shard``."""
-    shard = verbs.choices["shard"]
-    shard.add_argument(
-        "--address", metavar="URL", help="shard on a Ray cluster by its job server, http://HOST:8265; it sees --input"
-    )
-    shard.set_defaults(run=_shard)
+    """Add ``submit``, ``jobs``, ``sweep``, ``demo`` and others to the command, and ``--address`` to others."""
+    for verb, run, sees in (
+        ("shard", _shard, "--input"),
+        ("predict", _predict, "the weights, --input and --output"),
+        ("evaluate", _evaluate, "the weights and the dataset"),
+    ):
+        text = f"{verb} on a Ray cluster by its job server, http://HOST:8265; it sees {sees}"
+        verbs.choices[verb].add_argument("--address", metavar="URL", help=text)
+        verbs.choices[verb].set_defaults(run=run)
     _add_submit(verbs)
     _add_sweep(verbs)
     add_job_verbs(verbs)
@@ -211,10 +216,26 @@ def _shard(args: argparse.Namespace) -> int:
     job = sharding.cli.shard_job(args)  # refuses invalid options before anything is sent
     if args.address is None:
         return sharding.cli.run_shard(job)
-    from cluster.jobs.submit import build_shard_request, run  # other verbs send nothing
-
     open_storage(job.output, job.storage)  # refuses invalid options too
-    return run(build_shard_request(job, os.environ, Path.cwd()), args.address, sys.stdout)
+    return _send(job, args.address)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    """Predict in this process, or as a job of a Ray cluster."""
+    job = pipeline.cli.predict_job(args)
+    return pipeline.cli.run_predict(job) if args.address is None else _send(job, args.address)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """Evaluate in this process group, or as a job of a Ray cluster."""
+    job = pipeline.cli.evaluate_job(args)
+    return pipeline.cli.run_evaluate(job) if args.address is None else _send(job, args.address)
+
+
+def _send(job: ShardJob | PredictJob | EvaluateJob, address: str) -> int:
+    from cluster.jobs.submit import build_verb_request, run  # other verbs send nothing
+
+    return run(build_verb_request(job, os.environ, Path.cwd()), address, sys.stdout)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipeline.jobs import EvaluateJob, PredictJob
 from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
-from sharding.arguments import add_path
+from sharding.arguments import add_path, read_options
 from sharding.errors import UserError
 from sharding.schema import check_range
 from sharding.terminal import say
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.command import Spread
+    from pipeline.prediction.predict import Runner
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,7 +71,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_path(evaluate, "--classes", "FILE", "WorldStrat's split file, to score by land-cover class")
     text = "write a report with charts and pictures, one file that needs no other"
     add_path(evaluate, "--report", "FILE.html", text)
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=lambda args: run_evaluate(evaluate_job(args)))
 
 
 def _add_monitor(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -132,7 +138,7 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="uint16 in steps of 1e-4 reflectance, or float32 (default uint16)",
     )
     predict.add_argument("--overwrite", action="store_true", help="replace outputs of other weights or inputs")
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(run=lambda args: run_predict(predict_job(args)))
 
 
 def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -191,52 +197,36 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    check_range("--panels", args.panels, 0, 10**6)
+def evaluate_job(args: argparse.Namespace) -> EvaluateJob:
+    """Return the arguments of `evaluate` as typed options.
+
+    Raises:
+        UserError: For an invalid argument; it names the argument.
+    """
+    return read_options(EvaluateJob, vars(args))
+
+
+def run_evaluate(job: EvaluateJob, spread: Spread | None = None) -> int:
+    """Run `evaluate`; ``spread`` scores AOIs in place of this process group."""
     from pipeline.evaluation import command  # slow: imports torch
 
-    return command.evaluate(args)
+    return command.evaluate(job, spread)
 
 
-def _predict(args: argparse.Namespace) -> int:
-    from pipeline.evaluation.command import refuse_both  # slow: imports torch
+def predict_job(args: argparse.Namespace) -> PredictJob:
+    """Return the arguments of `predict` as typed options.
+
+    Raises:
+        UserError: For an invalid argument; it names the argument.
+    """
+    return read_options(PredictJob, vars(args))
+
+
+def run_predict(job: PredictJob, runner: Runner | None = None) -> int:
+    """Run `predict`; ``runner`` fuses scenes in place of this process."""
     from pipeline.prediction import predict  # slow: imports torch and rasterio
 
-    options = predict.PredictOptions(args.pixels, args.overwrite)
-    bf16 = args.precision == "bf16"
-    if args.published_checkpoint:
-        refuse_both(args)
-        if args.model is None:
-            raise UserError("--published-checkpoint needs --model ENCODER+HEAD")
-        if args.weights is not None:
-            raise UserError("--weights is only for a RUN: a published file holds one set of weights")
-        report = predict.predict_published(
-            args.published_checkpoint,
-            args.model,
-            args.input,
-            args.output,
-            options,
-            bf16=bf16,
-            aois=args.aoi,
-            split=args.split,
-        )
-    else:
-        if args.run_uri is None:
-            raise UserError("predict needs the run folder RUN, or --published-checkpoint FILE")
-        if args.model is not None:
-            raise UserError("--model is only for --published-checkpoint: a run has its own")
-        report = predict.predict_run(
-            args.run_uri,
-            args.checkpoint or "best",
-            args.input,
-            args.output,
-            options,
-            weights=args.weights or "raw",
-            bf16=bf16,
-            aois=args.aoi,
-            split=args.split,
-        )
-    for line in report.lines():
+    for line in predict.open_job(job).predict(runner).lines():
         say(line)
     return 0
 

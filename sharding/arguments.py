@@ -71,19 +71,22 @@ def read_options(kind: type[T], values: Mapping[str, object]) -> T:
         if _is_nested(hint):
             found[item.name] = read_options(hint, values)
         elif item.name in values:
-            found[item.name] = values[item.name]
+            value = values[item.name]  # argparse collects several in a list
+            found[item.name] = tuple(value) if isinstance(value, list) else value
     return kind(**found)
 
 
 def check_values(options: DataclassInstance) -> None:
     """Compare each field whose type is a `Literal` with its choices, and each number with the range in its type.
 
+    None passes where it is the default.
+
     Raises:
         UserError: For another value; it names the option, the value, and the choices or the range.
     """
     for item, hint in _typed_fields(type(options)):
         value, choices = getattr(options, item.name), _choices(hint)
-        if choices and value not in choices:
+        if choices and value not in choices and not (value is None and item.default is None):
             raise UserError(f"{_option_of(item)} {value!r} is unknown: it may be {', '.join(choices)}")
     check_ranges(options, _option_of)
 

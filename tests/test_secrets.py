@@ -11,7 +11,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.jobs.placement import Placement
-from cluster.jobs.submit import build_request, build_shard_request, send
+from cluster.jobs.submit import build_request, build_verb_request, send
 from pipeline.config import OutputConfig, RunConfig, load_config
 from sharding.errors import UserError
 from sharding.run.job import ShardJob
@@ -118,7 +118,7 @@ def test_a_job_takes_the_submitters_home_and_what_may_be_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    request = build_shard_request(ShardJob(Path("in"), "~/out", overwrite=True), {}, Path("/here"))
+    request = build_verb_request(ShardJob(Path("in"), "~/out", overwrite=True), {}, Path("/here"))
     job = ShardJob.from_json(request.job.to_json())
     assert job.output == str(tmp_path / "out")
     assert job.input == Path("/here/in")

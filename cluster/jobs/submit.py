@@ -25,6 +25,7 @@ from sharding.terminal import say
 if TYPE_CHECKING:
     from cluster.sweep.plan import SweepJob
     from pipeline.config import RunConfig
+    from pipeline.jobs import EvaluateJob, PredictJob
     from sharding.run.job import ShardJob
 
 # Variables with which a worker finds the storage. Keys are not among them: each node has its own credential chain.
@@ -102,8 +103,10 @@ def build_request(config: RunConfig, placement: Placement, environment: Mapping[
     )
 
 
-def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: Path) -> JobRequest:
-    """Build the request for sharding on a cluster.
+def build_verb_request(
+    job: ShardJob | PredictJob | EvaluateJob, environment: Mapping[str, str], folder: Path
+) -> JobRequest:
+    """Build the request for sharding, predicting or evaluating on a cluster.
 
     Args:
         job: The command's options; relative local paths in it are taken from ``folder``.
@@ -117,8 +120,8 @@ def build_shard_request(job: ShardJob, environment: Mapping[str, str], folder: P
     return JobRequest(
         job=job,
         environment={**_travelling(environment), "CUDA_VISIBLE_DEVICES": "", **_RAY_HABITS},
-        metadata={"shard": job.output},
-        entrypoint=f"python -m cluster.jobs.shard_job {JOB_FILE}",
+        metadata={job.verb: job.output or ""},
+        entrypoint=f"python -m cluster.jobs.verb_job {job.verb} {JOB_FILE}",
     )
 
 

@@ -220,6 +220,11 @@ class ChipDataset(Dataset[Batch]):
         return len(self._places) * self.chips_per_scene
 
     @property
+    def num_aois(self) -> int:
+        """Return the number of AOIs of the split."""
+        return len(self._places)
+
+    @property
     def refetched(self) -> int:
         """Return the number of samples that this process read a second time, because they were damaged."""
         return self.scenes.reader.refetched

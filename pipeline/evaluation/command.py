@@ -1,121 +1,86 @@
-"""The verb ``evaluate``: its arguments to an evaluation or a comparison, and their output."""
+"""The verb ``evaluate``: its job to an evaluation or a comparison, and their output."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch.distributed as dist
 
 from pipeline.evaluation.classes import read_classes
-from pipeline.evaluation.compare import compare_runs
+from pipeline.evaluation.compare import Comparison, comparison_jobs
 from pipeline.evaluation.evaluate import EvaluateOptions, Job, measure, published_job, run_job
 from pipeline.evaluation.report import comparison_page, evaluation_page
+from pipeline.evaluation.scoring import Found
+from pipeline.jobs import EvaluateJob
 from pipeline.world import current_world, leave_world
-from sharding.errors import UserError
 from sharding.run.named_file import check_page, write_file
 from sharding.terminal import say
 
+Spread = Callable[[int, int], Iterable[Found]]
+"""Function from the number of an evaluation, as in `open_jobs`, and its number of AOIs to the scores of each AOI."""
 
-def evaluate(args: argparse.Namespace) -> int:
+
+def evaluate(job: EvaluateJob, spread: Spread | None = None) -> int:
     """Evaluate a run or a published file, or compare two runs, and print the result; return the exit status.
 
+    Args:
+        job: The options.
+        spread: Function that scores AOIs elsewhere (`score_aoi`); None scores them in this process group.
+
     Raises:
-        UserError: Options that exclude each other, or an input that cannot be used.
+        UserError: An input that cannot be used.
     """
-    if args.report:
-        check_page("--report", args.report)
-    options = EvaluateOptions(
-        args.registration,
-        args.panels,
-        tuple(dict.fromkeys(args.perturb)),
-        read_classes(args.classes) if args.classes else {},
-    )
+    if job.report:
+        check_page("--report", job.report)
     joined = dist.is_initialized()  # the caller's group stays
     try:
-        return _compare(args, options) if args.compare else _measure(args, options)
+        options = options_of(job)
+        opened = open_jobs(job, options)
+        results = [
+            measure(one, options, partial(spread, number) if spread else None) for number, one in enumerate(opened)
+        ]
+        if not current_world().is_main:
+            return 0
+        if job.compare:
+            found = Comparison(results[0], results[1], job.compare)
+            _print(job, found.table(), f"{results[0].folder} and {results[1].folder}", lambda: comparison_page(found))
+        else:
+            (result,) = results
+            written = f"{result.folder}: chips.csv, aois.csv, groups.csv, panel-*.png"
+            _print(job, result.table(), written, lambda: evaluation_page(result, opened[0].picture))
+        return 0
     finally:
         if not joined:
             leave_world()
 
 
-def _measure(args: argparse.Namespace, options: EvaluateOptions) -> int:
-    job = _published_job(args, options) if args.published_checkpoint else _run_job(args, options)
-    result = measure(job, options)
-    if current_world().is_main:
-        print(result.table())
-        say(f"written to {result.folder}: chips.csv, aois.csv, groups.csv, panel-*.png")
-        if args.report:
-            _write(args, evaluation_page(result, job.picture))
-    return 0
+def options_of(job: EvaluateJob) -> EvaluateOptions:
+    """Return the options of a job's evaluations."""
+    classes = read_classes(job.classes) if job.classes else {}
+    return EvaluateOptions(job.registration, job.panels, tuple(dict.fromkeys(job.perturb)), classes)
 
 
-def _compare(args: argparse.Namespace, options: EvaluateOptions) -> int:
-    for name, value in (("RUN", args.run_uri), ("--published-checkpoint", args.published_checkpoint)):
-        if value is not None:
-            raise UserError(f"--compare names both runs: drop {name} {value}")
-    for name in ("model", "simulate", "perturb"):
-        if getattr(args, name):
-            raise UserError(f"--{name} has no part in a comparison of two runs: drop it")
-    first, second = args.compare
-    found = compare_runs(
-        (first, second),
-        args.split,
-        args.checkpoint or "best",
-        data_uri=args.data,
-        output=args.output or "",
-        options=options,
-    )
-    if current_world().is_main:
-        print(found.table())
-        say(f"written to {found.first.folder} and {found.second.folder}")
-        if args.report:
-            _write(args, comparison_page(found))
-    return 0
-
-
-def _write(args: argparse.Namespace, page: bytes) -> None:
-    write_file("--report", args.report, page)
-    say(f"report: {args.report}")
-
-
-def _run_job(args: argparse.Namespace, options: EvaluateOptions) -> Job:
-    if args.run_uri is None:
-        raise UserError("evaluate needs the run folder RUN, or --published-checkpoint FILE, or --compare RUN RUN")
-    for option in ("model", "simulate"):
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option} is only for --published-checkpoint: a run has its own")
-    return run_job(
-        args.run_uri,
-        args.split,
-        args.checkpoint or "best",
-        data_uri=args.data,
-        output=args.output or "",
-        options=options,
-    )
-
-
-def _published_job(args: argparse.Namespace, options: EvaluateOptions) -> Job:
-    refuse_both(args)
-    for option in ("model", "data"):
-        if not getattr(args, option):
-            raise UserError(f"--published-checkpoint needs --{option} {'ENCODER+HEAD' if option == 'model' else 'URI'}")
-    return published_job(
-        args.published_checkpoint,
-        args.model,
-        args.data,
-        args.split,
-        args.output or "evaluation",
-        simulate=args.simulate or "off",
-        options=options,
-    )
-
-
-def refuse_both(args: argparse.Namespace) -> None:
-    """Refuse a run or its checkpoint beside a published file.
+def open_jobs(job: EvaluateJob, options: EvaluateOptions) -> list[Job]:
+    """Load the networks and open the split: of one evaluation, or of the two of a comparison.
 
     Raises:
-        UserError: Both are given.
+        UserError: No such run, file or dataset, or runs that cannot be compared.
     """
-    if args.run_uri is not None or args.checkpoint is not None:
-        given = "--checkpoint" if args.run_uri is None else f"RUN {args.run_uri}"
-        raise UserError(f"{given} and --published-checkpoint exclude each other: a published file is not a run")
+    which, output = job.checkpoint or "best", job.output or ""
+    if job.compare:
+        return comparison_jobs(job.compare, job.split, which, data_uri=job.data, output=output, options=options)
+    if job.published_checkpoint is None:
+        assert job.run_uri is not None
+        return [run_job(job.run_uri, job.split, which, data_uri=job.data, output=output, options=options)]
+    assert job.model is not None
+    path, simulate = job.published_checkpoint, job.simulate or "off"
+    return [published_job(path, job.model, job.data, job.split, output, simulate=simulate, options=options)]
+
+
+def _print(job: EvaluateJob, table: str, written: str, page: Callable[[], bytes]) -> None:
+    print(table)
+    say(f"written to {written}")
+    if job.report:
+        write_file("--report", job.report, page())
+        say(f"report: {job.report}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.evaluation.evaluate import EvaluateOptions, measure, run_job
+from pipeline.evaluation.evaluate import EvaluateOptions, Job, run_job
 from pipeline.evaluation.intervals import METHOD, Estimate
 from pipeline.evaluation.result import COLUMNS, FUSED, Evaluation, better, paired
 from sharding.errors import UserError
@@ -51,13 +51,13 @@ class Comparison:
         return [("first:", self.names[0], self.first), ("second:", self.names[1], self.second)]
 
 
-def compare_runs(
+def comparison_jobs(
     uris: tuple[str, str], split: str, which: str, *, data_uri: str, output: str, options: EvaluateOptions
-) -> Comparison:
-    """Evaluate two runs on the same chips; arguments as of `run_job`. Below ``output`` each run has a folder, 1 and 2.
+) -> list[Job]:
+    """Load two runs and open the split; arguments as of `run_job`. Below ``output`` each run has a folder, 1 and 2.
 
     Raises:
-        UserError: The runs have other datasets or simulate their revisits in other ways; nothing was computed.
+        UserError: The runs have other datasets or simulate their revisits in other ways.
     """
     first, second = (
         run_job(uri, split, which, data_uri=data_uri, output=_below(output, number), options=options)
@@ -73,7 +73,7 @@ def compare_runs(
                 f"--compare {uris[0]} {uris[1]} cannot pair chips: {what} of the first is {_short(own)}, of the second"
                 f" {_short(other)}: {remedy}"
             )
-    return Comparison(measure(first, options), measure(second, options), uris)
+    return [first, second]
 
 
 def _below(output: str, number: int) -> str:

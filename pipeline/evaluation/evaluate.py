@@ -9,14 +9,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset
 from pipeline.evaluation.perturb import Kind
 from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation, Row
-from pipeline.evaluation.scoring import draw, score
+from pipeline.evaluation.scoring import Elsewhere, Found, draw, score_part, scores_of
 from pipeline.networks import load_network, load_published_network
+from pipeline.quality.constants import CPU
 from pipeline.quality.registration import Mode
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from pipeline.world import World, current_world
@@ -55,6 +57,11 @@ class Job:
     """Folder of the results."""
     trained: bool
     """Whether the weights are known to be trained on this dataset."""
+
+    def place_on(self, device: torch.device) -> None:
+        """Move the networks to a device, ready to predict."""
+        for network in self.networks.values():
+            network.to(device).eval()
 
     def picture(self, row: Row) -> bytes:
         """Return the panel of a row's chip as PNG."""
@@ -156,10 +163,15 @@ def published_job(
     return Job({FUSED: network}, dataset, name, open_storage(output).child(folder), trained=False)
 
 
-def measure(job: Job, options: EvaluateOptions) -> Evaluation:
+def measure(job: Job, options: EvaluateOptions, elsewhere: Elsewhere | None = None) -> Evaluation:
     """Run the split through the networks, by method; replace the rows and panels in the job's folder.
 
     All ranks of a process group call it together, share the chips, and return the same result; rank 0 writes.
+
+    Args:
+        job: Networks and split.
+        options: Options of the evaluation.
+        elsewhere: Function from the number of AOIs to the scores of each, computed by `part`; None computes them here.
 
     Raises:
         UserError: The folder cannot be written to, or another evaluation writes to it; nothing was computed. Or all
@@ -167,19 +179,38 @@ def measure(job: Job, options: EvaluateOptions) -> Evaluation:
     """
     world = current_world()
     with Lock(job.folder, "evaluate") if world.is_main else nullcontext():
-        return _measure(job, options, world)
+        return _measure(job, options, world, elsewhere)
 
 
-def _measure(job: Job, options: EvaluateOptions, world: World) -> Evaluation:
+def part(job: Job, options: EvaluateOptions, number: int, parts: int, device: torch.device = CPU) -> Found:
+    """Score one of ``parts`` equal stretches of a job's split: with as many parts as AOIs, the chips of one AOI."""
+    job.place_on(device)
+    return score_part(
+        job.networks,
+        job.dataset,
+        job.name,
+        options.registration,
+        options.perturb,
+        options.classes,
+        part=number,
+        parts=parts,
+        device=device,
+    )
+
+
+def _measure(job: Job, options: EvaluateOptions, world: World, elsewhere: Elsewhere | None) -> Evaluation:
     dataset, folder = job.dataset, job.folder
-    for network in job.networks.values():
-        network.to(world.device).eval()
+    job.place_on(world.device)
     if world.is_main:
         # Remove results of an earlier evaluation only: the folder may be the user's own.
         for stored in folder.list():
             if re.fullmatch(r"(chips|aois|groups|perturbed)\.csv|table\.txt|panel-\d+\.png", stored.key):
                 folder.delete(stored.key)
-    scores = score(job.networks, dataset, job.name, options.registration, options.perturb, options.classes, world)
+    if elsewhere is None:
+        found = world.gather_objects(part(job, options, world.rank, world.size, world.device))
+    else:
+        found = list(elsewhere(dataset.num_aois))
+    scores = scores_of(found, job.networks)
     if not scores.chips:
         raise UserError(
             f"every chip of split {dataset.split!r} of {dataset.storage.uri} is quarantined: repair the dataset with"

@@ -1,11 +1,11 @@
-"""Scores of every chip of a split, computed by the ranks of a process group together."""
+"""Scores of every chip of a split, computed in parts: by the ranks of a process group, or by tasks of a cluster."""
 
 from __future__ import annotations
 
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,18 @@ from pipeline.quality.opensr import opensr_measures
 from pipeline.quality.registration import Mode
 from pipeline.reporting.panels import panel
 from pipeline.training.validation import resolution_ratio
-from pipeline.world import World
 from sharding.progress import progress
 
 logger = logging.getLogger(__name__)
 
 PERTURBED = (FUSED, BASELINES[1])
 """Methods that are scored on perturbed inputs."""
+
+
+Found = dict[int, tuple[list[Row], list[Row]]]
+"""Rows of each chip of a part: those of the methods, and those of perturbed inputs."""
+Elsewhere = Callable[[int], Iterable[Found]]
+"""Function from a number of parts to the scores of each."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +52,34 @@ class Scores:
     """A row per chip, kind, level and method."""
 
 
-def score(
+def score_part(
     networks: Mapping[str, nn.Module],
     dataset: ChipDataset,
     name: str,
     registration: Mode,
     kinds: Sequence[Kind],
     classes: Mapping[str, str],
-    world: World,
-) -> Scores:
-    """Score every chip; all ranks call it together, and each scores a part.
+    *,
+    part: int,
+    parts: int,
+    device: torch.device,
+) -> Found:
+    """Score the chips of one of ``parts`` equal stretches of a split.
 
     Args:
-        networks: Networks by method, on the world's device.
+        networks: Networks by method, on the device.
         dataset: The split.
         name: Name of the weights, for the progress bar.
         registration: Mode of registering predictions to the target.
         kinds: Kinds of perturbations.
         classes: Class by AOI; empty to leave out the column.
-        world: This process's place.
+        part: Number of the stretch, from 0.
+        parts: Number of stretches.
+        device: Device of the networks.
     """
-    found: dict[int, tuple[list[Row], list[Row]]] = {}
-    with progress(-(-dataset.num_chips // world.size), f"evaluating {name}", "chip") as bar:
-        for batch, counts in evaluation_batches(dataset, world.rank, world.size, world.device):
+    found: Found = {}
+    with progress(-(-dataset.num_chips // parts), f"evaluating {name}", "chip") as bar:
+        for batch, counts in evaluation_batches(dataset, part, parts, device):
             bar.update()
             if not counts:
                 if not batch.weight[0]:
@@ -86,11 +96,16 @@ def score(
                     for row in _perturbed(networks[FUSED], batch, place, registration, kind, dataset)
                 ]
             found[batch.chips[0]] = rows, moved
-    everyone = {chip: rows for part in world.gather_objects(found) for chip, rows in part.items()}
+    return found
+
+
+def scores_of(parts: Iterable[Found], methods: Iterable[str]) -> Scores:
+    """Return the scores of all parts, in the order of the chips; ``methods`` are those of the networks."""
+    everyone = {chip: rows for part in parts for chip, rows in part.items()}
     chips = tuple(sorted(everyone))
     return Scores(
         chips,
-        (*networks, *BASELINES, *PANSHARPENED),
+        (*methods, *BASELINES, *PANSHARPENED),
         [row for chip in chips for row in everyone[chip][0]],
         [row for chip in chips for row in everyone[chip][1]],
     )

@@ -10,20 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.networks import Weights, load_weights
+from pipeline.jobs import PredictJob
+from pipeline.networks import load_weights
 from pipeline.prediction.fusion import Fusion
-from pipeline.prediction.inputs import NamedInput, find_inputs
+from pipeline.prediction.inputs import FoundInputs, NamedInput, find_inputs
 from pipeline.prediction.preparation import folder_preparation, scene_preparation, training_dataset
 from pipeline.training.checkpoint import read_checkpoint, select_checkpoint
 from sharding.errors import UnusableError, UserError
@@ -53,18 +55,44 @@ class PredictOptions:
     """Replace outputs of other weights, inputs or options."""
 
 
-@dataclass
+class Outcome(NamedTuple):
+    """What became of an AOI."""
+
+    aoi: str
+    """Name of the AOI."""
+    made: bool = False
+    """Whether an output was written; else one existed, or the AOI is skipped."""
+    skipped: UnusableError | None = None
+    """Reason why it cannot be fused."""
+
+
+Runner = Callable[[Sequence[str]], Iterable[Outcome]]
+"""Function from the names of AOIs to their outcomes, in any order."""
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """What a run of `predict_scenes` did."""
+    """What a prediction did."""
 
     folder: str
     """Folder of the outputs."""
-    made: list[str] = field(default_factory=list)
-    """AOIs with a new output."""
-    kept: list[str] = field(default_factory=list)
-    """AOIs whose output existed."""
-    skipped: list[tuple[str, UnusableError]] = field(default_factory=list)
-    """AOIs that cannot be fused, with the reason."""
+    outcomes: Sequence[Outcome]
+    """Outcome of each AOI, in the order of the input."""
+
+    @property
+    def made(self) -> list[str]:
+        """Return the AOIs with a new output."""
+        return [outcome.aoi for outcome in self.outcomes if outcome.made]
+
+    @property
+    def kept(self) -> list[str]:
+        """Return the AOIs whose output existed."""
+        return [outcome.aoi for outcome in self.outcomes if not outcome.made and outcome.skipped is None]
+
+    @property
+    def skipped(self) -> list[tuple[str, UnusableError]]:
+        """Return the AOIs that cannot be fused, with the reason."""
+        return [(outcome.aoi, outcome.skipped) for outcome in self.outcomes if outcome.skipped is not None]
 
     def lines(self) -> list[str]:
         """Return the summary that the command prints."""
@@ -73,107 +101,122 @@ class Prediction:
         return [*lines, f"{counts}: {self.folder}"]
 
 
-def predict_run(
-    run_uri: str,
-    checkpoint: str,
-    input_uri: str,
-    output_uri: str,
-    options: PredictOptions,
-    *,
-    weights: Weights = "raw",
-    bf16: bool = False,
-    aois: Sequence[str] = (),
-    split: str | None = None,
-) -> Prediction:
-    """Fuse scenes by the weights of a run; arguments as of `Fusion.load`, `find_inputs` and `predict_scenes`.
+@dataclass(frozen=True)
+class Predictor:
+    """A network, the scenes that it fuses, and where their GeoTIFFs, previews and sidecars go."""
+
+    fusion: Fusion
+    """The network."""
+    scenes: Sequence[NamedInput]
+    """The scenes."""
+    output: Storage
+    """Folder of the outputs."""
+    options: PredictOptions = PredictOptions()
+    """Options of the outputs."""
+    strict: bool = False
+    """Whether an unusable AOI is an error; else it is skipped."""
+
+    def predict(self, runner: Runner | None = None) -> Prediction:
+        """Fuse all scenes; ``runner`` fuses them in place of this process, each by `predict_one`.
+
+        Raises:
+            UserError: Like `predict_one`; or no scene is usable.
+        """
+        names = [scene.aoi for scene in self.scenes]
+        found: dict[str, Outcome] = {}
+        with progress(len(names), "predicting", "AOI") as bar:
+            for outcome in runner(names) if runner else map(self.predict_one, names):
+                found[outcome.aoi] = outcome
+                bar.update()
+        report = Prediction(self.output.uri, [found[name] for name in names])
+        if len(report.skipped) == len(names):
+            aoi, why = report.skipped[0]
+            raise UserError(f"no AOI can be fused; the first is {aoi!r} ({why})")
+        return report
+
+    def predict_one(self, aoi: str) -> Outcome:
+        """Fuse one scene, unless its output exists.
+
+        Raises:
+            UserError: An output exists that was made of something else, or by another program; the weights cannot take
+                the scene; or it is unusable, if that is an error.
+        """
+        try:
+            scene = self._inputs[aoi].read()
+        except UnusableError as error:
+            if self.strict:
+                raise UserError(f"AOI {aoi!r} cannot be fused ({error}): repair it, or name another") from None
+            return Outcome(aoi, skipped=error)
+        alone = len(self.scenes) == 1
+        return Outcome(aoi, _predict_scene(self.fusion, scene, self.output, self.options, show_rows=alone))
+
+    @cached_property
+    def _inputs(self) -> dict[str, NamedInput]:
+        return {scene.aoi: scene for scene in self.scenes}
+
+
+def open_job(job: PredictJob) -> Predictor:
+    """Load the weights of a job and find its scenes.
+
+    Raises:
+        UserError: The weights or the input cannot be used, or do not fit each other.
+    """
+    options = PredictOptions(job.pixels, job.overwrite)
+    fusion, inputs = _published(job) if job.published_checkpoint else _of_run(job)
+    return Predictor(fusion, inputs.scenes, open_storage(job.output), options, strict=bool(job.aoi))
+
+
+def _of_run(job: PredictJob) -> tuple[Fusion, FoundInputs]:
+    """Load the weights of a run and find the scenes.
 
     Windows have the size of the training's chips; of the input's chips if the training's dataset is gone.
     """
-    run = open_storage(run_uri)
-    found = read_checkpoint(run, select_checkpoint(run, checkpoint))
+    assert job.run_uri is not None
+    run, weights = open_storage(job.run_uri), job.weights or "raw"
+    found = read_checkpoint(run, select_checkpoint(run, job.checkpoint or "best"))
     network, dataset, model = load_weights(found, weights), training_dataset(found), found.config.model
     inputs = find_inputs(
-        input_uri,
+        job.input,
         lambda: folder_preparation(dataset, model),
         lambda: scene_preparation(dataset, model),
-        aois=aois,
-        split=split,
+        aois=job.aoi,
+        split=job.split,
     )
     inputs.check_fits(model, simulated=found.config.data.simulate != "off")
     if dataset and dataset.index.facts.bands.lr != inputs.facts.bands.lr:
         names = (list(known.facts.bands.lr) for known in (inputs, dataset.index))
-        logger.warning("%s has the bands %s, and the weights were trained on %s, in this order", input_uri, *names)
+        logger.warning("%s has the bands %s, and the weights were trained on %s, in this order", job.input, *names)
     if dataset and _ratio(dataset.index.facts) != _ratio(inputs.facts):
         trained, given = (_ratio(known) for known in (dataset.index.facts, inputs.facts))
-        logger.warning("%s has a ratio of %s, and the weights were trained at %s", input_uri, given, trained)
+        logger.warning("%s has a ratio of %s, and the weights were trained at %s", job.input, given, trained)
     window = (dataset.index if dataset else inputs).facts.chips.size
-    fusion = Fusion.of(network, found.name, window=window, weights=weights, bf16=bf16)
-    return predict_scenes(fusion, inputs.scenes, open_storage(output_uri), options, strict=bool(aois))
+    fusion = Fusion.of(network, found.name, window=window, weights=weights, bf16=job.precision == "bf16")
+    return fusion, inputs
 
 
 def _ratio(facts: Facts) -> str:
     return f"{Fraction(*facts.ratio)}" if facts.ratio else "several values"
 
 
-def predict_published(
-    path: Path,
-    pair: str,
-    input_uri: str,
-    output_uri: str,
-    options: PredictOptions,
-    *,
-    bf16: bool = False,
-    aois: Sequence[str] = (),
-    split: str | None = None,
-) -> Prediction:
-    """Fuse scenes by a published file of weights.
+def _published(job: PredictJob) -> tuple[Fusion, FoundInputs]:
+    """Load a published file of weights and find the scenes.
 
     Bands, revisits and the size of windows are a dataset's; AOIs of a folder are prepared as in the published training.
     """
+    assert job.published_checkpoint is not None
+    assert job.model is not None
     unsized = SampleOptions(lr_size=None, hr_size=None)
-    inputs = find_inputs(input_uri, SampleOptions, lambda: unsized, aois=aois, split=split)
+    inputs = find_inputs(job.input, SampleOptions, lambda: unsized, aois=job.aoi, split=job.split)
     facts = inputs.facts
     fusion = Fusion.load_published(
-        path, pair, bands=len(facts.bands.lr), revisits=inputs.revisits, window=facts.chips.size, bf16=bf16
+        job.published_checkpoint,
+        job.model,
+        bands=len(facts.bands.lr),
+        revisits=inputs.revisits,
+        window=facts.chips.size,
+        bf16=job.precision == "bf16",
     )
-    return predict_scenes(fusion, inputs.scenes, open_storage(output_uri), options, strict=bool(aois))
-
-
-def predict_scenes(
-    fusion: Fusion, inputs: Sequence[NamedInput], output: Storage, options: PredictOptions, *, strict: bool = False
-) -> Prediction:
-    """Fuse scenes and write each one's GeoTIFF, preview and sidecar.
-
-    Args:
-        fusion: The network.
-        inputs: The scenes.
-        output: Folder of the outputs.
-        options: Options of the outputs.
-        strict: Whether an unusable AOI is an error; else it is skipped.
-
-    Raises:
-        UserError: An output exists that was made of something else, or by another program; the weights cannot take a
-            scene; or no scene is usable.
-    """
-    report = Prediction(output.uri)
-    one = len(inputs) == 1
-    with progress(len(inputs), "predicting", "AOI") as bar:
-        for item in inputs:
-            try:
-                scene = item.read()
-            except UnusableError as error:
-                if strict:
-                    raise UserError(f"AOI {item.aoi!r} cannot be fused ({error}): repair it, or name another") from None
-                report.skipped.append((item.aoi, error))
-                bar.update()
-                continue
-            made = _predict_scene(fusion, scene, output, options, show_rows=one)
-            (report.made if made else report.kept).append(item.aoi)
-            bar.update()
-    if not report.made and not report.kept:
-        aoi, why = report.skipped[0]
-        raise UserError(f"no AOI can be fused; the first is {aoi!r} ({why})")
-    return report
+    return fusion, inputs
 
 
 def _predict_scene(

@@ -1,4 +1,4 @@
-"""The training loss: registered MSE, MAE and SSIM, and an unregistered spectral angle."""
+"""The training loss: registered MSE, MAE and SSIM, an unregistered spectral cosine, and optional terms of colour."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from models.satfusion import Fusion
+from pipeline.quality.consistency import consistency_error
 from pipeline.quality.masks import band_means, mean_over, registered_mask, window_mask
 from pipeline.quality.registration import MODES, Mode, Registered, register
-from pipeline.quality.similarity import spectral_cosine, ssim_map, widen
+from pipeline.quality.similarity import spectral_chord, spectral_cosine, ssim_map, widen
 from sharding.errors import UserError, nearest
 
 SSIM_TAPS = 5
@@ -25,6 +26,9 @@ A loss that accepts any shift does not fix the position of the whole image: the 
 fit best in the first steps becomes the network's own and stays. A tenth is enough to make that the centre
 (docs/experiments.md), and is small beside the cost of a real misregistration. Metrics have no penalty.
 """
+
+MOST = 1000.0
+"""Largest weight of an optional term."""
 
 Placement = Literal["fused", "staged"]
 PLACEMENTS: tuple[Placement, ...] = ("fused", "staged")
@@ -50,6 +54,14 @@ class LossConfig:
     sam: float = 0.2
     """Weight of 1 - cosine of the spectral angle, 0 to 1."""
 
+    angle: float = 0.0
+    """Weight of the spectral angle itself, about in radians, of the registered result; comes on top of the four, which
+    sum to 1. Near 0 the cosine has no slope, and the angle has."""
+
+    consistency: float = 0.0
+    """Weight of the mean absolute error of the result, brought to the LR grid, to the median of the revisits; comes on
+    top of the four. For targets whose colours are not those of the revisits it costs fidelity to the target."""
+
     registration: Mode = "centred"
     """Registration of the target to the prediction: "centred", or "published" for the paper's figures."""
 
@@ -70,11 +82,20 @@ class LossConfig:
         if not math.isclose(total, 1, abs_tol=1e-6):
             terms = " + ".join(f"{name} {weight:g}" for name, weight in weights.items())
             raise UserError(f"the loss weights {terms} sum to {total:g}, and must sum to 1")
+        for name, weight in (("angle", self.angle), ("consistency", self.consistency)):
+            if not 0 <= weight <= MOST:
+                raise UserError(f"loss.{name} = {weight} is not a weight: it must be from 0 to {MOST:g}")
         if self.registration not in MODES:
             known = nearest(self.registration, MODES)
             raise UserError(f"loss.registration = {self.registration!r} is unknown{known}")
         if self.placement not in PLACEMENTS:
             raise UserError(f"loss.placement = {self.placement!r} is unknown{nearest(self.placement, PLACEMENTS)}")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Return the fields of `LossParts` that are computed: an optional term without a weight is not."""
+        optional = (name for name in ("angle", "consistency") if getattr(self, name))
+        return ("total", "mse", "mae", "ssim", "sam", *optional)
 
 
 class LossParts(NamedTuple):
@@ -95,6 +116,12 @@ class LossParts(NamedTuple):
     sam: Tensor
     """Mean of 1 - cosine of the spectral angle, without registration, 0 to 2."""
 
+    angle: Tensor
+    """Mean of 2 sin(angle / 2) of the spectra after registration; 0 if its weight is 0."""
+
+    consistency: Tensor
+    """Mean absolute error to the revisits on their grid; 0 if its weight is 0."""
+
     shift: Tensor
     """Chosen (dy, dx) of the result [B, 2], pixels."""
 
@@ -107,7 +134,9 @@ def bias_adjust(prediction: Tensor, target: Tensor, valid: Tensor | None = None)
     return prediction + band_means(target - prediction, valid)
 
 
-def fusion_loss(images: Fusion, target: Tensor, config: LossConfig, valid: Tensor | None = None) -> LossParts:
+def fusion_loss(
+    images: Fusion, target: Tensor, config: LossConfig, valid: Tensor | None = None, lr: Tensor | None = None
+) -> LossParts:
     """Return the loss of each sample.
 
     Half and bfloat16 images, and images under autocast, are compared in float32.
@@ -117,11 +146,14 @@ def fusion_loss(images: Fusion, target: Tensor, config: LossConfig, valid: Tenso
         target: High-resolution images of the same shape.
         config: Weights, placement and registration.
         valid: Mask [B, 1, H, W] of pixels with data, 1 or 0; the others have no part in any value. None takes all.
+        lr: Revisits [B, R, C, h, w], reflectance; needed if the consistency has a weight.
 
     Raises:
-        UserError: If the images are smaller than 11 px.
-        ValueError: If the shapes differ.
+        UserError: If the images, or revisits that are compared, are smaller than 11 px.
+        ValueError: If the shapes differ, or the revisits are missing.
     """
+    if config.consistency and lr is None:
+        raise ValueError("the consistency of a fused image needs its revisits: give lr")
     with torch.autocast(target.device.type, enabled=False):
         target = widen(target)
         compared = _Compared(target, valid, config)
@@ -136,7 +168,14 @@ def fusion_loss(images: Fusion, target: Tensor, config: LossConfig, valid: Tenso
         ssim = mean_over(((1 - similarity) / 2).clamp(0, 1), windows)
         sam = mean_over((1 - spectral_cosine(prediction, target)).unsqueeze(1), valid)
         total = config.mse * mse + config.mae * mae + config.ssim * ssim + config.sam * sam
-    return LossParts(total, mse, mae, ssim, sam, pair.shift)
+        angle = consistency = torch.zeros_like(total)
+        if config.angle:
+            angle = mean_over(spectral_chord(pair.prediction, pair.target).unsqueeze(1), compared.mask)
+            total = total + config.angle * angle
+        if config.consistency and lr is not None:
+            consistency = consistency_error(widen(images.fused), widen(lr), valid, PREFERENCE)
+            total = total + config.consistency * consistency
+    return LossParts(total, mse, mae, ssim, sam, angle, consistency, pair.shift)
 
 
 class _Compared(NamedTuple):

@@ -14,6 +14,9 @@ C1 = 0.01**2
 C2 = 0.03**2
 """SSIM's constants for images in [0, 1]."""
 
+DARK = 1e-3
+"""Length of a spectrum, reflectance, below which its direction is noise."""
+
 
 def widen(image: Tensor) -> Tensor:
     """Return ``image`` in float32 if it is half or bfloat16: 8 bits cannot resolve mean squares of 1e-4."""
@@ -48,6 +51,16 @@ def spectral_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine [B, H, W] of the angle between the spectra of [B, C, H, W]; 0 if one is black."""
     norms: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     return ((a * b).sum(dim=1) / (norms + 1e-8)).clamp(-1, 1)
+
+
+def spectral_chord(a: Tensor, b: Tensor) -> Tensor:
+    """Return 2 sin(angle / 2) [B, H, W] of the angle between the spectra of [B, C, H, W]: small angles in radians.
+
+    Its slope is finite everywhere: a spectrum shorter than ``DARK`` counts as one of that length.
+    """
+    a, b = (image / torch.linalg.vector_norm(image, dim=1, keepdim=True).clamp(min=DARK) for image in (a, b))
+    chord: Tensor = torch.linalg.vector_norm(a - b, dim=1)
+    return chord
 
 
 @constant

@@ -28,8 +28,10 @@ LOSS_TAGS: Mapping[str, str] = {
     "mae": "train/mae",
     "ssim": "train/ssim_loss",
     "sam": "train/sam_loss",
+    "angle": "train/angle",
+    "consistency": "train/consistency",
 }
-"""Tag of each logged field of `pipeline.quality.losses.LossParts`."""
+"""Tag of each logged field of `pipeline.quality.losses.LossParts`; optional terms are logged if they have a weight."""
 STEP_TAGS: Mapping[str, Tag] = {
     **dict.fromkeys(LOSS_TAGS.values(), Tag()),
     "train/grad_norm": Tag(),

@@ -152,9 +152,7 @@ class Trainer:
         if config.train.ema:
             kept = checkpoint.state.ema if checkpoint else {}
             self.average = WeightAverage(network, config.train.ema, kept)
-        self.loss: Callable[..., LossParts] = fusion_loss
-        if config.train.compile:
-            self.loss = compiled(fusion_loss)
+        self.loss: Callable[..., LossParts] = compiled(fusion_loss) if config.train.compile else fusion_loss
         self.values = StepValues(world, config.train.log_every)
         self._all_count = config.data.damaged == "stop" and not train.layout.valid
         self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)
@@ -257,10 +255,11 @@ class Trainer:
         rate = learning_rate(self.step, self.loader.steps_per_epoch, self.total_steps, self.config.train)
         self.engine.begin_step(self.step - 1)
         counted = self._counted(batch)
-        sums = torch.zeros(len(LOSS_TAGS), dtype=torch.float64, device=self.world.device)
+        tags = {field: tag for field, tag in LOSS_TAGS.items() if field in self.config.loss.measured}
+        sums = torch.zeros(len(tags), dtype=torch.float64, device=self.world.device)
         for micro in batch.split(self.plan.micro_batch):
-            parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss, micro.valid)
-            logged = torch.stack([getattr(parts, field).detach() for field in LOSS_TAGS])
+            parts = self.loss(self.engine.forward(micro), micro.hr, self.config.loss, micro.valid, micro.lr)
+            logged = torch.stack([getattr(parts, field).detach() for field in tags])
             sums += (logged * micro.weight).double().sum(dim=1)
             self.engine.backward(self._mean(parts.total, micro.weight, counted))
             self.engine.update(rate)
@@ -270,7 +269,7 @@ class Trainer:
         seconds = time.perf_counter() - began + self.loader.wait_seconds + self.values.wait_seconds
         # Scaled as if every rank had an equal share of the counted chips: the ranks' mean is the mean over these.
         means = sums * (self.world.size / counted.clamp(min=1))
-        losses = dict(zip(LOSS_TAGS.values(), means.unbind(), strict=True))
+        losses = dict(zip(tags.values(), means.unbind(), strict=True))
         measured = {COUNTED: counted, **losses, "train/grad_norm": self.engine.grad_norm}
         due = self.config.train.checkpoint_seconds
         known = {

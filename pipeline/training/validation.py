@@ -98,7 +98,7 @@ def resolution_ratio(dataset: ChipDataset) -> float:
 
 def _values(images: Fusion, batch: Batch, config: RunConfig, ratio: float) -> list[float]:
     """Return the values of VAL_TAGS for a batch of one chip."""
-    loss = fusion_loss(images, batch.hr, config.loss, batch.valid).total
+    loss = fusion_loss(images, batch.hr, config.loss, batch.valid, batch.lr).total
     metrics = image_metrics(images.fused, batch.hr, config.loss.registration, ratio, batch.valid)
     return [loss.item(), *(metrics[tag.removeprefix("val/")].item() for tag in VAL_TAGS[1:])]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -57,6 +57,9 @@ class ShardOptions:
 @dataclass(frozen=True)
 class ShardJob:
     """One run of `shard`."""
+
+    verb: ClassVar[str] = "shard"
+    """The verb."""
 
     input: Path = field(metadata={"metavar": "DIR"})
     """Folder of the source: hr_dataset/ and lr_dataset/ or their zips, a scenes.toml, or HDF5 files."""

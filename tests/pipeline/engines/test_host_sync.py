@@ -114,10 +114,10 @@ def test_no_network_waits_for_the_device(encoder: str, head: str, published: boo
     ("registration", "placement", "adjust"), list(itertools.product(MODES, PLACEMENTS, (False, True)))
 )
 def test_no_loss_waits_for_the_device(registration: Mode, placement: Placement, adjust: bool) -> None:
-    config = LossConfig(registration=registration, placement=placement, bias_adjust=adjust)
+    config = LossConfig(registration=registration, placement=placement, bias_adjust=adjust, angle=1.0, consistency=1.0)
     size = (2, 3, 24, 28)
     images = Fusion(*(torch.empty(size, device=META, requires_grad=True) for _ in range(3)))
-    target = torch.empty(size, device=META)
-    fusion_loss(images, target, config)  # constants are copied once
+    target, lr = torch.empty(size, device=META), torch.empty(2, 4, 3, 12, 14, device=META)
+    fusion_loss(images, target, config, None, lr)  # constants are copied once
     with unsynchronised():
-        fusion_loss(images, target, config).total.mean().backward()
+        fusion_loss(images, target, config, None, lr).total.mean().backward()

@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from models.registry import build_model
 from pipeline.prediction import Fusion
 from pipeline.prediction.inputs import FoundInputs, find_inputs
-from pipeline.prediction.predict import PredictOptions, predict_scenes
+from pipeline.prediction.predict import Predictor
 from sharding.errors import UserError
 from sharding.prepare.options import SampleOptions
 from sharding.storage import open_storage
@@ -45,7 +45,7 @@ def test_a_whole_scene_without_target_becomes_a_geotiff_on_the_grid_of_pan(folde
     network = build_model(ModelConfig("srcnn", "pnn", bands=4, revisits=2, hidden=8))
     inputs.check_fits(network.config)
     fusion = Fusion.of(network, "tiny", window=20)
-    report = predict_scenes(fusion, inputs.scenes, open_storage(tmp_path / "out"), PredictOptions())
+    report = Predictor(fusion, inputs.scenes, open_storage(tmp_path / "out")).predict()
     assert (report.made, report.skipped) == (["scene0", "scene1"], [])
     scene = inputs.scenes[0].read()
     with rasterio.open(tmp_path / "out" / "scene0.tif") as fused, rasterio.open(folder / "scene0" / "pan.tif") as pan:

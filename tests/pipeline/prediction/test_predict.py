@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from models.config import ModelConfig
 from models.published import to_published
 from models.registry import build_model
 from pipeline.config import RunConfig
-from pipeline.prediction import Fusion, predict
+from pipeline.jobs import PredictJob
+from pipeline.prediction import Fusion
 from pipeline.prediction.export import export_run
 from pipeline.prediction.inputs import find_inputs
-from pipeline.prediction.predict import PredictOptions, predict_run
+from pipeline.prediction.predict import SUFFIXES, Prediction, open_job
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
@@ -67,9 +69,13 @@ def run(world: World, make_config: Callable[..., RunConfig], tmp_path_factory: p
 @pytest.fixture(scope="module")
 def outputs(run: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outputs")
-    report = predict_run(run, "best", str(source), str(folder), PredictOptions())
+    report = fuse(run, source, folder)
     assert (len(report.made), report.kept, report.skipped) == (4, [], [])
     return folder
+
+
+def fuse(run: str | None, source: Path | str, output: Path | str, **options: Any) -> Prediction:
+    return open_job(PredictJob(run, input=str(source), output=str(output), **options)).predict()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -121,7 +127,7 @@ def test_a_dataset_gives_the_same_as_its_source(
     run: str, source: Path, outputs: Path, aois: list[str], tmp_path: Path
 ) -> None:
     shard_folder(source, open_storage(tmp_path / "data"), ShardOptions(SMALL))
-    report = predict_run(run, "best", str(tmp_path / "data"), str(tmp_path / "out"), PredictOptions())
+    report = fuse(run, tmp_path / "data", tmp_path / "out")
     assert sorted(report.made) == sorted((*aois[:2], aois[3]))  # the third, without target, is in no dataset
     for name, digest in digests(tmp_path / "out").items():
         assert name.endswith(".json") or digest == digests(outputs)[name]
@@ -142,25 +148,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(LocalStorage, "upload", killed)
         with pytest.raises(KeyboardInterrupt):
-            predict_run(run, "best", str(source), str(tmp_path), PredictOptions())
+            fuse(run, source, tmp_path)
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".tif"]) == 1
-    report = predict_run(run, "best", str(source), str(tmp_path), PredictOptions())
+    report = fuse(run, source, tmp_path)
     assert (len(report.made), len(report.kept)) == (3, 1)
     assert digests(tmp_path) == digests(outputs)
     damaged = tmp_path / f"{aois[0]}.tif"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert predict_run(run, "best", str(source), str(tmp_path), PredictOptions()).made == [aois[0]]
+    assert fuse(run, source, tmp_path).made == [aois[0]]
     assert digests(tmp_path) == digests(outputs)
 
 
 def test_other_outputs_are_not_replaced(run: str, source: Path, outputs: Path, aois: list[str], tmp_path: Path) -> None:
     shutil.copytree(outputs, tmp_path / "out")
-    floats = PredictOptions(pixels="float32")
-    only = {"aois": aois[1:2]}
+    floats: dict[str, Any] = {"pixels": "float32", "aoi": tuple(aois[1:2])}
     with pytest.raises(UserError, match="give --overwrite to replace it"):
-        predict_run(run, "best", str(source), str(tmp_path / "out"), floats, **only)
+        fuse(run, source, tmp_path / "out", **floats)
     assert digests(tmp_path / "out") == digests(outputs)
-    predict_run(run, "best", str(source), str(tmp_path / "out"), replace(floats, overwrite=True), **only)
+    fuse(run, source, tmp_path / "out", overwrite=True, **floats)
     with rasterio.open(tmp_path / "out" / f"{aois[1]}.tif") as fused, rasterio.open(outputs / f"{aois[1]}.tif") as old:
         image, steps = fused.read(), old.read()
     assert image.dtype == np.float32
@@ -172,7 +177,7 @@ def test_other_outputs_are_not_replaced(run: str, source: Path, outputs: Path, a
         mine.mkdir()
         (mine / name).write_text("of mine")
         with pytest.raises(UserError, match="was not written by predict"):
-            predict_run(run, "best", str(source), str(mine), replace(floats, overwrite=True), aois=aois[:1])
+            fuse(run, source, mine, pixels="float32", overwrite=True, aoi=tuple(aois[:1]))
         assert [path.name for path in mine.iterdir()] == [name]
 
 
@@ -180,14 +185,14 @@ def test_other_outputs_are_not_replaced(run: str, source: Path, outputs: Path, a
 def test_a_sidecar_that_is_none_is_refused(run: str, source: Path, aois: list[str], tmp_path: Path, text: str) -> None:
     (tmp_path / f"{aois[0]}.json").write_text(text)
     with pytest.raises(UserError, match=r"\.json was not written by predict: move it away"):
-        predict_run(run, "best", str(source), str(tmp_path), PredictOptions(overwrite=True), aois=aois[:1])
+        fuse(run, source, tmp_path, overwrite=True, aoi=tuple(aois[:1]))
     assert [path.name for path in tmp_path.iterdir()] == [f"{aois[0]}.json"]
 
 
 def test_scenes_on_s3(run: str, source: Path, outputs: Path, aois: list[str], s3: S3) -> None:
     place = open_storage(s3.prefix())
-    predict_run(run, "best", str(source), place.uri, PredictOptions(), aois=aois[:1])
-    assert {stored.key for stored in place.list()} == {aois[0] + suffix for suffix in predict.SUFFIXES}
+    fuse(run, source, place.uri, aoi=tuple(aois[:1]))
+    assert {stored.key for stored in place.list()} == {aois[0] + suffix for suffix in SUFFIXES}
     assert hashlib.sha256(place.read(f"{aois[0]}.tif")).hexdigest() == digests(outputs)[f"{aois[0]}.tif"]
 
 
@@ -226,7 +231,7 @@ def test_bad_input_is_refused(run: str, source: Path, aois: list[str], small_uri
 def test_an_unusable_aoi_is_skipped(run: str, source: Path, aois: list[str], tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     (tmp_path / "source" / "hr_dataset" / aois[0] / f"{aois[0]}_pan.tiff").unlink()
-    report = predict_run(run, "best", str(tmp_path / "source"), str(tmp_path / "out"), PredictOptions())
+    report = fuse(run, tmp_path / "source", tmp_path / "out")
     assert [aoi for aoi, _ in report.skipped] == [aois[0]]
     assert report.lines()[-1].startswith("3 made, 0 kept, 1 skipped")
 
@@ -308,7 +313,7 @@ def test_facts_of_a_gone_dataset_are_not_made_up(
     with pytest.raises(UserError, match="is not known without their dataset: give it as window="):
         Fusion.load(run, "last")
     assert Fusion.load(run, "last", window=30).window == 30
-    report = predict_run(run, "last", four_bands, str(tmp_path / "out"), PredictOptions(), split="test")
+    report = fuse(run, four_bands, tmp_path / "out", checkpoint="last", split="test")
     sidecar = json.loads((tmp_path / "out" / f"{report.made[0]}.json").read_text())
     assert sidecar["options"]["window"] == 30
 
@@ -330,9 +335,8 @@ def test_simulated_revisits_are_not_promised(
 def test_published_weights_take_the_bands_of_the_dataset(four_bands: str, tmp_path: Path) -> None:
     network = build_model(ModelConfig("srcnn", "pnn", bands=4, revisits=2, published=True))
     torch.save(to_published(network), tmp_path / "weights.ckpt")
-    report = predict.predict_published(
-        tmp_path / "weights.ckpt", "srcnn+pnn", four_bands, str(tmp_path / "out"), PredictOptions(), split="test"
-    )
+    published: dict[str, Any] = {"published_checkpoint": tmp_path / "weights.ckpt", "model": "srcnn+pnn"}
+    report = fuse(None, four_bands, tmp_path / "out", split="test", **published)
     with rasterio.open(tmp_path / "out" / f"{report.made[0]}.tif") as fused:
         assert fused.descriptions == ("red", "green", "blue", "nir")
 
@@ -348,7 +352,7 @@ def test_scratch_of_a_killed_prediction_is_removed(
         whole(self, key, path)
 
     monkeypatch.setattr(LocalStorage, "upload", upload)
-    predict_run(run, "best", str(source), str(tmp_path), PredictOptions(), aois=aois[:1])
+    fuse(run, source, tmp_path, aoi=tuple(aois[:1]))
     (scene,) = seen
     assert scene.parents[1].name.startswith("satfusion-predict-")  # its lock lets later starts remove it
     assert not scene.parents[1].exists()

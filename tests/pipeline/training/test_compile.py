@@ -104,6 +104,13 @@ def test_a_loss_is_one_graph(registration: Mode, placement: Placement, adjust: b
     assert_same(forward_backward(compiled(fusion_loss, "aot_eager"), arguments, leaves), expected, 1e-5)
 
 
+def test_a_loss_with_all_terms_is_one_graph() -> None:
+    config, images = LossConfig(angle=0.1, consistency=1.0), stages()
+    arguments = images, torch.rand(2, 3, 16, 20), config, None, torch.rand(2, 3, 3, 12, 13)
+    expected = forward_backward(fusion_loss, arguments, [images.fused])
+    assert_same(forward_backward(compiled(fusion_loss, "aot_eager"), arguments, [images.fused]), expected, 1e-5)
+
+
 def stages() -> Fusion:
     generator = torch.Generator().manual_seed(1)
     return Fusion(*(torch.rand(2, 3, 16, 20, generator=generator).requires_grad_() for _ in range(3)))
