@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch import nn
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset
 from pipeline.evaluation.perturb import Kind
-from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation, Row
+from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation, Row, earlier_results
 from pipeline.evaluation.scoring import draw, score
 from pipeline.networks import load_network, load_published_network
 from pipeline.quality.registration import Mode
@@ -162,8 +161,8 @@ def measure(job: Job, options: EvaluateOptions) -> Evaluation:
     All ranks of a process group call it together, share the chips, and return the same result; rank 0 writes.
 
     Raises:
-        UserError: The folder cannot be written to, or another evaluation writes to it; nothing was computed. Or all
-            chips are quarantined.
+        UserError: The folder cannot be written to, another evaluation writes to it, or it has files of these names that
+            no evaluation wrote; nothing was computed. Or all chips are quarantined.
     """
     world = current_world()
     with Lock(job.folder, "evaluate") if world.is_main else nullcontext():
@@ -174,11 +173,7 @@ def _measure(job: Job, options: EvaluateOptions, world: World) -> Evaluation:
     dataset, folder = job.dataset, job.folder
     for network in job.networks.values():
         network.to(world.device).eval()
-    if world.is_main:
-        # Remove results of an earlier evaluation only: the folder may be the user's own.
-        for stored in folder.list():
-            if re.fullmatch(r"(chips|aois|groups|perturbed)\.csv|table\.txt|panel-\d+\.png", stored.key):
-                folder.delete(stored.key)
+    earlier = earlier_results(folder) if world.is_main else []
     scores = score(job.networks, dataset, job.name, options.registration, options.perturb, options.classes, world)
     if not scores.chips:
         raise UserError(
@@ -200,9 +195,9 @@ def _measure(job: Job, options: EvaluateOptions, world: World) -> Evaluation:
         perturbed=scores.perturbed,
     )
     if world.is_main:
-        for chip in [chip for chip in scores.chips if chip < options.panels]:
-            folder.write(f"panel-{chip:03d}.png", draw(job.networks[FUSED], dataset, chip))
-        result.write(folder)
+        drawn = (chip for chip in scores.chips if chip < options.panels)
+        panels = ((f"panel-{chip:03d}.png", draw(job.networks[FUSED], dataset, chip)) for chip in drawn)
+        result.write(folder, panels, earlier)
     return result
 
 
