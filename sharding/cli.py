@@ -23,7 +23,7 @@ from sharding.run.prune import prune, unneeded
 from sharding.run.workers import processes
 from sharding.schema import check_range
 from sharding.sources.options import SourceOptions
-from sharding.storage import Storage, StorageOptions, open_storage
+from sharding.storage import LocalStorage, Storage, StorageOptions, open_storage
 from sharding.terminal import say
 
 if TYPE_CHECKING:
@@ -211,13 +211,8 @@ def run_describe(args: argparse.Namespace) -> int:
             say(line)
         return 0
     path = args.folder / "scenes.toml"
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}): move it away, or run without --write to print the draft"
-        ) from error
+    if not LocalStorage(args.folder).create(path.name, text.encode()):
+        raise UserError(f"{path} exists: move it away, or run without --write to print the draft")
     say(f"written: {path}; check the lines with a question mark")
     return 0
 

@@ -10,6 +10,7 @@ import jsonschema
 import yaml
 
 from sharding.errors import UserError
+from sharding.files import regular_file
 
 # KubeRay's definition of a RayJob has 1.4 MB.
 _MAX_BYTES = 16 * 2**20
@@ -60,7 +61,7 @@ def _schemas(folder: Path) -> Iterator[tuple[tuple[str, str], Any]]:
 
 def _definition(path: Path) -> object:
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        if regular_file("--crds", path) > _MAX_BYTES:
             raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no definition of KubeRay's")
         text = path.read_text(encoding="utf-8")
         # A few lines of aliases of aliases would grow without bound below; definitions have none.

@@ -13,6 +13,7 @@ from cluster.deploy.text import MARK
 from cluster.jobs.submit import JOB_FILE
 from pipeline.values import require
 from sharding.errors import UserError
+from sharding.storage import LocalStorage
 
 
 def _job(spec: DeploySpec) -> str:
@@ -71,9 +72,7 @@ def write(texts: Mapping[str, str], folder: Path) -> None:
                     f"{folder / name} exists and was not rendered by this command: move it, or choose another --to"
                 )
         for name, text in texts.items():
-            new = folder / f".{name}.new"
-            new.write_text(text, encoding="utf-8")
-            new.replace(folder / name)
+            LocalStorage(folder).write(name, text.encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error}): choose another --to") from error
 

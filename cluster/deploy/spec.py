@@ -12,6 +12,7 @@ from cluster.jobs.submit import JobRequest, build_request
 from pipeline.config import RunConfig, load_config
 from pipeline.values import build_config, require
 from sharding.errors import UserError
+from sharding.files import regular_file
 from sharding.names import refuse_secret
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -309,11 +310,10 @@ def load_spec(path: Path) -> DeploySpec:
         UserError: The file cannot be read, or a key or value in it is wrong; it names the nearest valid key.
     """
     refuse_secret("the file", str(path))
+    if regular_file("the description", path) > _MAX_BYTES:
+        raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no description of a deployment")
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no description of a deployment")
+        content = path.read_bytes()
         values = tomllib.loads(content.decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}): give the TOML file of a deployment") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from torch import nn
 from pipeline.config import DataConfig
 from pipeline.data import ChipDataset
 from pipeline.evaluation.perturb import Kind
-from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation, Row
+from pipeline.evaluation.result import AVERAGED, FUSED, Evaluation, Row, earlier_results
 from pipeline.evaluation.scoring import Elsewhere, Found, draw, score_part, scores_of
 from pipeline.networks import load_network, load_published_network
 from pipeline.quality.constants import CPU
@@ -174,8 +173,8 @@ def measure(job: Job, options: EvaluateOptions, elsewhere: Elsewhere | None = No
         elsewhere: Function from the number of AOIs to the scores of each, computed by `part`; None computes them here.
 
     Raises:
-        UserError: The folder cannot be written to, or another evaluation writes to it; nothing was computed. Or all
-            chips are quarantined.
+        UserError: The folder cannot be written to, another evaluation writes to it, or it has files of these names that
+            no evaluation wrote; nothing was computed. Or all chips are quarantined.
     """
     world = current_world()
     with Lock(job.folder, "evaluate") if world.is_main else nullcontext():
@@ -201,11 +200,7 @@ def part(job: Job, options: EvaluateOptions, number: int, parts: int, device: to
 def _measure(job: Job, options: EvaluateOptions, world: World, elsewhere: Elsewhere | None) -> Evaluation:
     dataset, folder = job.dataset, job.folder
     job.place_on(world.device)
-    if world.is_main:
-        # Remove results of an earlier evaluation only: the folder may be the user's own.
-        for stored in folder.list():
-            if re.fullmatch(r"(chips|aois|groups|perturbed)\.csv|table\.txt|panel-\d+\.png", stored.key):
-                folder.delete(stored.key)
+    earlier = earlier_results(folder) if world.is_main else []
     if elsewhere is None:
         found = world.gather_objects(part(job, options, world.rank, world.size, world.device))
     else:
@@ -231,9 +226,9 @@ def _measure(job: Job, options: EvaluateOptions, world: World, elsewhere: Elsewh
         perturbed=scores.perturbed,
     )
     if world.is_main:
-        for chip in [chip for chip in scores.chips if chip < options.panels]:
-            folder.write(f"panel-{chip:03d}.png", draw(job.networks[FUSED], dataset, chip))
-        result.write(folder)
+        drawn = (chip for chip in scores.chips if chip < options.panels)
+        panels = ((f"panel-{chip:03d}.png", draw(job.networks[FUSED], dataset, chip)) for chip in drawn)
+        result.write(folder, panels, earlier)
     return result
 
 

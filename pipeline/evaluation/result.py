@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from pipeline.quality import opensr
 from pipeline.quality.metrics import ADJUSTED, METRICS
 from pipeline.quality.no_reference import MEASURES
 from pipeline.quality.registration import Mode
+from sharding.errors import UserError
 from sharding.storage import Storage
 
 FUSED, AVERAGED = "fused", "fused_ema"
@@ -30,6 +32,16 @@ HIGHER_IS_BETTER = {"psnr", "ssim", "psnr_adjusted", "ssim_adjusted", "hqnr", "i
 
 AGREEMENTS = (0.5, 0.7, 0.9)
 """Bounds of the groups of AOIs by the agreement of their revisits with the target."""
+
+STARTS = {
+    "chips.csv": b"aoi,chip,",
+    "aois.csv": b"aoi,method,",
+    "groups.csv": b"kind,group,",
+    "perturbed.csv": b"aoi,chip,",
+    "table.txt": b"split ",
+}
+"""First bytes of each file of results, by which an earlier evaluation's is recognised."""
+_PANEL = re.compile(r"panel-\d+\.png")
 
 Row = dict[str, object]
 
@@ -145,13 +157,27 @@ class Evaluation:
             for method, points in methods.items()
         ]
 
-    def write(self, folder: Storage) -> None:
-        """Write ``chips.csv aois.csv groups.csv table.txt``, and ``perturbed.csv`` if inputs were perturbed."""
+    def write(self, folder: Storage, panels: Iterable[tuple[str, bytes]], earlier: Iterable[str]) -> None:
+        """Write ``chips.csv aois.csv groups.csv``, panels, and ``perturbed.csv`` if inputs were perturbed.
+
+        ``table.txt`` goes first and comes last, so that results with it are those of one evaluation.
+
+        Args:
+            folder: The folder.
+            panels: Name and PNG of each panel.
+            earlier: Names of the results of an earlier evaluation (`earlier_results`), which are removed.
+        """
+        folder.delete("table.txt")
         folder.write("chips.csv", _csv(self.chips))
+        for name in earlier:
+            if name != "chips.csv":  # by it the next evaluation knows the panels
+                folder.delete(name)
         folder.write("aois.csv", _csv(self._by_aoi()))
         folder.write("groups.csv", _csv(self._by_group()))
         if self.perturbed:
             folder.write("perturbed.csv", _csv(self.perturbed))
+        for name, picture in panels:
+            folder.write(name, picture)
         folder.write("table.txt", self.table().encode())
 
     def _by_aoi(self) -> list[Row]:
@@ -177,6 +203,27 @@ class Evaluation:
                         place = {"kind": kind, "group": name, "aois": found.aois, "method": method, "column": column}
                         table.append(place | {"mean": found.mean, "low": found.low, "high": found.high})
         return table
+
+
+def earlier_results(folder: Storage) -> list[str]:
+    """Return the names of the results of an earlier evaluation in a folder.
+
+    Raises:
+        UserError: A file of such a name is not of an evaluation.
+    """
+    found = {item.key: item.size for item in folder.list() if item.key in STARTS or _PANEL.fullmatch(item.key)}
+    for name, size in found.items():
+        if name in STARTS:
+            start = STARTS[name]
+            is_ours = size > 0 and folder.read_range(name, 0, len(start)) == start
+        else:
+            is_ours = "chips.csv" in found  # a panel says nothing of itself
+        if not is_ours:
+            raise UserError(
+                f"{folder.uri} holds {name!r}, which no evaluation wrote: nothing was changed; move it away, or give"
+                " another --output"
+            )
+    return list(found)
 
 
 def mean(values: Sequence[object]) -> float:

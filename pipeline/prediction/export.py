@@ -70,9 +70,10 @@ def export_run(
     files[CARD] = _card(found, facts).encode()
     folder = open_storage(to)
     _refuse_others(folder, files, overwrite)
-    for name in (FACTS, PROGRAM):
-        folder.delete(name)
-    for name in sorted(files, key=lambda name: name == FACTS):
+    # After an interruption an earlier model.json tells the next call that the files are ours, and readers that they do
+    # not fit it; where there is none, the weights tell the next call, so they come first.
+    folder.delete(PROGRAM)
+    for name in sorted(files, key=NAMES.index):
         folder.write(name, files[name])
     return folder.uri, sorted(files)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError, nearest
+from sharding.files import regular_file
 from sharding.sources.options import is_day
 
 FILE_NAME = "scenes.toml"
@@ -109,13 +110,13 @@ def read_description(folder: Path, name: str = FILE_NAME, *, target: bool = True
     """
     path = folder / name
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if not path.exists():
+            raise UserError(
+                f"{path} is missing: `satfusion describe {folder}` writes one from what it finds; check it, then shard"
+            )
+        if regular_file("the description", path) > MAX_BYTES:
             raise UserError(f"{path} has more than {MAX_BYTES} bytes: it should only describe the files")
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: `satfusion describe {folder}` writes one from what it finds; check it, then shard"
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as TOML ({error}): correct it") from error
     return parse(table, str(path), target=target)

@@ -239,6 +239,11 @@ def test_links_and_folders_in_the_way_are_refused(tmp_path: Path, capsys: pytest
     (tmp_path / "deploy.toml").write_text(WHOLE)
     ours = tmp_path / "ours"
     ours.write_text(header())
+    (tmp_path / ".rayjob.yaml.new").write_text("of mine")
+    command = ["cluster", "render", str(tmp_path / "deploy.toml"), "--target", "kuberay", "--to", str(tmp_path)]
+    assert main(command) == 0
+    assert (tmp_path / ".rayjob.yaml.new").read_text() == "of mine"
+    capsys.readouterr()
     for name in ("link", "folder"):
         (tmp_path / name).mkdir()
     (tmp_path / "link" / "rayjob.yaml").symlink_to(ours)

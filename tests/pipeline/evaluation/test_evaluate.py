@@ -14,6 +14,7 @@ import torch
 from cluster.cli import main
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data import ChipDataset
+from pipeline.evaluation import evaluate
 from pipeline.evaluation.baselines import BASELINES, baselines
 from pipeline.evaluation.evaluate import EvaluateOptions, evaluate_run
 from pipeline.evaluation.result import Row
@@ -168,3 +169,50 @@ def test_classes_come_from_a_split_file(run: Path, tmp_path: Path, capsys: pytes
     table.write_text("tile,split\n")
     assert main(arguments) == 2
     assert "lacks the column 'tile' or 'IPCC Class'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("chips.csv", b"chip,price\n1,2\n"), ("table.txt", b""), ("groups.csv", b"\0"), ("panel-000.png", b"\x89PNG")],
+)
+def test_files_of_others_stay_and_nothing_is_computed(
+    name: str, content: bytes, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "test-best-3"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("something was computed"))
+    with pytest.raises(UserError, match=rf"test-best-3 holds '{name}', which no evaluation wrote"):
+        evaluate_run(str(run), "test", "best", output=str(tmp_path), options=NO_PANELS)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: content}
+
+
+def test_results_stay_until_others_are_computed_and_are_replaced_whole(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(panels: int) -> None:
+        evaluate_run(str(run), "test", "best", output=str(tmp_path), options=EvaluateOptions(panels=panels))
+
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    again(3)
+    (folder,) = tmp_path.iterdir()
+    (folder / "notes.txt").write_text("of mine")
+    first = contents()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again(2)
+    assert contents() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again(2)
+    assert "table.txt" not in contents()
+    again(2)
+    assert contents() == {name: data for name, data in first.items() if name != "panel-002.png"}
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

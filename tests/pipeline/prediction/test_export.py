@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from pipeline.training.checkpoint import read_checkpoint
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
-from sharding.storage import open_storage
+from sharding.storage import LocalStorage, open_storage
 from tests.in_process import run_here
 from tests.pipeline.test_cli import refused, satfusion
 
@@ -145,3 +146,37 @@ def test_damaged_exports_are_refused(run: str, tmp_path: Path) -> None:
         load_exported(folder)
     with pytest.raises(ValueError, match="No such file"):
         load_exported(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_an_interrupted_export_is_none_and_the_same_command_completes_it(
+    kept: int, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = LocalStorage.write
+
+    def interrupted(after: int) -> None:
+        calls = itertools.count()
+
+        def write(self: LocalStorage, key: str, data: bytes) -> None:
+            if next(calls) == after:
+                raise KeyboardInterrupt
+            written(self, key, data)
+
+        monkeypatch.setattr(LocalStorage, "write", write)
+
+    def export(folder: str, checkpoint: str, *, overwrite: bool = False) -> None:
+        export_run(run, checkpoint, str(tmp_path / folder), overwrite=overwrite)
+
+    export("whole", "last")
+    export("replaced", "best")
+    for folder, overwrite in (("new", False), ("replaced", True)):
+        interrupted(kept)
+        with pytest.raises(KeyboardInterrupt):
+            export(folder, "last", overwrite=overwrite)
+        monkeypatch.undo()
+        if folder == "new":
+            with pytest.raises(ValueError, match=r"model\.json"):
+                load_exported(tmp_path / folder)
+        export(folder, "last", overwrite=overwrite)
+        for path in (tmp_path / "whole").iterdir():
+            assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes()
