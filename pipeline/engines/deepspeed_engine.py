@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.engines.deepspeed_config import deepspeed_config
 from pipeline.engines.engine import (
     MOMENTS,
     ForwardPass,
@@ -40,33 +41,6 @@ from pipeline.world import World
 from sharding.errors import UserError
 
 
-def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a run; the optimizer is ours and is not part of it.
-
-    bf16 is not set: it is autocast around the forward pass (`ForwardPass`), so that weights, gradients and their
-    reduction stay in fp32 at every ZeRO stage.
-    """
-    return {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.grad_accum,
-        # At stage 0 the engine clips by the norm that it logs; DeepSpeed would compute the norm again.
-        "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Overlap would change the order of sums between runs.
-            "overlap_comm": False,
-            # Heads or encoders without partner have parameters without gradients.
-            "ignore_unused_parameters": True,
-        },
-        # DeepSpeed's own progress lines would repeat ours.
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        # DeepSpeed's throughput timer waits for the device twice per micro-batch.
-        "timers": {"throughput": {"enabled": False}},
-    }
-
-
 class DeepSpeedEngine:
     """Training of one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020), as an `engine.Engine`."""
 
@@ -77,6 +51,7 @@ class DeepSpeedEngine:
         plan: BatchPlan,
         world: World,
         state: TrainState | None = None,
+        keys: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap ``network`` (moved and partitioned in place).
 
@@ -86,6 +61,7 @@ class DeepSpeedEngine:
             plan: Micro-batch and accumulation.
             world: This process's place.
             state: Weights and moments to resume from.
+            keys: A user's own keys of DeepSpeed (`RunConfig.deepspeed`).
         """
         deepspeed = import_deepspeed()
         if state is not None:
@@ -97,7 +73,7 @@ class DeepSpeedEngine:
         self._adam = make_adam(network, config)
         self._forward = ForwardPass(network, config, world.device.type)
         self._engine, *_ = deepspeed.initialize(
-            model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
+            model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan, keys or {}), dist_init_required=False
         )
         # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
         if config.channels_last:
