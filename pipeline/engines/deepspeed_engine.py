@@ -73,7 +73,10 @@ class DeepSpeedEngine:
         self._adam = make_adam(network, config)
         self._forward = ForwardPass(network, config, world.device.type)
         self._engine, *_ = deepspeed.initialize(
-            model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan, keys or {}), dist_init_required=False
+            model=self._forward,
+            optimizer=self._adam,
+            config=deepspeed_config(config, plan, keys or {}),
+            dist_init_required=False,
         )
         # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
         if config.channels_last:
