@@ -147,15 +147,13 @@ class Trainer:
         if config.train.freeze:
             network.freeze(config.train.freeze)
         network.to(world.device)
-        state = checkpoint.state if checkpoint else None
+        state = checkpoint and checkpoint.state
         self.engine = make_engine(network, config.train, plan, world, state, config.deepspeed)
         self.average: WeightAverage | None = None
         if config.train.ema:
             kept = checkpoint.state.ema if checkpoint else {}
             self.average = WeightAverage(network, config.train.ema, kept)
-        self.loss: Callable[..., LossParts] = fusion_loss
-        if config.train.compile:
-            self.loss = compiled(fusion_loss)
+        self.loss: Callable[..., LossParts] = compiled(fusion_loss) if config.train.compile else fusion_loss
         self.values = StepValues(world, config.train.log_every)
         self._all_count = config.data.damaged == "stop" and not train.layout.valid
         self._global_batch = torch.tensor(float(plan.global_batch), dtype=torch.float64, device=world.device)
