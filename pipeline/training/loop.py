@@ -147,7 +147,7 @@ class Trainer:
         if config.train.freeze:
             network.freeze(config.train.freeze)
         network.to(world.device)
-        state = checkpoint and checkpoint.state
+        state = checkpoint.state if checkpoint else None
         self.engine = make_engine(network, config.train, plan, world, state, config.deepspeed)
         self.average: WeightAverage | None = None
         if config.train.ema:
