@@ -18,6 +18,7 @@ from msgspec import Meta
 from models.config import ModelConfig
 from models.registry import ABSENT, check_config
 from pipeline.clouds import CLOUDY, Cloudy
+from pipeline.deepspeed_keys import DeepSpeedKeys, check_keys
 from pipeline.quality.losses import LossConfig
 from pipeline.reporting.alerts import AlertsConfig
 from pipeline.values import TEXTS, build_config, require, require_one_of
@@ -26,7 +27,7 @@ from sharding.files import read_text
 from sharding.names import absolute_uri, check_uri, refuse_secret, refuse_secrets
 from sharding.schema import Seed, check_ranges
 
-Section = dict[str, str | int | float | bool | list[str]]
+Section = dict[str, str | int | float | bool | list[str] | dict[str, int | float | bool]]
 """Values of a section, as JSON holds them."""
 Sections = dict[str, Section]
 
@@ -74,6 +75,9 @@ class DataConfig:
     """Batches prepared ahead of the step, >= 1."""
     loader_threads: Annotated[int, Meta(ge=1, le=256)] = 4
     """Threads that read scenes and prepare batches, >= 1."""
+    store_wait_seconds: Annotated[float, Meta(gt=0, le=1500)] = 600.0
+    """Time that a rank waits for a store that is away, of the dataset or of the run folder, before this counts as a
+    failure, seconds; less than the 30 minutes that other ranks wait in a collective."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
@@ -237,10 +241,13 @@ class RunConfig:
     """Run folder."""
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
     """Rules of alerts."""
+    deepspeed: DeepSpeedKeys = field(default_factory=dict)
+    """Further keys of DeepSpeed, as its JSON has them (`pipeline.deepspeed_keys`)."""
 
     def __post_init__(self) -> None:
         """Refuse a model that cannot be built, and a stage to freeze that it lacks or is all of it."""
         check_config(self.model)
+        check_keys(self.deepspeed, self.train.engine)
         both = ABSENT not in (self.model.encoder, self.model.head)
         frozen = self.train.freeze
         require(not frozen or both, "train.freeze", frozen, "empty for a model of one stage")
@@ -256,9 +263,8 @@ class RunConfig:
     def to_toml(self) -> str:
         """Return the whole configuration as TOML; `load_config` reads it back unchanged."""
         sections = self.to_dict().items()
-        # Strings, numbers and booleans of JSON are also valid TOML; no field holds anything else.
         return "\n".join(
-            f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items())
+            f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in section.items())
             for name, section in sections
         )
 
@@ -362,14 +368,24 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = text
     if _is_text(section, key) and not isinstance(value, str | list):  # a bare date or number
         value = text.strip()
-    inner = values.setdefault(section, {})
-    if not isinstance(inner, dict):
-        raise UserError(f"override {override!r} sets a key of {section!r}, which is not a section")
+    *parts, key = dotted.strip().split(".")
+    inner = values
+    for part in parts:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r} sets a key of {part!r}, which is not a section")
     inner[key] = value
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML; strings, numbers and booleans of JSON are also valid TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _is_text(section: str, key: str) -> bool:
     """Return True if a key of a section is a string, or one of a few words."""
     kind = typing.get_type_hints(RunConfig).get(section)
-    hint = typing.get_type_hints(kind).get(key) if kind else None
+    hint = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
     return hint in (str, TEXTS) or typing.get_origin(hint) is typing.Literal

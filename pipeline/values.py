@@ -64,6 +64,10 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, source: str) -> o
             if not isinstance(value, Mapping):
                 raise UserError(f"{source}: {prefix + key!r} is a section, written [{prefix + key}], not a value")
             arguments[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.", source)
+        elif typing.get_origin(hints[key]) is dict:  # a section that checks its own keys
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: {prefix + key!r} is a section, written [{prefix + key}], not a value")
+            arguments[key] = dict(value)
         else:
             arguments[key] = _coerce(hints[key], value, prefix + key, source)
     try:

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
 T = TypeVar("T")
+
+COLLECTIVE_LIMIT = timedelta(minutes=30)
+"""Time that a rank waits for others in a collective: longer than `DataConfig.store_wait_seconds` may be."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def join_world() -> World:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return World(dist.get_rank(), dist.get_world_size(), device)

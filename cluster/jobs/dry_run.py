@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from cluster.jobs.placement import Placement, worlds
 from cluster.jobs.submit import JobRequest
 from cluster.logs import PACKAGES
 from pipeline.config import RunConfig
+from pipeline.engines.deepspeed_config import deepspeed_config
 from pipeline.order import BatchPlan
 
 _SHOWN = 12
@@ -39,6 +41,8 @@ def describe(request: JobRequest, config: RunConfig, placement: Placement) -> st
         "engine": f"{train.engine}, ZeRO stage {train.zero_stage}, {train.precision}",
         "restarts": f"{placement.max_failures} at most; {placement.wait_for_resources:g} s to wait for resources",
     }
+    if train.engine == "deepspeed":
+        rows["DeepSpeed"] = json.dumps(deepspeed_config(train, plan, config.deepspeed))
     width = max(map(len, rows))
     lines = "".join(f"{name.ljust(width)}  {value}\n" for name, value in rows.items())
     return f"{lines}\n{config.to_toml()}\nNothing was sent."

@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -177,6 +177,9 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                     placement.max_failures,
                 )
             stops.wait(_RESTART_PAUSE_SECONDS)
+            # New processes wait only a moment for a store; this one knows that it was there, and waits for its return.
+            with suppress(StorageUnavailableError):  # The ranks meet it then, and it counts.
+                _ask_stores(job.config)
 
 
 @contextmanager
@@ -201,7 +204,7 @@ def _ask_stores(config: ConfigValues) -> None:
     run = RunConfig.from_dict(config)
     for uri in (*run.data.uris, run.output.uri):
         try:
-            open_storage(uri).exists(INDEX_NAME)
+            open_storage(uri, wait_seconds=run.data.store_wait_seconds).exists(INDEX_NAME)
         except StorageUnavailableError:
             raise
         except UserError:

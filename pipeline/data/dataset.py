@@ -61,7 +61,7 @@ class ChipDataset(Dataset[Batch]):
         """
         if not uri:
             raise UserError("data.uri is empty: name a dataset written by `satfusion shard`, as data.uri=URI")
-        self._opened = open_dataset(uri)
+        self._opened = open_dataset(uri, config.store_wait_seconds)
         self.storage, self.index = self._opened.storage, self._opened.index
         self.config = config
         self._refuse_repeats()

@@ -79,17 +79,21 @@ class Opened:
         return tuple(self.weights[int(shard.name.partition("/")[0])] for shard in shards)
 
 
-def open_dataset(uri: str | Sequence[str]) -> Opened:
+def open_dataset(uri: str | Sequence[str], wait_seconds: float | None = None) -> Opened:
     """Open the dataset at a URI, or the mix of a list of ``URI`` or ``URI*weight``.
+
+    Args:
+        uri: The URI or the list.
+        wait_seconds: Time that a store which is away is waited for (`open_storage`), seconds.
 
     Raises:
         UserError: No dataset there, or datasets that cannot be mixed; the message names what differs.
     """
     if isinstance(uri, str):
-        storage = open_storage(uri)
+        storage = open_storage(uri, wait_seconds=wait_seconds)
         return Opened(storage, Index.load(storage))
     named = [split_weight(text) for text in uri]
-    parts = [open_storage(name) for name, _ in named]
+    parts = [open_storage(name, wait_seconds=wait_seconds) for name, _ in named]
     indexes = [Index.load(part) for part in parts]
     weights = tuple(weight for _, weight in named)
     for part, index in zip(parts[1:], indexes[1:], strict=True):

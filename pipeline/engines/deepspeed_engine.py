@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.engines.deepspeed_config import deepspeed_config
 from pipeline.engines.engine import (
     MOMENTS,
     Engine,
@@ -39,46 +40,28 @@ from pipeline.world import World
 from sharding.errors import UserError
 
 
-def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a run; the optimizer is ours and is not part of it.
-
-    bf16 is not set: it is autocast around the forward pass (`ForwardPass`), so that weights, gradients and their
-    reduction stay in fp32 at every ZeRO stage.
-    """
-    return {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.grad_accum,
-        # At stage 0 the engine clips by the norm that it logs; DeepSpeed would compute the norm again.
-        "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Overlap would change the order of sums between runs.
-            "overlap_comm": False,
-            # Heads or encoders without partner have parameters without gradients.
-            "ignore_unused_parameters": True,
-        },
-        # DeepSpeed's own progress lines would repeat ours.
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        # DeepSpeed's throughput timer waits for the device twice per micro-batch.
-        "timers": {"throughput": {"enabled": False}},
-    }
-
-
 class DeepSpeedEngine(Engine):
     """Training of one network by DeepSpeed (Rajbhandari et al., "ZeRO", SC 2020)."""
 
     def __init__(
-        self, network: SatFusion, config: TrainConfig, plan: BatchPlan, world: World, state: TrainState | None = None
+        self,
+        network: SatFusion,
+        config: TrainConfig,
+        plan: BatchPlan,
+        world: World,
+        state: TrainState | None = None,
+        keys: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap ``network``; the arguments are those of `pipeline.engines.make.make_engine`."""
+        """Wrap ``network``; ``keys`` are a user's own (`RunConfig.deepspeed`), the others those of `make_engine`."""
         deepspeed = import_deepspeed()
         super().__init__(network, config, world, state)
         self._stage = config.zero_stage
         self._rank, self._world_size, self._device = world.rank, world.size, world.device
         self._engine, *_ = deepspeed.initialize(
-            model=self._forward, optimizer=self._adam, config=deepspeed_config(config, plan), dist_init_required=False
+            model=self._forward,
+            optimizer=self._adam,
+            config=deepspeed_config(config, plan, keys or {}),
+            dist_init_required=False,
         )
         # Only now: DeepSpeed has sent the weights to all ranks, as bytes in the usual layout.
         if config.channels_last:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from models.satfusion import SatFusion
 from pipeline.config import TrainConfig
 from pipeline.engines.deepspeed_engine import DeepSpeedEngine
@@ -12,7 +15,12 @@ from pipeline.world import World
 
 
 def make_engine(
-    network: SatFusion, config: TrainConfig, plan: BatchPlan, world: World, state: TrainState | None = None
+    network: SatFusion,
+    config: TrainConfig,
+    plan: BatchPlan,
+    world: World,
+    state: TrainState | None = None,
+    keys: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Return the engine that ``train.engine`` names.
 
@@ -22,6 +30,8 @@ def make_engine(
         plan: Micro-batch and accumulation.
         world: This process's place.
         state: Weights and moments to resume from.
+        keys: A user's own keys of DeepSpeed (`RunConfig.deepspeed`).
     """
-    kind = TorchEngine if config.engine == "torch" else DeepSpeedEngine
-    return kind(network, config, plan, world, state)
+    if config.engine == "torch":
+        return TorchEngine(network, config, plan, world, state)
+    return DeepSpeedEngine(network, config, plan, world, state, keys)

@@ -30,13 +30,18 @@ class RunFolder:
     fetched are taken to grow and are stored in parts (`pipeline.reporting.growing`).
     """
 
-    def __init__(self, uri: str, sync_seconds: float) -> None:
+    def __init__(self, uri: str, sync_seconds: float, wait_seconds: float | None = None) -> None:
         """Open the run folder; nothing is created yet.
+
+        Args:
+            uri: Local path or s3:// prefix.
+            sync_seconds: Time between uploads, seconds.
+            wait_seconds: Time that a store which is away is waited for (`open_storage`), seconds.
 
         Raises:
             UserError: The URI cannot be a run folder.
         """
-        self.storage = open_storage(uri)
+        self.storage = open_storage(uri, wait_seconds=wait_seconds)
         self._sync_seconds = sync_seconds
         self._scratch: ScratchFolder | None = None
         if isinstance(self.storage, LocalStorage):

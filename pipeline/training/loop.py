@@ -94,7 +94,7 @@ def run_training(config: RunConfig, report: Report | None = None, stop: threadin
         train = ChipDataset(config.data.uri, "train", config.data)
         val = train.sibling("val")
         train.check_fits(config.model)
-        run = RunFolder(config.output.uri, config.output.sync_seconds)
+        run = RunFolder(config.output.uri, config.output.sync_seconds, config.data.store_wait_seconds)
         # The last upload comes before the lock is released.
         with claimed(run, world) as lock, run:
             checkpoint = find_checkpoint(run, config, train, world)
@@ -147,7 +147,8 @@ class Trainer:
         if config.train.freeze:
             network.freeze(config.train.freeze)
         network.to(world.device)
-        self.engine = make_engine(network, config.train, plan, world, checkpoint.state if checkpoint else None)
+        state = checkpoint.state if checkpoint else None
+        self.engine = make_engine(network, config.train, plan, world, state, config.deepspeed)
         self.average: WeightAverage | None = None
         if config.train.ema:
             kept = checkpoint.state.ema if checkpoint else {}

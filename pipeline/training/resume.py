@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config import RunConfig, Section
 from pipeline.data.dataset import ChipDataset
+from pipeline.deepspeed_keys import DeepSpeedKeys
 from pipeline.order import OrderState, random_words
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.time_account import TIME_FILE
@@ -134,6 +135,7 @@ class _Record(msgspec.Struct):
     output: Section
     environment: _Environment
     alerts: Section = {}
+    deepspeed: DeepSpeedKeys = {}
 
 
 def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[RunConfig, str]) -> None:

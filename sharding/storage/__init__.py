@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 
-def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
+def open_storage(
+    uri: str | os.PathLike[str], options: StorageOptions | None = None, wait_seconds: float | None = None
+) -> Storage:
     """Open a local folder (created at the first write; ``~`` is the home folder) or ``s3://bucket[/prefix]``.
 
     ``file:///FOLDER`` is a local folder too. The S3 endpoint comes from ``AWS_ENDPOINT_URL`` and the credentials from
@@ -49,6 +51,8 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
     Args:
         uri: Folder or S3 URI.
         options: Options of objects written to S3; a folder ignores part size and concurrency.
+        wait_seconds: Time that a request waits for an S3 store that is away and has answered this process before,
+            seconds; None waits two minutes.
 
     Raises:
         UserError: For an empty URI, one with a secret, another scheme, no bucket, or encryption or a storage class on
@@ -62,7 +66,7 @@ def open_storage(uri: str | os.PathLike[str], options: StorageOptions | None = N
         bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise UserError(f"{text!r} names no bucket: write s3://BUCKET/PREFIX")
-        return S3Storage(Bucket(bucket, options), prefix.strip("/"))
+        return S3Storage(Bucket(bucket, options, wait_seconds), prefix.strip("/"))
     if separator and not is_file_uri(text):
         raise UserError(f"cannot open {text!r}: a URI is a local path or starts with s3:// or file:///")
     if not text:

@@ -72,9 +72,10 @@ class Outages:
         self._times[endpoint] = first, now
         return first
 
-    def ended(self, endpoint: str) -> None:
-        """Note a success."""
-        self._times.pop(endpoint, None)
+    def ended(self, endpoint: str) -> float:
+        """Note a success, and return the seconds that the outage before it took; 0 without one."""
+        first, _ = self._times.pop(endpoint, (math.inf, 0.0))
+        return max(0.0, time.monotonic() - first)
 
 
 class Attempts:
@@ -132,6 +133,7 @@ class Attempts:
             seconds = asked_s
             self._since += max(0.0, asked_s - ASKED_COUNTS_S)
         level = logging.INFO if waited < QUIET_S else logging.WARNING
-        logger.log(level, "%s: %s; attempt %d follows in %.1f s", self._what, reason, self.failures + 2, seconds)
+        attempt = f"attempt {self.failures + 2} follows in {seconds:.1f} s"
+        logger.log(level, "%s: %s; %s; waited %.0f s of %.0f s", self._what, reason, attempt, waited, patience_s)
         self.failures += 1
         self._stop.wait(seconds)

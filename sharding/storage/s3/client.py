@@ -6,6 +6,7 @@ and by a quota that all threads share, and do not cover a body that ends early.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from sharding.storage.s3.errors import passing_reason
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 # Longest silence on a connection, before a response or within a body.
@@ -32,9 +35,11 @@ _outages = Outages()
 class Bucket:
     """Bucket with this process's client for it. Safe in threads, and to pickle: the copy makes its own client."""
 
-    def __init__(self, name: str, options: StorageOptions) -> None:
+    def __init__(self, name: str, options: StorageOptions, wait_seconds: float | None = None) -> None:
         self.name = name
         self.options = options
+        self.wait_seconds = wait_seconds
+        """Seconds that a store which has answered is waited for; None waits `retries.KNOWN_S`."""
         self.conditional = True
         """True until the store reports that it does not support conditional writes."""
         self.retries = RetryCounter()
@@ -43,8 +48,8 @@ class Bucket:
         self._client: BaseClient | None = None
         self._client_pid = 0
 
-    def __reduce__(self) -> tuple[type[Bucket], tuple[str, StorageOptions]]:
-        return Bucket, (self.name, self.options)
+    def __reduce__(self) -> tuple[type[Bucket], tuple[str, StorageOptions, float | None]]:
+        return Bucket, (self.name, self.options, self.wait_seconds)
 
     @property
     def sends_checksums(self) -> bool:
@@ -70,7 +75,9 @@ class Bucket:
 
     def works(self) -> None:
         """Note that the store serves requests."""
-        _outages.ended(self._connect().meta.endpoint_url)
+        seconds = _outages.ended(self._connect().meta.endpoint_url)
+        if seconds and seconds >= retries.QUIET_S:
+            logger.warning("the store of s3://%s answers again, after %.0f s", self.name, seconds)
 
     def call(self, attempts: Attempts, operation: str, **request: Any) -> dict[str, Any]:
         """Send a request, with retries; raise botocore's error when they end."""
@@ -86,7 +93,8 @@ class Bucket:
         if reason is None:
             raise error
         endpoint = self._connect().meta.endpoint_url
-        patience_s = retries.KNOWN_S if endpoint in _answered else retries.FIRST_CONTACT_S
+        known_s = retries.KNOWN_S if self.wait_seconds is None else self.wait_seconds
+        patience_s = known_s if endpoint in _answered else retries.FIRST_CONTACT_S
         try:
             # Threads that fail at different times, and calls that follow, wait for the same outage.
             attempts.pause(error, reason, patience_s, since=_outages.failed(endpoint))
