@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
+import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -28,8 +29,10 @@ ID_FILE = "tracker.json"
 """File in the run folder with the ids of the run, by tracker."""
 PROJECT = "satfusion"
 """Project of W&B and experiment of MLflow, unless the environment names another."""
-_MOST_WAITING = 1000
-"""Rows that MLflow may have in its queue; then the training waits for it."""
+_MOST_WAITING = 10_000
+"""Rows that may wait for the tracker; one more, and it gets no more of them: no training waits for it."""
+_CLOSE_S = 30.0
+"""Seconds that the end of a run waits for the tracker."""
 
 
 class _Client(Protocol):
@@ -39,36 +42,55 @@ class _Client(Protocol):
     """Its id there."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Send scalars of a step, without waiting for the tracker."""
+        """Send scalars of a step."""
 
     def close(self) -> None:
         """Wait for what is being sent, and end the run."""
 
 
 class Tracker:
-    """Run at a tracker on rank 0; what goes wrong after its start is logged once and stops no training."""
+    """Run at a tracker on rank 0, in a thread of its own; what goes wrong after its start is logged once.
+
+    No training waits for a tracker, and none ends because of it.
+    """
 
     def __init__(self, name: str, client: _Client) -> None:
         """Send to a run that is open."""
         self._name, self._client, self._lost = name, client, False
+        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._send, name="tracker", daemon=True)
+        self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Send scalars of a step, by their tags."""
-        self._try(lambda: self._client.scalars(step, values))
+        """Queue scalars of a step, by their tags."""
+        self._put((step, values))
 
     def close(self) -> None:
-        """Wait for what is being sent, and end the run."""
-        self._try(self._client.close)
+        """Wait for what is being sent, `_CLOSE_S` at most, and end the run."""
+        self._put(None)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            self._lose("it does not answer")
 
-    def _try(self, send: Callable[[], None]) -> None:
-        if self._lost:
-            return
+    def _put(self, row: tuple[int, Mapping[str, float]] | None) -> None:
+        if not self._lost:
+            try:
+                self._waiting.put_nowait(row)
+            except queue.Full:
+                self._lose("it is too slow")
+
+    def _send(self) -> None:
         try:
-            send()
+            while (row := self._waiting.get()) is not None:
+                self._client.scalars(*row)
+            self._client.close()
         except Exception as error:  # of another program: none may end a training
+            self._lose(type(error).__name__)  # its text may quote a key
+
+    def _lose(self, why: str) -> None:
+        if not self._lost:
             self._lost = True
-            # Its text may quote a key.
-            logger.error("no more scalars go to %s (%s); the run folder has all", self._name, type(error).__name__)
+            logger.error("no more scalars go to %s (%s); the run folder has all", self._name, why)
 
 
 def open_tracker(config: RunConfig, run: Storage, world: World) -> Tracker | None:
@@ -91,15 +113,23 @@ def open_tracker(config: RunConfig, run: Storage, world: World) -> Tracker | Non
     return opened
 
 
-def _open(name: str, config: RunConfig, run: Storage) -> Tracker:
+def _open(name: str, config: RunConfig, run: Storage) -> Tracker | None:
+    """Open the run; None if it was open before this start and cannot be continued, since a restart has to go on."""
     package, make = CLIENTS[name]
     ids = _read_ids(run)
     try:
         client = make(config, run.uri, ids.get(name))
-    except ImportError:
+    except ModuleNotFoundError as error:
         raise UserError(
-            f"output.tracker = '{name}' needs the package {package}, which is not installed on rank 0's machine:"
+            f"output.tracker = '{name}' needs the package {error.name}, which is not installed on rank 0's machine:"
             f" `pip install {package}`, or leave the key out"
+        ) from None
+    except Exception as error:  # of another program; its text may quote a key
+        if name in ids:
+            logger.error("no scalars go to %s (%s); the run folder has all", name, type(error).__name__)
+            return None
+        raise UserError(
+            f"output.tracker = '{name}' cannot be used ({type(error).__name__}): {REMEDIES[name]}"
         ) from None
     if client.run_id != ids.get(name):
         run.write(ID_FILE, msgspec.json.encode(ids | {name: client.run_id}))
@@ -127,21 +157,14 @@ class _Wandb:
         import wandb  # an optional package
 
         settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True)
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or PROJECT,
-                name=uri,
-                id=known or uuid.uuid4().hex,
-                resume="allow",
-                config=_flat(config),
-                settings=settings,
-            )
-        except wandb.errors.Error as error:
-            # Its text may quote a key.
-            raise UserError(
-                f"output.tracker = 'wandb' cannot be used ({type(error).__name__}): set WANDB_API_KEY on rank 0's"
-                " machine, or WANDB_MODE=offline"
-            ) from None
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=uri,
+            id=known or uuid.uuid4().hex,
+            resume="allow",
+            config=_flat(config),
+            settings=settings,
+        )
         self.run_id: str = self._run.id
         # Steps come again after a restart, and a validation before the steps that led to it.
         self._run.define_metric("step", hidden=True)
@@ -157,27 +180,20 @@ class _Wandb:
 
 
 class _Mlflow:
-    """Run of MLflow, at MLFLOW_TRACKING_URI; threads of its own send it."""
+    """Run of MLflow, at MLFLOW_TRACKING_URI."""
 
     def __init__(self, config: RunConfig, uri: str, known: str | None) -> None:
         """Start the run, or continue the one whose id is known."""
-        from mlflow import MlflowClient, MlflowException  # an optional package
+        from mlflow import MlflowClient  # an optional package
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
         self._client = MlflowClient()
-        self._waiting: deque[Any] = deque()
-        try:
-            self.run_id: str = known or self._create(uri)
-            self._client.update_run(self.run_id, status="RUNNING")
-            if not known:
-                params = [Param(key, str(value)) for key, value in _flat(config).items()]
-                self._client.log_batch(self.run_id, params=params)
-        except MlflowException as error:
-            raise UserError(
-                f"output.tracker = 'mlflow' cannot be used ({error.error_code}): look at MLFLOW_TRACKING_URI on rank"
-                " 0's machine"
-            ) from None
+        self.run_id: str = known or self._create(uri)
+        self._client.update_run(self.run_id, status="RUNNING")
+        if not known:
+            params = [Param(key, str(value)) for key, value in _flat(config).items()]
+            self._client.log_batch(self.run_id, params=params)
 
     def _create(self, uri: str) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
@@ -187,17 +203,13 @@ class _Mlflow:
         return run_id
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue scalars of a step."""
+        """Send scalars of a step."""
         now = int(time.time() * 1000)
         metrics = [self._metric(tag, value, now, step) for tag, value in values.items()]
-        self._waiting.append(self._client.log_batch(self.run_id, metrics=metrics, synchronous=False))
-        if len(self._waiting) > _MOST_WAITING:
-            self._waiting.popleft().wait()
+        self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self) -> None:
-        """Wait for the queue, and mark the run as ended."""
-        for sent in self._waiting:
-            sent.wait()
+        """Mark the run as ended."""
         self._client.set_terminated(self.run_id)
 
 
@@ -206,3 +218,8 @@ CLIENTS: Mapping[str, tuple[str, Callable[[RunConfig, str, str | None], _Client]
     "mlflow": ("mlflow-skinny", _Mlflow),
 }
 """Packages and clients by the values of ``output.tracker``."""
+REMEDIES = {
+    "wandb": "set WANDB_API_KEY on rank 0's machine, or WANDB_MODE=offline",
+    "mlflow": "look at MLFLOW_TRACKING_URI on rank 0's machine",
+}
+"""What the user can do if a tracker cannot be used, by the values of ``output.tracker``."""

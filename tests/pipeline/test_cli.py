@@ -120,6 +120,7 @@ def test_a_published_checkpoint_is_evaluated(weights: Path, dataset_uri: str, tm
     folder.mkdir()
     for name in ("of-mine.txt", "panel-007.png"):
         (folder / name).touch()
+    (folder / "chips.csv").write_text("aoi,chip,agreement\n")  # an evaluation's: so the panel is one's, too
     options = ["--published-checkpoint", str(weights), "--data", dataset_uri, "--output", str(tmp_path)]
     ended = satfusion("evaluate", *options, "--model", "SRCNN+PNN", "--panels", "1", "--simulate", "sensor")
     assert ended.returncode == 0, ended.stderr

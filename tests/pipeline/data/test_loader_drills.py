@@ -395,9 +395,14 @@ def loading() -> list[str]:
 def test_a_store_that_stays_away_is_an_error_and_its_return_goes_on(
     proxy: FaultProxy, direct: Storage, local: str, places: list[Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for patience in ("KNOWN_S", "FIRST_CONTACT_S"):
-        monkeypatch.setattr(retries, patience, 0.5)
-    one_after_another = {"lanes": 1, "shuffle_window": 1, "loader_threads": 2, "prefetch_batches": 1}
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 0.5)
+    one_after_another = {
+        "store_wait_seconds": 0.5,
+        "lanes": 1,
+        "shuffle_window": 1,
+        "loader_threads": 2,
+        "prefetch_batches": 1,
+    }
     expected = list(loader(local, **one_after_another).batches(0))
     batches = loader(direct.uri, **one_after_another)
     first = {places[chip // CHIPS_PER_SCENE][0].name for chip in expected[0].chips}

@@ -181,7 +181,7 @@ def test_files_of_others_stay_and_nothing_is_computed(
     folder = tmp_path / "test-best-3"
     folder.mkdir()
     (folder / name).write_bytes(content)
-    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr(evaluate, "score_part", lambda *_, **__: pytest.fail("something was computed"))
     with pytest.raises(UserError, match=rf"test-best-3 holds '{name}', which no evaluation wrote"):
         evaluate_run(str(run), "test", "best", output=str(tmp_path), options=NO_PANELS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: content}
@@ -201,7 +201,7 @@ def test_results_stay_until_others_are_computed_and_are_replaced_whole(
     (folder / "notes.txt").write_text("of mine")
     first = contents()
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "score", interrupted)
+        patch.setattr(evaluate, "score_part", interrupted)
         with pytest.raises(KeyboardInterrupt):
             again(2)
     assert contents() == first
@@ -214,5 +214,5 @@ def test_results_stay_until_others_are_computed_and_are_replaced_whole(
     assert contents() == {name: data for name, data in first.items() if name != "panel-002.png"}
 
 
-def interrupted(*_: object) -> None:
+def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt

@@ -29,7 +29,7 @@ def curve(folder: Path, tag: str) -> list[int]:
 
 def test_a_runs_events_are_uploaded_once_and_read_as_one_curve(s3: S3) -> None:
     uri, steps = s3.prefix(), 400
-    done = imitate(uri, steps, 0.5, OutputConfig(panels=1, sync_seconds=2))
+    done = imitate(uri, steps, 0.5, 1000, OutputConfig(panels=1, sync_seconds=2))
     sent = done.uploads.sent
     assert done.before > 5 * done.written
     assert sent["events"] + sent["images"] < 1.02 * done.written

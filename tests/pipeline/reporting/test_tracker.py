@@ -8,10 +8,12 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from pipeline.config import RunConfig, load_config
+from pipeline.reporting import tracker
 from pipeline.reporting.tracker import CLIENTS, ID_FILE, Tracker, open_tracker
 from pipeline.training.loop import run_training
 from pipeline.world import World
@@ -109,7 +111,8 @@ def test_an_absent_package_is_one_sentence(
     refused = run_here("train", str(config), f"output.tracker={name}")
     assert refused.returncode == 2
     package = {"wandb": "wandb", "mlflow": "mlflow-skinny"}[name]
-    assert f"error: output.tracker = '{name}' needs the package {package}, which is not installed" in refused.stderr
+    assert f"error: output.tracker = '{name}' needs the package {name}, which is not installed" in refused.stderr
+    assert f"`pip install {package}`" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -144,11 +147,59 @@ class Breaks:
 
 def test_a_tracker_that_fails_stops_no_training_and_tells_no_secret(caplog: pytest.LogCaptureFixture) -> None:
     client = Breaks()
-    tracker = Tracker("mlflow", client)
+    breaks = Tracker("mlflow", client)
     for step in (1, 2, 3):
-        tracker.scalars(step, {"train/loss": 1.0})
-    tracker.close()
+        breaks.scalars(step, {"train/loss": 1.0})
+    breaks.close()
     assert client.calls == ["step 1", "step 2"]
+    breaks.scalars(4, {"train/loss": 1.0})
     assert [record.getMessage() for record in caplog.records] == [
         "no more scalars go to mlflow (ConnectionError); the run folder has all"
+    ]
+
+
+class Hangs(Breaks):
+    """A tracker's run whose server takes a row and never answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answer = Event(), Event()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.asked.set()
+        self.answer.wait()
+
+
+def test_no_training_waits_for_a_tracker_that_does_not_answer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker, "_MOST_WAITING", 2)
+    monkeypatch.setattr(tracker, "_CLOSE_S", 0.0)
+    for rows, why in ((1, "it does not answer"), (4, "it is too slow")):
+        client = Hangs()
+        stuck = Tracker("wandb", client)
+        stuck.scalars(0, {})
+        assert client.asked.wait(60)
+        for step in range(1, rows):
+            stuck.scalars(step, {})
+        stuck.close()
+        client.answer.set()
+        assert caplog.records[-1].getMessage() == f"no more scalars go to wandb ({why}); the run folder has all"
+    assert len(caplog.records) == 2
+
+
+def test_a_restart_goes_on_without_a_tracker_that_is_away(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(config: RunConfig, uri: str, known: str | None) -> Breaks:
+        raise ConnectionError(f"https://user:{KEY}@tracker refused")
+
+    monkeypatch.setattr(tracker, "CLIENTS", {"mlflow": ("mlflow-skinny", away)})
+    config, run = load_config("srcnn_pnn", ["output.tracker=mlflow"]), open_storage(str(tmp_path))
+    with pytest.raises(UserError, match=r"'mlflow' cannot be used \(ConnectionError\): look at MLFLOW_TRACKING_URI"):
+        open_tracker(config, run, world)
+    run.write(ID_FILE, b'{"mlflow": "one"}')
+    assert open_tracker(config, run, world) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "no scalars go to mlflow (ConnectionError); the run folder has all"
     ]
