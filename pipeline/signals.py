@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sharding.storage.retries import GIVE_UP
+
 REPEAT_S = 3.0
 """Seconds after a SIGTERM in which another one is taken for the same."""
 _PR_SET_PDEATHSIG = 1
@@ -35,13 +37,18 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[threading.Event]:
-    """Set an event at the first SIGTERM within the block; a later one raises `KeyboardInterrupt`.
+    """Set an event at the first SIGTERM within the block; a later one, or Ctrl-C, raises `KeyboardInterrupt`.
 
-    For the main thread of a command whose work ends in good order once the event is set. Signals within REPEAT_S of
-    the first are the same request: torchrun repeats to its processes what a scheduler has sent to all of them.
+    After that no thread waits for a store any longer, since the interrupted work waits for its threads. For the main
+    thread of a command whose work ends in good order once the event is set. Signals within REPEAT_S of the first are
+    the same request: torchrun repeats to its processes what a scheduler has sent to all of them.
     """
     stop = threading.Event()
     asked = 0.0
+
+    def interrupt(number: int, frame: object) -> None:
+        GIVE_UP.set()
+        raise KeyboardInterrupt
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
@@ -49,13 +56,18 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
             asked = time.monotonic()
             stop.set()
         elif time.monotonic() - asked > REPEAT_S:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGTERM, ask), (signal.SIGINT, interrupt))
+    }
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        GIVE_UP.clear()
 
 
 def dies_with_parent() -> Callable[[], None] | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.scoring import Found
     from pipeline.prediction.predict import Outcome, Predictor
 
+NAME_STEP = "name the checkpoint's step (--checkpoint STEP)"
 AGAIN = "start the same command again on nodes with more memory"
 
 
@@ -43,15 +44,16 @@ def predict(text: str) -> int:
     """Run `predict` on the cluster."""
     remedy = f"{AGAIN}; finished AOIs are kept"
     return pipeline.cli.run_predict(
-        PredictJob.from_json(text), lambda aois: on_ray(partial(_predict_aoi, text), aois, remedy)
+        PredictJob.from_json(text),
+        lambda predictor, aois: on_ray(partial(_predict_aoi, text, predictor.fusion.digest), aois, remedy),
     )
 
 
 def evaluate(text: str) -> int:
     """Run `evaluate` on the cluster."""
 
-    def spread(number: int, aois: int) -> Iterable[Found]:
-        return on_ray(partial(_score_aoi, text, number, aois), range(aois), AGAIN)
+    def spread(number: int, job: Job, aois: int) -> Iterable[Found]:
+        return on_ray(partial(_score_aoi, text, number, _inputs(job), aois), range(aois), AGAIN)
 
     return pipeline.cli.run_evaluate(EvaluateJob.from_json(text), spread)
 
@@ -59,8 +61,12 @@ def evaluate(text: str) -> int:
 VERBS: Mapping[str, Callable[[str], int]] = {"shard": shard, "predict": predict, "evaluate": evaluate}
 
 
-def _predict_aoi(text: str, aoi: str) -> Outcome:
-    return _predictor(text).predict_one(aoi)
+def _predict_aoi(text: str, weights: str, aoi: str) -> Outcome:
+    """Fuse an AOI with the weights that the driver has found."""
+    predictor = _predictor(text)
+    if predictor.fusion.digest != weights:
+        raise UserError(f"the weights have changed meanwhile: {NAME_STEP}, and start the command again")
+    return predictor.predict_one(aoi)
 
 
 @lru_cache(maxsize=1)
@@ -70,10 +76,18 @@ def _predictor(text: str) -> Predictor:
     return open_job(PredictJob.from_json(text))
 
 
-def _score_aoi(text: str, number: int, aois: int, aoi: int) -> Found:
+def _inputs(job: Job) -> tuple[str, str]:
+    """Return which weights and which state of the dataset a job has found."""
+    return job.name, job.dataset.index.digest
+
+
+def _score_aoi(text: str, number: int, inputs: tuple[str, str], aois: int, aoi: int) -> Found:
+    """Score an AOI with the weights and the dataset that the driver has found."""
     from pipeline.evaluation.evaluate import part  # slow: imports torch
 
     options, jobs = _evaluation(text)
+    if _inputs(jobs[number]) != inputs:
+        raise UserError(f"the weights or the dataset have changed meanwhile: {NAME_STEP}, and start the command again")
     return part(jobs[number], options, aoi, aois)
 
 

@@ -17,8 +17,8 @@ from pipeline.world import current_world, leave_world
 from sharding.run.named_file import check_page, write_file
 from sharding.terminal import say
 
-Spread = Callable[[int, int], Iterable[Found]]
-"""Function from the number of an evaluation, as in `open_jobs`, and its number of AOIs to the scores of each AOI."""
+Spread = Callable[[int, Job, int], Iterable[Found]]
+"""Function from an evaluation, its number as in `open_jobs`, and its number of AOIs to the scores of each AOI."""
 
 
 def evaluate(job: EvaluateJob, spread: Spread | None = None) -> int:
@@ -38,7 +38,7 @@ def evaluate(job: EvaluateJob, spread: Spread | None = None) -> int:
         options = options_of(job)
         opened = open_jobs(job, options)
         results = [
-            measure(one, options, partial(spread, number) if spread else None) for number, one in enumerate(opened)
+            measure(one, options, partial(spread, number, one) if spread else None) for number, one in enumerate(opened)
         ]
         if not current_world().is_main:
             return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -177,8 +177,16 @@ def measure(job: Job, options: EvaluateOptions, elsewhere: Elsewhere | None = No
             no evaluation wrote; nothing was computed. Or all chips are quarantined.
     """
     world = current_world()
-    with Lock(job.folder, "evaluate") if world.is_main else nullcontext():
-        return _measure(job, options, world, elsewhere)
+    with ExitStack() as stack:
+        earlier, refusal = list[str](), None
+        if world.is_main:
+            try:
+                stack.enter_context(Lock(job.folder, "evaluate"))
+                earlier = earlier_results(job.folder)
+            except UserError as error:
+                refusal = error
+        world.raise_together(refusal)
+        return _measure(job, options, world, elsewhere, earlier)
 
 
 def part(job: Job, options: EvaluateOptions, number: int, parts: int, device: torch.device = CPU) -> Found:
@@ -197,10 +205,11 @@ def part(job: Job, options: EvaluateOptions, number: int, parts: int, device: to
     )
 
 
-def _measure(job: Job, options: EvaluateOptions, world: World, elsewhere: Elsewhere | None) -> Evaluation:
+def _measure(
+    job: Job, options: EvaluateOptions, world: World, elsewhere: Elsewhere | None, earlier: Sequence[str]
+) -> Evaluation:
     dataset, folder = job.dataset, job.folder
     job.place_on(world.device)
-    earlier = earlier_results(folder) if world.is_main else []
     if elsewhere is None:
         found = world.gather_objects(part(job, options, world.rank, world.size, world.device))
     else:

@@ -66,8 +66,8 @@ class Outcome(NamedTuple):
     """Reason why it cannot be fused."""
 
 
-Runner = Callable[[Sequence[str]], Iterable[Outcome]]
-"""Function from the names of AOIs to their outcomes, in any order."""
+Runner = Callable[["Predictor", Sequence[str]], Iterable[Outcome]]
+"""Function from a prediction and the names of its AOIs to their outcomes, in any order."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Predictor:
         names = [scene.aoi for scene in self.scenes]
         found: dict[str, Outcome] = {}
         with progress(len(names), "predicting", "AOI") as bar:
-            for outcome in runner(names) if runner else map(self.predict_one, names):
+            for outcome in runner(self, names) if runner else map(self.predict_one, names):
                 found[outcome.aoi] = outcome
                 bar.update()
         report = Prediction(self.output.uri, [found[name] for name in names])

@@ -148,8 +148,8 @@ class Storage(Protocol):
         """Abort the unfinished uploads whose key ``ours`` accepts; return their keys, sorted. A folder has none.
 
         A killed writer leaves them: their parts cost money, and no listing of objects shows them. Call it with the lock
-        of the place held and before anything is written, since then they are nobody's. A store that does not allow it
-        costs a warning.
+        of the place held and before anything is written. Uploads of the last hour stay: copying tools hold no lock. A
+        store that does not allow it, or does not answer, costs a warning.
         """
         ...
 

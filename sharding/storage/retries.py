@@ -28,6 +28,9 @@ _JITTER = random.SystemRandom()
 
 logger = logging.getLogger(__name__)
 
+GIVE_UP = threading.Event()
+"""Set when this process was told to end at once: the next failure of any call is then final."""
+
 
 class RetryCounter:
     """Counter of retried requests and resumed bodies, by reason. Safe in threads."""
@@ -97,7 +100,7 @@ class Attempts:
         """Number of failed attempts since the last progress."""
 
         self._what = what
-        self._stop = stop or threading.Event()
+        self._stop = stop or GIVE_UP
         self.progressed()
 
     def progressed(self) -> None:
@@ -123,7 +126,7 @@ class Attempts:
         self.in_a_row += 1
         waited = time.monotonic() - min(self._since, since)
         enough = waited >= patience_s and self.in_a_row >= LEAST_ATTEMPTS
-        if enough or self._stop.is_set():
+        if enough or self._stop.is_set() or GIVE_UP.is_set():
             raise error
         longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.in_a_row - 1, 30))
         # Full jitter: many readers that failed together must not retry together.

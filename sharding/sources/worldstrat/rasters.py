@@ -280,7 +280,7 @@ def _read_lr(
         raise UnusableError(
             "size-mismatch",
             f"{next(iter(files.values())).name} is {_by(usual)}, and WorldStrat's {LR_SIZE}: it is not shrunk unasked; "
-            "--native keeps its pixels, another --lr-size resizes it, --source scenes cuts into tiles",
+            f"--native keeps its pixels, an --lr-size other than {LR_SIZE} resizes it, --source scenes cuts into tiles",
         )
     return np.stack(images), georeference, masked
 
@@ -349,13 +349,13 @@ def _offset(number: int, metadata: Mapping[str, object], aoi: Files) -> float:
     """Return the reflectance of a value of 0 in a revisit: none if it is older than the first day that has the offset.
 
     Raises:
-        UnusableError: ``no-date``, if the revisit's metadata name no day.
+        RevisitError: ``no-date``, if the revisit's metadata name no day.
     """
     if aoi.offset_since is None:
         return aoi.offset
     day = (_text(metadata, *DATES) or "")[:10]
     if not is_day(day):
-        raise UnusableError("no-date", f"revisit {number} has no date, which --offset-since needs")
+        raise RevisitError("no-date", f"revisit {number} has no date, which --offset-since needs", number)
     return aoi.offset if day >= aoi.offset_since else 0.0
 
 

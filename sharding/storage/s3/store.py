@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from sharding.storage.s3.read import Body, BodyFill, read_range, read_whole
 from sharding.storage.s3.write import Upload, opened
 
 logger = logging.getLogger(__name__)
+
+ABANDONED_S = 3600.0
+"""Age in seconds, by the store's clock, from which an unfinished upload counts as a killed writer's."""
 
 
 class S3Storage:
@@ -146,9 +150,9 @@ class S3Storage:
                     with contextlib.suppress(NotFoundError):  # a retry of a request whose answer was lost
                         self._call(key, "abort_multipart_upload", Key=self._key(key), UploadId=upload)
                     aborted.append(key)
-        except (StorageUnavailableError, BucketNotFoundError):
+        except BucketNotFoundError:
             raise
-        except UserError as error:
+        except (UserError, StorageUnavailableError) as error:
             logger.warning(
                 "parts of killed uploads may remain below %s, and cost money: allow s3:ListBucketMultipartUploads and "
                 "s3:AbortMultipartUpload, or give the bucket a lifecycle rule that removes them (%s)",
@@ -158,16 +162,22 @@ class S3Storage:
         return tuple(sorted(aborted))
 
     def _uploads(self) -> Iterator[tuple[str, str]]:
-        """Yield key and identity of each unfinished upload, of all pages."""
+        """Yield key and identity of each unfinished upload that is old enough, of all pages."""
         page: dict[str, Any] = {"IsTruncated": True}
         markers: dict[str, str] = {}
         while page.get("IsTruncated"):
             page = self._call("", "list_multipart_uploads", Prefix=self._base, **markers)
+            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
             for item in page.get("Uploads", []):
-                yield item["Key"][len(self._base) :], item["UploadId"]
-            if not page.get("NextKeyMarker"):  # some servers leave it out
+                if (now - item["Initiated"]).total_seconds() >= ABANDONED_S:
+                    yield item["Key"][len(self._base) :], item["UploadId"]
+            following = {
+                "KeyMarker": page.get("NextKeyMarker", ""),
+                "UploadIdMarker": page.get("NextUploadIdMarker", ""),
+            }
+            if not following["KeyMarker"] or following == markers:  # some servers leave it out, or repeat it
                 break
-            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+            markers = following
 
     def child(self, name: str) -> S3Storage:
         """Return the storage of a longer prefix."""

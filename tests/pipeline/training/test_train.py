@@ -24,6 +24,7 @@ from pipeline.world import World
 from sharding.errors import UserError
 from sharding.storage import open_storage
 from sharding.storage.lock import JOB_VARIABLE, Holder
+from sharding.storage.s3 import store
 from tests.command import column, last_checkpoint, run_command, start_command
 from tests.conftest import S3
 from tests.uploads import begin_upload, unfinished
@@ -153,8 +154,13 @@ def test_a_run_on_s3_killed_between_uploads_loses_no_step(make_config: MakeConfi
 
 
 def test_a_start_removes_the_parts_of_a_killed_checkpoint(
-    world: World, make_config: MakeConfig, s3: S3, caplog: pytest.LogCaptureFixture
+    world: World,
+    make_config: MakeConfig,
+    s3: S3,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(store, "ABANDONED_S", -60.0)  # as after an hour
     storage = open_storage(s3.prefix())
     for key in ("checkpoints/step-1/state.pt", "another/checkpoints/step-1/state.pt"):
         begin_upload(s3, storage, key)

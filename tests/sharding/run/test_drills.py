@@ -28,6 +28,7 @@ from sharding.run.verify import verify
 from sharding.sources.synthetic.rasters import write_worldstrat
 from sharding.storage import CorruptedError, Storage, open_storage, retries
 from sharding.storage.lock import LOCK_FOLDER
+from sharding.storage.s3 import store
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults, Request
 from tests.sharding.archives import pack
@@ -196,7 +197,9 @@ def test_a_command_that_is_killed_takes_its_workers_along(many: World, s3: S3) -
             process.communicate()
 
 
-def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3: S3) -> None:
+def test_parts_of_a_killed_upload_are_removed_after_an_hour(
+    many: World, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held, released = threading.Event(), threading.Event()
 
     def hold(request: Request) -> Faults:
@@ -223,10 +226,14 @@ def test_parts_of_a_killed_upload_are_removed_by_the_next_start(many: World, s3:
     (left,) = unfinished(s3, storage)
     assert re.fullmatch(r"plan-[0-9a-f]{16}/[a-z]+-0000[0-9]\.tar", left)
     begin_upload(s3, storage, "train-00000.tar")  # a name of ours where only others would begin one
-    assert f"removed the parts of killed uploads: 1, such as {left}" in finished(start(many, uri, more=more))
-    assert unfinished(s3, storage) == ["train-00000.tar"]
+    assert "removed the parts" not in finished(start(many, uri, more=more))
     begin_upload(s3, storage, INDEX_NAME)
-    assert list(prune(storage).lines()) == [f"removed the parts of an unfinished upload of {INDEX_NAME}"]
+    young = unfinished(s3, storage)
+    assert sorted(young) == sorted([left, "train-00000.tar", INDEX_NAME])
+    assert not any("unfinished upload" in line for line in prune(storage).lines())
+    monkeypatch.setattr(store, "ABANDONED_S", -60.0)  # as after an hour
+    removed = [f"removed the parts of an unfinished upload of {key}" for key in (INDEX_NAME, left)]
+    assert list(prune(storage).lines()) == removed
     assert unfinished(s3, storage) == ["train-00000.tar"]
     assert verify(storage, deep=True).problems == ()
 

@@ -30,6 +30,7 @@ from sharding.storage import CorruptedError, Storage, StorageUnavailableError, o
 from sharding.storage.options import MIB, StorageOptions
 from sharding.storage.retries import RetryCounter
 from sharding.storage.s3 import client as s3_requests
+from sharding.storage.s3 import store
 from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.read import READS, read_range
 from tests.conftest import S3
@@ -353,7 +354,12 @@ def test_an_upload_that_fails_leaves_no_parts(
 
 
 def test_the_parts_of_a_killed_upload_are_found_and_removed(
-    direct: Storage, proxy: FaultProxy, storage: Storage, s3: S3, caplog: pytest.LogCaptureFixture
+    direct: Storage,
+    proxy: FaultProxy,
+    storage: Storage,
+    s3: S3,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held, released = threading.Event(), threading.Event()
 
@@ -378,10 +384,18 @@ def test_the_parts_of_a_killed_upload_are_found_and_removed(
         released.set()
     assert direct.list() == []
     assert unfinished(s3, direct) == ["a/x"]
+    assert direct.abort_uploads(lambda key: True) == ()  # it may be a live writer's
+    monkeypatch.setattr(store, "ABANDONED_S", -60.0)  # as after an hour
     begin_upload(s3, direct, "a/y z")
     begin_upload(s3, open_storage(f"{direct.uri}-other"), "a/x")
     proxy.faults = lambda request: Faults(unknown=1.0) if "uploads" in request.path else Faults()
     assert storage.abort_uploads(lambda key: True) == ()
+    assert "parts of killed uploads may remain" in caplog.text
+    caplog.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(retries, "KNOWN_S", 0.3)
+        proxy.faults = lambda request: Faults(busy=1.0) if "uploads" in request.path else Faults()
+        assert storage.abort_uploads(lambda key: True) == ()
     assert "parts of killed uploads may remain" in caplog.text
     proxy.requests.clear()
     proxy.faults = Faults(lose=1.0, times=2)  # the listing's answer, and the first removal's
@@ -393,7 +407,11 @@ def test_the_parts_of_a_killed_upload_are_found_and_removed(
     assert unfinished(s3, open_storage(f"{direct.uri}-other")) == ["a/x"]
 
 
-def test_who_lost_an_upload_is_told(direct: Storage, proxy: FaultProxy, storage: Storage) -> None:
+def test_who_lost_an_upload_is_told(
+    direct: Storage, proxy: FaultProxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "ABANDONED_S", -60.0)  # as after an hour
+
     def remove(request: Request) -> Faults:
         if "partNumber=2" in request.path:
             direct.abort_uploads(lambda key: True)
