@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_listed_hides_no_other(
     assert [line for line in caplog.messages if "not shown" in line] == [
         f"not shown: cannot use {runs}/private: Permission denied; check the path and its permissions"
     ]
-    with pytest.raises(UserError, match="cannot use .*private: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot use .*private: Permission denied"):
         show(tmp_path, str(runs / "private")).update()
 
 
