@@ -6,6 +6,7 @@ fork. So each starts at once and shares the libraries' memory with the others.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -75,7 +76,10 @@ def _in_processes(
     context = multiprocessing.get_context("forkserver")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ),))
     try:
-        for future in as_completed([executor.submit(build, task) for task in tasks]):
+        # A process that is interrupted in the middle of starting another one leaves it alone, which fails with a trace.
+        with _interrupts_deferred():
+            futures = [executor.submit(build, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
@@ -84,6 +88,24 @@ def _in_processes(
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block; in another thread than the main one, which gets none, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught[:1]:
+            signal.raise_signal(number)
 
 
 def _begin(environment: Mapping[str, str]) -> None:

@@ -252,8 +252,6 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
     with pytest.raises(UserError, match=f"{tmp_path}/link/out does not exist"):
         LocalStorage(tmp_path / "link" / "out").check_writable()
-    with pytest.raises(UserError, match="cannot use /proc/none: "):
-        LocalStorage(Path("/proc/none")).check_writable()
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
