@@ -11,6 +11,7 @@ from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
 from sharding.arguments import add_path, read_options
 from sharding.errors import UserError
 from sharding.schema import check_range
+from sharding.storage import open_storage
 from sharding.terminal import say
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_weights(export)
     export.add_argument("--to", required=True, metavar="DIR", help="folder, local or s3://")
     export.add_argument("--program", action="store_true", help="also write model.pt2, a program of torch.export")
-    export.add_argument("--overwrite", action="store_true", help="replace another exported model")
+    export.add_argument("--overwrite", action="store_true", help="replace another exported model, and an edited card")
     export.set_defaults(run=_export)
 
 
@@ -224,6 +225,8 @@ def predict_job(args: argparse.Namespace) -> PredictJob:
 
 def run_predict(job: PredictJob, runner: Runner | None = None) -> int:
     """Run `predict`; ``runner`` fuses scenes in place of this process."""
+    # Before anything is loaded: a place that cannot be written to costs no work.
+    open_storage(job.output).check_writable()
     from pipeline.prediction import predict  # slow: imports torch and rasterio
 
     for line in predict.open_job(job).predict(runner).lines():

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 from cluster.sweep.cell import Result, read_result
 from cluster.sweep.plan import SweepJob
-from cluster.sweep.table import as_csv, as_markdown, rows
+from cluster.sweep.table import PAGE_START, TABLE_START, as_csv, as_markdown, rows
 from pipeline.config import RunConfig
 from sharding.errors import UserError
-from sharding.storage import Storage, open_storage
+from sharding.storage import NotFoundError, Storage, open_storage
 from sharding.storage.lock import Lock
 from sharding.terminal import say
 
 logger = logging.getLogger(__name__)
 
 PAGE, TABLE, MARK = "sweep.md", "sweep.csv", "sweep-plan.json"
-"""Files in the sweep's folder; the last one is written first, and marks the others as ours."""
+"""Files in the sweep's folder; the last one, the plan, is written first, and marks the others as ours."""
+_LARGEST_PLAN = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,39 @@ def _done(cell: RunConfig, index_digest: str, job: SweepJob) -> Result | None:
 
 
 def _refuse_foreign(place: Storage) -> None:
-    if place.exists(MARK):
-        return
-    found = next((name for name in (PAGE, TABLE) if place.exists(name)), None)
-    if found is not None:
-        raise UserError(
-            f"{place.uri} holds {found!r} and no {MARK}, so no sweep wrote it: nothing was changed; move it away, or"
-            " name another output.uri"
-        )
+    """Refuse files that no sweep wrote: a plan of another schema, and a page or table that begins differently.
+
+    Raises:
+        UserError: There is one; it is named.
+    """
+    begun = _holds_plan(place)
+    for name, start in ((PAGE, PAGE_START.encode()), (TABLE, TABLE_START.encode())):
+        found = _start_of(place, name, len(start))
+        if found is not None and not (begun and found == start):
+            raise _foreign(place, name, "" if begun else f" and no {MARK}")
+
+
+def _holds_plan(place: Storage) -> bool:
+    """Return True if there is a plan, False if there is none; refuse another file of its name."""
+    text = _start_of(place, MARK, _LARGEST_PLAN)
+    if text is None:
+        return False
+    try:
+        SweepJob.from_json(text.decode())
+    except (UserError, ValueError):
+        raise _foreign(place, MARK) from None
+    return True
+
+
+def _start_of(place: Storage, name: str, length: int) -> bytes | None:
+    try:
+        return place.read_range(name, 0, length)
+    except NotFoundError:
+        return None
+
+
+def _foreign(place: Storage, name: str, reason: str = "") -> UserError:
+    return UserError(
+        f"{place.uri} holds {name!r}{reason}: no sweep wrote it, and nothing was changed; move it away, or name another"
+        " output.uri"
+    )

@@ -13,6 +13,11 @@ from pipeline.config import RunConfig
 
 SHOWN = ("psnr", "ssim", "sam", "ergas")
 """Metrics of the Markdown table; the CSV has all, raw and adjusted."""
+PAGE_START = "# Sweep\n\nMeans over the seeds of the best checkpoints"
+"""First words of each page, by which it is recognised."""
+_COLUMNS = ("encoder", "head", "parameters", "flops", "runs", "done")
+TABLE_START = f"{','.join(_COLUMNS)},"
+"""First columns of each table, by which it is recognised."""
 _MEGA, _GIGA = 1e6, 1e9
 
 
@@ -60,7 +65,7 @@ def as_csv(table: Sequence[Row]) -> str:
     columns = [f"{name}_{what}" for name in (*metrics, "seconds") for what in ("mean", "spread")]
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["encoder", "head", "parameters", "flops", "runs", "done", *columns])
+    writer.writerow([*_COLUMNS, *columns])
     for row in table:
         cost = [row.results[0].parameters, row.results[0].flops] if row.results else ["", ""]
         figures = [value for name in metrics for value in _mean_and_spread(row.values(name))]
@@ -84,10 +89,8 @@ def as_markdown(table: Sequence[Row], cells: Sequence[RunConfig], split: str, fa
     """
     place = cells[0].output.uri.rsplit("/", 2)[0]
     lines = [
-        "# Sweep",
-        "",
-        f"Means over the seeds of the best checkpoints on the split `{split}`, ± the standard deviation where a pair"
-        " has several runs. PSNR in dB, SAM in degrees, ERGAS in percent, all raw; the CSV beside this page has the"
+        f"{PAGE_START} on the split `{split}`, ± the standard deviation where a pair has several runs."
+        " PSNR in dB, SAM in degrees, ERGAS in percent, all raw; the CSV beside this page has the"
         " adjusted ones too. The time is that of the training steps.",
         "",
         f"| model | runs | parameters, M | GFLOP a chip | {' | '.join(name.upper() for name in SHOWN)} | time, s |",

@@ -18,6 +18,7 @@ from pipeline.monitor.feed import Feed, restarted
 from pipeline.monitor.records import as_record
 from pipeline.reporting.events import AGGREGATE
 from pipeline.reporting.tags import ALERTS, STATISTICS, shown, shown_image
+from sharding.errors import UserError
 from sharding.names import path_below
 
 TRACE_SUFFIX = ".pt.trace.json.gz"
@@ -186,7 +187,11 @@ class RunOnBoard:
         events = self._run.child(EVENTS)
         for stored in events.list():
             if stored.key.endswith(TRACE_SUFFIX) and self._traces.get(stored.key) != stored.size:
-                path = path_below(self._board.path(self.name), stored.key, events.uri)
+                try:
+                    path = path_below(self._board.path(self.name), stored.key, events.uri)
+                except UserError:
+                    self._traces[stored.key] = stored.size  # said once
+                    raise
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as file:
                     file.writelines(events.stream(stored.key))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sharding.errors import UserError
 from sharding.names import path_below
-from sharding.storage import LocalStorage, Storage, open_storage
+from sharding.storage import LocalStorage, Storage, StorageUnavailableError, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,14 @@ class Discovery:
             pool: Threads that list folders at the same time.
 
         Raises:
-            UserError: A store does not answer or refuses.
+            UserError: A store does not answer, or a named place cannot be listed.
         """
         # Pairs of a name, empty for a root itself, and a folder that may be a run or lie above runs.
         level = [("", label, root) for label, root in zip(self._labels, self._roots, strict=True)]
         found = []
         for _ in range(DEEPEST + 1):
             level = [entry for entry in level if entry[2].uri not in self._known]
-            below = list(pool.map(lambda entry: entry[2].folders(), level))
+            below = list(pool.map(self._folders, level))
             following = []
             for (path, label, folder), names in zip(level, below, strict=True):
                 if EVENTS in names:
@@ -77,6 +77,25 @@ class Discovery:
             level = following
         return sorted(found, key=lambda run: run.name)
 
+    def _folders(self, entry: tuple[str, str, Storage]) -> tuple[str, ...]:
+        """Return the folders below one; below a named place, one that cannot be listed is shown without them."""
+        path, _, folder = entry
+        try:
+            return folder.folders()
+        except StorageUnavailableError:
+            raise
+        except UserError as error:
+            if not path:
+                raise
+            self._warn(folder.uri, error)
+            return ()
+
+    def _warn(self, place: str, error: UserError) -> None:
+        """Say once why a place is not shown."""
+        if place not in self._refused:
+            self._refused.add(place)
+            logger.warning("not shown: %s", error)
+
     def _name(self, path: str, label: str) -> str:
         """Return a run's name: with several named places, below the name of its own."""
         return path if path and len(self._roots) == 1 else f"{label}/{path}".rstrip("/")
@@ -88,9 +107,7 @@ class Discovery:
         try:
             path_below(Path(), name, folder.uri)
         except UserError as error:
-            if (key := f"{folder.uri}/{name}") not in self._refused:
-                self._refused.add(key)
-                logger.warning("not shown: %s", error)
+            self._warn(f"{folder.uri}/{name}", error)
             return False
         return len(name.encode()) <= 255
 

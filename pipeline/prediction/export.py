@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -21,6 +22,8 @@ from sharding.errors import UserError
 from sharding.schema import Sha256, decode
 from sharding.storage import NotFoundError, Storage, open_storage
 from sharding.terminal import escaped
+
+logger = logging.getLogger(__name__)
 
 CARD, PROGRAM = "MODEL_CARD.md", "model.pt2"
 NAMES = (WEIGHTS, CARD, PROGRAM, FACTS)
@@ -45,7 +48,7 @@ def export_run(
         to: Folder, local or s3://.
         weights: ``raw``, or ``ema`` for their moving average.
         program: Also write a program of `torch.export`, for chips of the training's size.
-        overwrite: Replace another exported model.
+        overwrite: Replace another exported model, and a card that was edited.
 
     Returns:
         The folder and the names of the files written.
@@ -70,6 +73,8 @@ def export_run(
     files[CARD] = _card(found, facts).encode()
     folder = open_storage(to)
     _refuse_others(folder, files, overwrite)
+    if not overwrite and folder.exists(CARD):  # it may be edited
+        _keep_card(folder, files.pop(CARD))
     # After an interruption an earlier model.json tells the next call that the files are ours, and readers that they do
     # not fit it; where there is none, the weights tell the next call, so they come first.
     folder.delete(PROGRAM)
@@ -222,6 +227,14 @@ def _program_line(facts: dict[str, Any]) -> str:
         f" `{PROGRAM}` needs torch alone:\n`torch.export.load({PROGRAM!r}).module()` maps (lr, pan, revisit) to the "
         f"fused image, for {number} of the\ntraining's size."
     )
+
+
+def _keep_card(folder: Storage, card: bytes) -> None:
+    """Say that an existing card is kept, if it differs."""
+    if folder.read_range(CARD, 0, len(card) + 1) != card:
+        logger.warning(
+            "%s/%s differs from the card of this export and is kept: give --overwrite to replace it", folder.uri, CARD
+        )
 
 
 class _Exported(msgspec.Struct):

@@ -6,6 +6,7 @@ fork. So each starts at once and shares the libraries' memory with the others.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,8 @@ from sharding.schema import check_range
 from sharding.scratch import mark_python_folder
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
     from sharding.format.sidecar import ShardResult
     from sharding.run.build import ShardTask
 
@@ -60,9 +63,12 @@ def _start_loading() -> None:
     # It would search the current folder for modules first; this command does not.
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
+    # It inherits the mask, and so do the workers until `_begin`: Ctrl-C in a terminal reaches them all.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is None:
             del os.environ["PYTHONSAFEPATH"]
         else:
@@ -73,9 +79,13 @@ def _in_processes(
     build: Callable[[ShardTask], ShardResult], tasks: Sequence[ShardTask], workers: int
 ) -> Iterator[ShardResult]:
     context = multiprocessing.get_context("forkserver")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ),))
+    stop = context.Event()
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ), stop))
     try:
-        for future in as_completed([executor.submit(build, task) for task in tasks]):
+        # A process that is interrupted in the middle of starting another one leaves it alone, which fails with a trace.
+        with _interrupts_deferred():
+            futures = [executor.submit(_build, build, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
@@ -83,14 +93,59 @@ def _in_processes(
             "finished shards are kept"
         ) from None
     finally:
+        stop.set()
         executor.shutdown(cancel_futures=True)
 
 
-def _begin(environment: Mapping[str, str]) -> None:
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block; in another thread than the main one, which gets none, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda got, _: caught.append(got)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+_interrupted = threading.Event()
+"""Set in a worker that got SIGINT."""
+_stops: list[Event] = []
+"""In a worker, the event that its parent sets when no more shard is wanted."""
+
+
+def _note_interrupt(*_: object) -> None:
+    _interrupted.set()
+
+
+def _build(build: Callable[[ShardTask], ShardResult], task: ShardTask) -> ShardResult:
+    """Build a shard in a worker; SIGINT raises in the build only, since elsewhere Python would print a trace."""
+    if _interrupted.is_set() or any(stop.is_set() for stop in _stops):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return build(task)
+    except KeyboardInterrupt:
+        _interrupted.set()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, _note_interrupt)
+
+
+def _begin(environment: Mapping[str, str], stop: Event) -> None:
     """Prepare a worker: the current environment, one torch thread, and an end with the command."""
     import torch  # imports torch, which other verbs need not wait for
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _stops.append(stop)
+    signal.signal(signal.SIGINT, _note_interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

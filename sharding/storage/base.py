@@ -128,6 +128,10 @@ class Storage(Protocol):
         """
         ...
 
+    def check_writable(self) -> None:
+        """Check that objects can be stored here; UserError if not. It leaves no object and makes no folder."""
+        ...
+
     def list(self, prefix: str = "") -> list[StoredObject]:
         """Return all objects whose key starts with ``prefix``, sorted by key."""
         ...

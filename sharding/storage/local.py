@@ -117,6 +117,14 @@ class LocalStorage:
             temporary.write_bytes(content)
             return _publish_new(temporary, target)
 
+    def check_writable(self) -> None:
+        """Make a temporary file in the folder, or in the nearest one above it that exists, and remove it."""
+        folder = next(place for place in (self._root, *self._root.parents) if os.path.lexists(place))
+        temporary = folder / _temporary_name()
+        with self._explained(""):
+            temporary.touch(exist_ok=False)
+            temporary.unlink()
+
     def list(self, prefix: str = "") -> list[StoredObject]:
         """Walk the folder that contains ``prefix``."""
         start = self._root / prefix.rpartition("/")[0]

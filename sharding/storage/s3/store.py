@@ -103,6 +103,11 @@ class S3Storage:
         with self._explained(key):
             return self._upload(key).create(content)
 
+    def check_writable(self) -> None:
+        """Begin an upload in parts and abort it: a store allows it to those who may send PUT."""
+        with self._explained(""):
+            self._upload(".writable").attempt()
+
     def list(self, prefix: str = "") -> list[StoredObject]:
         """List all pages under the prefix."""
         base = self._base

@@ -104,16 +104,24 @@ class Upload:
             body = content.part(0, content.size)
             self._bucket.call(Attempts(self._where), "put_object", Key=self._key, Body=body, **self._wanted)
             return
-        checksum = {"ChecksumAlgorithm": "CRC32"} if self._bucket.sends_checksums else {}
-        answer = self._bucket.call(
-            Attempts(self._where), "create_multipart_upload", Key=self._key, **self._wanted, **checksum
-        )
-        upload = answer["UploadId"]
+        upload = self._begin()
         try:
             self._complete(upload, self._send_parts(upload, content))
         except BaseException:
             self._abort(upload)
             raise
+
+    def attempt(self) -> None:
+        """Begin an upload in parts and abort it; no object appears."""
+        self._abort(self._begin())
+
+    def _begin(self) -> str:
+        """Begin an upload in parts; return its identity."""
+        checksum = {"ChecksumAlgorithm": "CRC32"} if self._bucket.sends_checksums else {}
+        answer = self._bucket.call(
+            Attempts(self._where), "create_multipart_upload", Key=self._key, **self._wanted, **checksum
+        )
+        return str(answer["UploadId"])
 
     def create(self, content: bytes) -> bool:
         """Store the content if the key does not exist; return True if this upload created the object."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -120,6 +121,40 @@ def test_files_of_others_are_never_replaced(config: RunConfig, trained: Trained,
         run_sweep(job(config), trained)
     assert (tmp_path / "sweep" / PAGE).read_text() == "mine"
     assert trained.started == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (MARK, b"{}"),
+        (MARK, b'{"config": {}, "options": {"heads": ["pnn"]}}'),
+        (MARK, b'{"config": {}, "options": {"encoders": ["srcnn"], "heads": ["pnn"]}, "mine": 1}'),
+        (MARK, b"\xff" * (2 << 20)),
+        (PAGE, b"# Sweep of the kitchen\n"),
+        (PAGE, b""),
+        (TABLE, b"encoder,weight\n"),
+    ],
+)
+def test_a_file_of_others_with_a_sweeps_name_is_refused_by_name(
+    name: str, content: bytes, config: RunConfig, trained: Trained, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    assert run_sweep(job(config, 1, ["pnn"]), trained) == 0
+    trained.started = []
+    (folder / name).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in folder.glob("sweep*")}
+    with pytest.raises(UserError, match=f"{folder} holds '{name}': no sweep wrote it, and nothing was changed"):
+        run_sweep(job(config), trained)
+    assert {path.name: path.read_bytes() for path in folder.glob("sweep*")} == before
+    assert trained.started == []
+
+
+def test_a_pipe_in_the_place_of_the_plan_is_not_waited_for(config: RunConfig, trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    os.mkfifo(tmp_path / "sweep" / MARK)
+    with pytest.raises(UserError, match="is a pipe"):
+        run_sweep(job(config), trained)
+    assert (tmp_path / "sweep" / MARK).is_fifo()
 
 
 def test_the_plan_holds_each_pair_once(config: RunConfig) -> None:

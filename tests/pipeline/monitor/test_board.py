@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +21,8 @@ from pipeline.monitor.board import TRACE_SUFFIX
 from pipeline.monitor.serve import Watch
 from pipeline.reporting.events import AGGREGATE
 from pipeline.reporting.segments import EventFile
-from sharding.storage import open_storage
+from sharding.errors import UserError
+from sharding.storage import LocalStorage, StoredObject, open_storage
 from tests.conftest import S3
 from tests.pipeline.monitor.runs import with_seed, write_run
 
@@ -175,6 +178,50 @@ def test_what_cannot_be_read_is_named_once_and_stops_nothing(tmp_path: Path, cap
         assert sum(word in line for line in caplog.messages) == 1
     assert len(caplog.messages) == 3
     assert all(line.isprintable() for line in caplog.messages)
+
+
+def test_a_folder_that_cannot_be_listed_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = tmp_path / "runs"
+    write_run(f"{runs}/good", [1])
+    (runs / "private").mkdir()
+    scandir = os.scandir
+
+    def closed(folder: str | Path) -> object:
+        if Path(folder).name == "private":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    board = show(tmp_path, str(runs))
+    for _ in range(2):
+        board.update()
+    assert board.names() == {"good"}
+    assert [line for line in caplog.messages if "not shown" in line] == [
+        f"not shown: cannot use {runs}/private: Permission denied; check the path and its permissions"
+    ]
+    with pytest.raises(UserError, match=r"cannot use .*private: Permission denied"):
+        show(tmp_path, str(runs / "private")).update()
+
+
+@pytest.mark.parametrize("climbing", ["../" * 12, "/", "rank-0/../../"])
+def test_a_listing_that_climbs_writes_nowhere_else(
+    climbing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run(f"{tmp_path}/run", [1], config=replace(RunConfig(), train=replace(RunConfig().train, profile=2)))
+    keys = [f"{climbing}{tmp_path}/harm{TRACE_SUFFIX}", f"rank-0/good{TRACE_SUFFIX}"]
+    listed = LocalStorage.list
+    monkeypatch.setattr(
+        LocalStorage, "list", lambda place, prefix="": [*(StoredObject(key, 4) for key in keys), *listed(place, prefix)]
+    )
+    monkeypatch.setattr(LocalStorage, "stream", lambda place, key: iter([b"data"]))
+    board = show(tmp_path, str(tmp_path / "run"))
+    board.update()
+    assert board.curve("run", "loss/train") == {1: 1.0}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "board"}
+    assert [path.name for path in tmp_path.rglob(f"*{TRACE_SUFFIX}")] == [f"good{TRACE_SUFFIX}"]
+    assert sum(f"{keys[0]!r} is no key of" in line for line in caplog.messages) == 1
 
 
 def test_profiles_are_beside_the_events_of_their_rank(place: str, tmp_path: Path) -> None:

@@ -120,6 +120,21 @@ def test_exports_are_replaced_on_request_only(run: str, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"MODEL_CARD.md", "model.json"}
 
 
+def test_an_edited_card_is_replaced_on_request_only(run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, card = str(tmp_path / "out"), tmp_path / "out" / "MODEL_CARD.md"
+    export_run(run, "last", folder)
+    original = card.read_text()
+    export_run(run, "last", folder)
+    assert "MODEL_CARD.md" not in caplog.text
+    card.write_text(original + "Trained for the harbour.\n")
+    _, names = export_run(run, "last", folder)
+    assert names == ["model.json", "model.safetensors"]
+    assert card.read_text() == original + "Trained for the harbour.\n"
+    assert "MODEL_CARD.md differs from the card of this export and is kept: give --overwrite" in caplog.text
+    export_run(run, "last", folder, overwrite=True)
+    assert card.read_text() == original
+
+
 def test_damaged_exports_are_refused(run: str, tmp_path: Path) -> None:
     folder, _ = export_run(run, "last", str(tmp_path / "out"))
     table = json.loads((Path(folder) / "model.json").read_text())

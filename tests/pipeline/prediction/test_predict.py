@@ -228,6 +228,15 @@ def test_bad_input_is_refused(run: str, source: Path, aois: list[str], small_uri
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(run: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = ["predict", str(tmp_path / "no-run"), "--input", str(source), "--output"]
+    # Of the two faults the output's is found first: no weights are looked for.
+    assert f"cannot use {tmp_path}/file/out: Not a directory" in refused(*arguments, str(tmp_path / "file" / "out"))
+    assert "no-run" in refused(*arguments, str(tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 def test_an_unusable_aoi_is_skipped(run: str, source: Path, aois: list[str], tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     (tmp_path / "source" / "hr_dataset" / aois[0] / f"{aois[0]}_pan.tiff").unlink()

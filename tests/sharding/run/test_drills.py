@@ -197,6 +197,19 @@ def test_a_command_that_is_killed_takes_its_workers_along(many: World, s3: S3) -
             process.communicate()
 
 
+@pytest.mark.parametrize("when", [".lock/*.json", "plan-*/*.tar"])
+def test_ctrl_c_in_a_terminal_shows_no_trace_of_the_workers(many: World, tmp_path: Path, when: str) -> None:
+    """It reaches the command, its workers and the process that they are forked from, which may load still."""
+    process = start(many, str(tmp_path / "out"), workers=3)
+    while process.poll() is None and not list((tmp_path / "out").glob(when)):
+        time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):  # on a busy machine it may have ended
+        os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=500)
+    assert "Traceback" not in output
+    assert process.returncode == (130 if output.endswith("satfusion: interrupted\n") else 0)
+
+
 def test_parts_of_a_killed_upload_are_removed_after_an_hour(
     many: World, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -319,3 +321,22 @@ def test_worker_failures_reach_the_user(spoilt: World, tmp_path: Path) -> None:
     Path(aois_of(spoilt.folder)[0].hr["ps"].path).write_bytes(b"")
     with pytest.raises(UserError, match="is unusable"):
         shard_folder(spoilt.folder, open_storage(tmp_path / "out"), replace(TINY, strict=True), workers=2)
+
+
+def test_an_interrupt_waits_until_the_workers_have_started(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are forked; one whose start is broken off would fail with a trace of its own."""
+    read, begun, done = forkserver.read_signed, [], []
+
+    def interrupted(descriptor: int) -> object:
+        begun.append(descriptor)
+        signal.raise_signal(signal.SIGINT)
+        done.append(descriptor)
+        return read(descriptor)
+
+    monkeypatch.setattr(forkserver, "read_signed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shard_folder(tiny.folder, open_storage(tmp_path / "out"), TINY, workers=2)
+    assert len(begun) == len(done) > 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

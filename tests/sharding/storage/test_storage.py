@@ -238,6 +238,23 @@ def test_pickled_copies_and_threads_read_the_same(storage: Storage) -> None:
         assert set(pool.map(copy.read, ["x"] * 40)) == {b"1234"}
 
 
+def test_a_check_for_writing_leaves_nothing(storage: Storage, tmp_path: Path) -> None:
+    place = storage.child("none/yet")
+    place.check_writable()
+    assert storage.list() == []
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"cannot use {tmp_path}/file/out: Not a directory"):
+        LocalStorage(tmp_path / "file" / "out").check_writable()
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match=f"{tmp_path}/link/out does not exist"):
+        LocalStorage(tmp_path / "link" / "out").check_writable()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
 def test_a_failed_local_write_leaves_nothing(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     with pytest.raises(NotFoundError, match=r"missing\.bin|x does not exist"):
@@ -298,6 +315,7 @@ class TestS3Refusals:
             lambda s: s.write("x", b""),
             lambda s: s.list(),
             lambda s: s.delete("x"),
+            lambda s: s.check_writable(),
         ):
             with pytest.raises(BucketNotFoundError, match="bucket 'no-such-bucket' does not exist: create it"):
                 use(open_storage("s3://no-such-bucket/p"))
