@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from pipeline import signals
+from sharding.storage.retries import GIVE_UP
 
 
 def test_a_repeated_signal_is_one_request_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,5 +17,18 @@ def test_a_repeated_signal_is_one_request_and_a_later_one_interrupts(monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.is_set()
         monkeypatch.setattr(signals, "REPEAT_S", -1.0)
+        assert not GIVE_UP.is_set()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+        assert GIVE_UP.is_set()
+    assert not GIVE_UP.is_set()
+
+
+def test_ctrl_c_ends_waiting_for_stores() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with signals.stop_on_sigterm() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert GIVE_UP.is_set()
+        assert not stop.is_set()
+    assert signal.getsignal(signal.SIGINT) is before

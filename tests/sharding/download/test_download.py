@@ -67,7 +67,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts by the true policy; they take no time but that of its clock."""
     slept: list[float] = []
     event = SimpleNamespace(is_set=lambda: False, wait=slept.append)
-    monkeypatch.setattr(retries, "threading", SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr(retries, "GIVE_UP", event)
     monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
     monkeypatch.setattr(retries, "LEAST_ATTEMPTS", 2)
     monkeypatch.setattr(fetch, "KNOWN_S", 300.0)

@@ -80,6 +80,17 @@ def test_others_end_a_pause() -> None:
         attempts.pause(ConnectionError("no"), "no", 10.0)
 
 
+def test_nobody_waits_once_the_process_is_to_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "GIVE_UP", threading.Event())
+    for stop in (None, threading.Event()):  # also who has an event of their own
+        attempts = Attempts("x", stop)
+        retries.GIVE_UP.clear()
+        attempts.pause(ConnectionError("no"), "no", 10.0)
+        retries.GIVE_UP.set()
+        with pytest.raises(ConnectionError):
+            attempts.pause(ConnectionError("no"), "no", 10.0)
+
+
 def test_a_dead_endpoint_is_reported_within_twenty_seconds() -> None:
     assert retries.FIRST_CONTACT_S + s3_requests.CONNECT_TIMEOUT_S <= 20
     assert retries.LEAST_ATTEMPTS * s3_requests.CONNECT_TIMEOUT_S <= 20
@@ -129,7 +140,7 @@ def test_all_threads_and_later_calls_wait_for_one_outage_once(
 
         monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: clock.now))
         event = SimpleNamespace(is_set=lambda: False, wait=pause)
-        monkeypatch.setattr(retries, "threading", SimpleNamespace(Event=lambda: event))
+        monkeypatch.setattr(retries, "GIVE_UP", event)
         for _ in range(2):  # the second outage is waited for as long as the first
             proxy.faults = Faults(**fault)  # type: ignore[arg-type]
             began = clock.now
