@@ -359,21 +359,20 @@ def _read_recipe(recipe: str) -> str:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    section, dot, key = dotted.strip().partition(".")
-    if not equals or not dot:
+    *sections, key = dotted.strip().split(".")
+    if not equals or not sections:
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    if _is_text(section, key) and not isinstance(value, str | list):  # a bare date or number
+    if _is_text(".".join(sections), key) and not isinstance(value, str | list):  # a bare date or number
         value = text.strip()
-    *parts, key = dotted.strip().split(".")
     inner = values
-    for part in parts:
-        inner = inner.setdefault(part, {})
+    for section in sections:
+        inner = inner.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r} sets a key of {part!r}, which is not a section")
+            raise UserError(f"override {override!r} sets a key of {section!r}, which is not a section")
     inner[key] = value
 
 

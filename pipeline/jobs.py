@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -12,13 +11,13 @@ from msgspec import Meta
 from sharding.arguments import check_values
 from sharding.errors import UserError
 from sharding.names import absolute_uri
-from sharding.schema import decode_strictly
+from sharding.schema import JobFile
 
 Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
-class WeightsJob:
+class WeightsJob(JobFile):
     """Options that say which weights a job uses: those of a run, or of a published file."""
 
     verb: ClassVar[str]
@@ -62,19 +61,6 @@ class WeightsJob:
                 found = tuple(absolute_uri(uri, folder) for uri in (value if several else (value,)))
                 changes[item.name] = found if several else found[0]
         return replace(self, **changes)
-
-    def to_json(self) -> str:
-        """Return the job as JSON; `from_json` restores it unchanged."""
-        return json.dumps(asdict(self), indent=1, default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Parse the text of `to_json`.
-
-        Raises:
-            UserError: For a key that is not an option (it names the key), or a value that is not one of the option.
-        """
-        return decode_strictly(text, cls, "the job's file")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ A range stands in a field's type, as ``Annotated[int, msgspec.Meta(ge=1, le=...)
 from __future__ import annotations
 
 import functools
+import json
 import math
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import msgspec
 
@@ -95,6 +96,24 @@ def decode_strictly(data: bytes | str, kind: type[T], source: str) -> T:
         return convert(table, kind)
     except ValueError as error:
         raise UserError(f"{source} is damaged ({error}): send the job again, or write the file again") from None
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """Options of a job that are sent to its driver in a file: the base of their dataclasses."""
+
+    def to_json(self) -> str:
+        """Return the JSON that `from_json` reads back unchanged; paths are text."""
+        return json.dumps(asdict(self), indent=1, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the JSON of `to_json`.
+
+        Raises:
+            UserError: For an unknown key, a wrong type or a value out of range.
+        """
+        return decode_strictly(text, cls, "the job's file")
 
 
 def check_range(option: str, value: float | None, low: float, high: float, unit: str = "") -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from sharding.storage import Storage
 from tests.conftest import S3
+from tests.faults import Faults, Request
 
 
 def _client(s3: S3, storage: Storage) -> tuple[Any, str, str]:
@@ -29,3 +31,18 @@ def unfinished(s3: S3, storage: Storage) -> list[str]:
     client, bucket, prefix = _client(s3, storage)
     found = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", [])
     return [item["Key"].removeprefix(prefix) for item in found]
+
+
+class HeldUploads:
+    """Faults of a proxy that let no upload in parts end before its writer is killed."""
+
+    def __init__(self) -> None:
+        self.held, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, request: Request) -> Faults:
+        """Hold the request that would complete an upload, and drop it in the end: the server never sees it."""
+        if request.method == "POST" and "uploadId" in request.path:
+            self.held.set()
+            self.released.wait()
+            return Faults(reset=1.0)
+        return Faults()

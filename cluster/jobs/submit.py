@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.jobs.placement import Placement, worlds
 from cluster.jobs.server import GRACE_SECONDS, connect, first_line, follow, how_to_follow, jobs_of
@@ -18,7 +18,7 @@ from cluster.jobs.train_job import Job
 from cluster.logs import PACKAGES
 from sharding.errors import UserError
 from sharding.names import refuse_secret
-from sharding.schema import decode
+from sharding.schema import JobFile, decode
 from sharding.scratch import scratch_folder
 from sharding.terminal import say
 
@@ -57,19 +57,11 @@ _RUN, _DESCRIPTION = "run", "job"
 _INTERRUPTED = 130
 
 
-class Described(Protocol):
-    """Description of a job for its driver."""
-
-    def to_json(self) -> str:
-        """Return the text of the job's file."""
-        ...
-
-
 @dataclass(frozen=True)
 class JobRequest:
     """Everything that is sent to the cluster, except the packages' code."""
 
-    job: Described
+    job: JobFile
     """Description of the job; sent in a file beside the code."""
     environment: Mapping[str, str]
     """Environment variables of the driver and of each rank."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -11,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.jobs.failures import failures_of_ranks, understand
@@ -23,7 +22,7 @@ from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
 from sharding.files import read_text
 from sharding.format.index import INDEX_NAME
-from sharding.schema import decode_strictly
+from sharding.schema import JobFile
 from sharding.scratch import scratch_folder
 from sharding.storage import StorageUnavailableError, open_storage
 from sharding.storage.lock import JOB_VARIABLE
@@ -42,7 +41,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(JobFile):
     """Complete description of a job, sent in a file beside the code."""
 
     config: ConfigValues
@@ -51,19 +50,6 @@ class Job:
     """Ranks and their resources."""
     about: str = ""
     """Remark for a reader of the file; it has no effect."""
-
-    def to_json(self) -> str:
-        """Return the JSON that `from_json` reads back unchanged."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Job:
-        """Read the JSON of `to_json`.
-
-        Raises:
-            UserError: For an unknown key, a wrong type or a value out of range.
-        """
-        return decode_strictly(text, cls, "the job's file")
 
 
 def train_rank(config: ConfigValues, stop: threading.Event) -> bool:

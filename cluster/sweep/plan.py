@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.sweep.options import ALL, SweepOptions
@@ -14,30 +13,17 @@ from models.registry import ABSENT, ENCODERS, HEADS
 from pipeline.config import RunConfig
 from pipeline.values import require_one_of
 from sharding.errors import UserError
-from sharding.schema import decode_strictly
+from sharding.schema import JobFile
 
 
 @dataclass(frozen=True)
-class SweepJob:
+class SweepJob(JobFile):
     """Complete description of a sweep, for a driver on a cluster."""
 
     config: Mapping[str, Any]
     """Configuration that the runs share, `RunConfig.to_dict`; its run folder is the sweep's."""
     options: SweepOptions
     """Options of the sweep."""
-
-    def to_json(self) -> str:
-        """Return the JSON that `from_json` reads back unchanged."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> SweepJob:
-        """Read the JSON of `to_json`.
-
-        Raises:
-            UserError: For an unknown key, a wrong type or a value out of range.
-        """
-        return decode_strictly(text, cls, "the job's file")
 
     def cells(self) -> list[RunConfig]:
         """Return the configuration of each run: all pairs with the first seed, then with the next one.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.data.batches import Batch
+from pipeline.quality.consistency import revisits_median
 from pipeline.quality.degradation import degrade
 
 BASELINES = ("bicubic_clearest", "bicubic_median")
@@ -19,8 +20,8 @@ TINY = 1e-6
 
 
 def median(batch: Batch) -> Tensor:
-    """Return the per-pixel median [B, C, h, w] of the revisits; of an even number the mean of the middle two."""
-    return batch.lr.quantile(0.5, dim=1)
+    """Return the per-pixel median [B, C, h, w] of the revisits, without those that hold no data there."""
+    return revisits_median(batch.lr)[0]
 
 
 def baselines(batch: Batch) -> dict[str, Tensor]:

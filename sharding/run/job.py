@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -16,7 +15,7 @@ from sharding.names import absolute_uri, check_uri, local_path
 from sharding.prepare.options import SampleOptions
 from sharding.run.plan import PlanOptions
 from sharding.run.workers import MOST_WORKERS
-from sharding.schema import decode_strictly
+from sharding.schema import JobFile
 from sharding.sources.options import SourceOptions
 from sharding.storage import StorageOptions
 
@@ -55,7 +54,7 @@ class ShardOptions:
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class ShardJob(JobFile):
     """One run of `shard`."""
 
     verb: ClassVar[str] = "shard"
@@ -102,16 +101,3 @@ class ShardJob:
             output=absolute_uri(self.output, folder),
             report=folder / self.report if self.report else None,
         )
-
-    def to_json(self) -> str:
-        """Return the job as JSON; `from_json` restores it unchanged."""
-        return json.dumps(asdict(self), indent=1, default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> ShardJob:
-        """Parse the text of `to_json`.
-
-        Raises:
-            UserError: For a key that is not an option (it names the key), or a value that is not one of the option.
-        """
-        return decode_strictly(text, cls, "the job's file")

@@ -33,7 +33,7 @@ from tests.conftest import S3
 from tests.faults import FaultProxy, Faults, Request
 from tests.sharding.archives import pack
 from tests.sharding.conftest import World, digests, generation
-from tests.uploads import begin_upload, unfinished
+from tests.uploads import HeldUploads, begin_upload, unfinished
 
 OPTIONS = ShardOptions(SampleOptions(revisits=2), PlanOptions(shard_bytes=2_500_000))
 """A sample takes 2.4 MB, so a shard has one."""
@@ -213,28 +213,19 @@ def test_ctrl_c_in_a_terminal_shows_no_trace_of_the_workers(many: World, tmp_pat
 def test_parts_of_a_killed_upload_are_removed_after_an_hour(
     many: World, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, released = threading.Event(), threading.Event()
-
-    def hold(request: Request) -> Faults:
-        """Let no upload in parts end before the kill."""
-        if request.method == "POST" and "uploadId" in request.path:
-            held.set()
-            released.wait()
-            return Faults(reset=1.0)  # the server never sees it
-        return Faults()
-
+    uploads = HeldUploads()
     uri = s3.prefix()
     storage = open_storage(uri)
     more = ["--shard-size", "8", "--part-size", "5"]
     with FaultProxy(s3.environment["AWS_ENDPOINT_URL"]) as proxy:
-        proxy.faults = hold
+        proxy.faults = uploads
         process = start(many, uri, more=more, environment={"AWS_ENDPOINT_URL": proxy.url})
         try:
-            assert held.wait(400)
+            assert uploads.held.wait(400)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            released.set()
+            uploads.released.set()
             process.communicate()
     (left,) = unfinished(s3, storage)
     assert re.fullmatch(r"plan-[0-9a-f]{16}/[a-z]+-0000[0-9]\.tar", left)

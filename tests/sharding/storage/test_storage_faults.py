@@ -11,7 +11,6 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from sharding.storage.s3.client import Bucket
 from sharding.storage.s3.read import READS, read_range
 from tests.conftest import S3
 from tests.faults import FaultProxy, Faults, Request
-from tests.uploads import begin_upload, unfinished
+from tests.uploads import HeldUploads, begin_upload, unfinished
 
 DATA = random.Random(1).randbytes(1_000_000)
 SMALL_PARTS = StorageOptions(part_size=5 * MIB)
@@ -361,27 +360,18 @@ def test_the_parts_of_a_killed_upload_are_found_and_removed(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held, released = threading.Event(), threading.Event()
-
-    def hold(request: Request) -> Faults:
-        """Let no upload end before its writer is killed."""
-        if request.method == "POST" and "uploadId" in request.path:
-            held.set()
-            released.wait()
-            return Faults(reset=1.0)  # the server never sees it
-        return Faults()
-
-    proxy.faults = hold
+    uploads = HeldUploads()
+    proxy.faults = uploads
     code = (
         "import sys; from sharding.storage import open_storage; open_storage(sys.argv[1]).write('a/x', bytes(20 << 20))"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, direct.uri])
     try:
-        assert held.wait(400)
+        assert uploads.held.wait(400)
     finally:
         writer.kill()
         writer.wait()
-        released.set()
+        uploads.released.set()
     assert direct.list() == []
     assert unfinished(s3, direct) == ["a/x"]
     assert direct.abort_uploads(lambda key: True) == ()  # it may be a live writer's
