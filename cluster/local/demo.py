@@ -40,6 +40,8 @@ NODES = 2
 GENERATED_AOIS = 10
 GENERATED_SEED = 20251007
 BUCKET = "satfusion"
+_AGAIN_S = 10.0
+"""Seconds after which an interruption that has led to no clean-up is raised again."""
 _MARK = ".satfusion-demo"
 _OWN_AWS = ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 _LOOPBACK = "127.0.0.1,localhost"
@@ -97,17 +99,20 @@ def run_demo(output: Path, worldstrat: Path | None, overrides: Sequence[str] = (
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], None]]:
-    """Turn every Ctrl-C, SIGTERM and SIGHUP in the block into `KeyboardInterrupt`: a library may swallow one.
+    """Turn every Ctrl-C, SIGTERM and SIGHUP in the block into `KeyboardInterrupt`.
 
-    Yield a function to call before the clean-up; from then on these signals are ignored.
+    Yield a function to call before the clean-up; from then on these signals are ignored. Until then the exception is
+    raised again from time to time, since a library may swallow it.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
     def ignore() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
 
     def interrupt(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in numbers}
