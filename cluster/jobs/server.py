@@ -65,13 +65,13 @@ def connect(address: str) -> JobSubmissionClient:
     except (OSError, ValueError) as error:
         raise UserError(unanswered) from error
 
+    from ray.exceptions import AuthenticationError  # Ray is slow to import
+    from ray.job_submission import JobSubmissionClient
+
     _bypass_proxies(address)
     # Ray prefers these variables to the address it is given.
     hidden = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
-        from ray.exceptions import AuthenticationError  # Ray is slow to import
-        from ray.job_submission import JobSubmissionClient
-
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.WARNING)  # It logs each upload and each stream's end.
         return JobSubmissionClient(address, headers=headers or None)
