@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"satfusion: error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("satfusion: interrupted", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()  # else a line that the interruption cut off would come after the next one
+        say("satfusion: interrupted", sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -207,7 +207,11 @@ def test_ctrl_c_in_a_terminal_shows_no_trace_of_the_workers(many: World, tmp_pat
         os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=500)
     assert "Traceback" not in output
-    assert process.returncode == (130 if output.endswith("satfusion: interrupted\n") else 0)
+    if output.endswith("satfusion: interrupted\n"):
+        assert process.returncode == 130
+    else:  # it was through; Python itself takes the signal in its very last moments
+        assert process.returncode in {0, -signal.SIGINT}, output
+        assert verify(open_storage(tmp_path / "out"), deep=True).problems == ()
 
 
 def test_parts_of_a_killed_upload_are_removed_after_an_hour(
