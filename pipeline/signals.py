@@ -14,6 +14,8 @@ from sharding.storage.retries import GIVE_UP
 
 REPEAT_S = 3.0
 """Seconds after a SIGTERM in which another one is taken for the same."""
+_AGAIN_S = 0.01
+"""Seconds until an interruption that Python could not raise is raised again."""
 _PR_SET_PDEATHSIG = 1
 STOPPED_STATUS = 75
 """Exit status of a training that SIGTERM ended at a checkpoint: the same command resumes it (EX_TEMPFAIL)."""
@@ -23,16 +25,30 @@ HUNG_STATUS = 76
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGTERM within the block; for the main thread of a command."""
+    """Raise `KeyboardInterrupt` on SIGTERM within the block; for the main thread of a command.
+
+    Where Python can only report an interruption and goes on, in a finaliser or a callback of a weak reference, it is
+    raised again a moment later.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def report(unraised: sys.UnraisableHookArgs) -> None:
+        if unraised.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            hook(unraised)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, report
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

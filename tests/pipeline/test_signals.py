@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 
 import pytest
 
@@ -32,3 +34,23 @@ def test_ctrl_c_ends_waiting_for_stores() -> None:
         assert GIVE_UP.is_set()
         assert not stop.is_set()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_a_finaliser_is_raised_after_it(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def command() -> None:
+        with signals.sigterm_as_interrupt():
+            Interrupted()
+            threading.Event().wait(100)
+
+    before = signal.getsignal(number), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    assert (signal.getsignal(number), sys.unraisablehook) == before
+    assert capfd.readouterr().err == ""
