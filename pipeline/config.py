@@ -158,6 +158,9 @@ class TrainConfig:
     compile: bool = False
     """Compile network and loss with torch.compile: takes minutes at the start, then steps are faster. Not with ZeRO 3;
     ARConv is compiled from its freeze step on."""
+    recompute: bool = False
+    """Activation checkpointing: the networks' blocks compute their activations again in the backward pass, which takes
+    less memory and more time. Not with compile or ARConv."""
     profile: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Number of steps that each rank profiles after its first four, into ``events/rank-<r>/``; 0 disables profiling."""
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 0
@@ -199,6 +202,8 @@ class TrainConfig:
         require(flat, "train.channels_last", self.channels_last, "false with ZeRO 1 to 3, which flatten the weights")
         whole = not self.compile or self.zero_stage < 3
         require(whole, "train.compile", self.compile, "false with ZeRO 3, which gathers weights layer by layer")
+        kept = not self.recompute or not self.compile
+        require(kept, "train.recompute", self.recompute, "false with train.compile, which chooses what to recompute")
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,8 @@ class RunConfig:
         both = ABSENT not in (self.model.encoder, self.model.head)
         frozen = self.train.freeze
         require(not frozen or both, "train.freeze", frozen, "empty for a model of one stage")
+        steady = not self.train.recompute or self.model.head != "arconv"
+        require(steady, "train.recompute", self.train.recompute, "false with ARConv, whose norms would count twice")
         require(not frozen or self.train.init != "", "train.freeze", frozen, "empty without train.init: random weights")
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.satfusion import Fusion, SatFusion
 from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
+from pipeline.engines.recompute import recompute_blocks
 from pipeline.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -188,6 +189,8 @@ class Engine(ABC):
         if state is not None:
             # Before DeepSpeed copies the weights into its flat fp32 partitions.
             network.load_state_dict(state.weights)
+        if config.recompute:
+            recompute_blocks(network)
         self._network = network
         self._clip_norm = config.clip_norm
         self._adam = make_adam(network, config)
