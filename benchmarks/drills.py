@@ -201,12 +201,14 @@ def drill(name: str, data: Path, folder: Path, reference: Training) -> list[str]
         training.until(lambda: training.step() >= AT)
         before, began = training.step(), time.monotonic()
         fault.strike(training)
-        noticed = training.until(lambda: fault.noticed in training.log.getvalue()) - began if fault.noticed else None
+        noticed = None
+        if fault.noticed:
+            noticed = training.until(lambda: fault.noticed in training.log.getvalue()) - began
+            before = training.step()  # ranks may have gone on until then
         if not fault.again:
             recovered = training.until(lambda: training.step() > before) - began
             training.wait()
         elif fault.noticed:
-            before = training.step()
             training.wait()
             training.submit()
             recovered = training.until(lambda: training.step() > before) - began
