@@ -303,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do the drills and print their table; exit status 1 if a run did not end like the undisturbed one."""
     parser = argparse.ArgumentParser(prog="benchmarks.drills", description=__doc__)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"{', '.join(FAULTS)}; default all")
-    parser.add_argument("--storm", type=int, metavar="N", default=0, help="N failures, one every three minutes, in one training")
+    parser.add_argument(
+        "--storm", type=int, metavar="N", default=0, help="N failures, one every three minutes, in one training"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the storm's failures; default 0")
     given = parser.parse_args(arguments)
     names = given.faults or list(FAULTS)
