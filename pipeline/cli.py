@@ -252,7 +252,7 @@ def _export(args: argparse.Namespace) -> int:
 def _monitor(args: argparse.Namespace) -> int:
     check_range("--refresh", args.refresh, 0.01, 10**6, " seconds")
     check_range("--port", args.port, 0, 65535)
-    from pipeline.monitor import serve  # slow: imports torch
+    from pipeline.monitor import serve  # slow: imports TensorBoard
 
     if args.export is not None:
         from pipeline.monitor.export import export  # slow: imports pyarrow

@@ -23,7 +23,8 @@ from cluster.local.processes import ProcessId, identify, is_running
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.evaluation.result import Evaluation
-from pipeline.training.resume import CONFIG_FILE, RUN_NAMES
+from pipeline.reporting.run_folder import CONFIG_FILE
+from pipeline.training.resume import RUN_NAMES
 from sharding.errors import UserError
 from sharding.inspection.describe import describe
 from sharding.progress import progress

@@ -24,7 +24,7 @@ from pipeline.evaluation.result import (
     place_of,
 )
 from pipeline.quality import opensr
-from pipeline.quality.metrics import ADJUSTED, METRICS
+from pipeline.quality.names import ADJUSTED, METRICS
 from pipeline.quality.no_reference import MEASURES
 from sharding.run.named_file import PAGE_START
 

@@ -15,7 +15,7 @@ from pipeline.evaluation.baselines import BASELINES
 from pipeline.evaluation.intervals import METHOD, Estimate, estimate
 from pipeline.evaluation.perturb import UNITS, Kind
 from pipeline.quality import opensr
-from pipeline.quality.metrics import ADJUSTED, METRICS
+from pipeline.quality.names import ADJUSTED, METRICS
 from pipeline.quality.no_reference import MEASURES
 from pipeline.quality.registration import Mode
 from sharding.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.training.resume import CONFIG_FILE
+from pipeline.reporting.run_folder import CONFIG_FILE
 from sharding.storage import NotFoundError, Storage
 
 _LARGEST = 1 << 20

@@ -9,6 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.hparams import summary_v2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util import tensor_util
 
@@ -18,6 +19,8 @@ FINAL = ("loss/val", "quality/psnr", "quality/ssim", "quality/sam", "quality/erg
 """Tags of the figures beside the hyperparameters, and in the list of runs."""
 FIRST = ("loss/train", "loss/val", "quality/psnr", "speed/chips_per_second", "speed/data_wait_seconds")
 """Tags that the page of the monitor opens with."""
+_COMPARED = ("model.encoder", "model.head", "train.global_batch", "train.learning_rate", "train.seed")
+"""Settings that the page HParams begins with."""
 _DATASET = "index_digest"
 _LAYOUT = (
     ("Is it learning?", (("loss", ("loss/train", "loss/val")), ("PSNR, dB", ("quality/psnr",)))),
@@ -57,7 +60,14 @@ def session(facts: Facts, name: str) -> Summary:
 def experiment() -> Summary:
     """Return the columns of the page HParams, for the folder above all runs."""
     hparams = [summary_v2.HParam(key) for key in HPARAMS]
-    return summary_v2.hparams_config_pb(hparams, [summary_v2.Metric(tag) for tag in FINAL])
+    summary = summary_v2.hparams_config_pb(hparams, [summary_v2.Metric(tag) for tag in FINAL])
+    plugin = summary.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    # The page begins with those that are said to differ, and shows five columns; the others follow by name.
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in _COMPARED
+    plugin.content = data.SerializeToString()
+    return summary
 
 
 def layout() -> Summary:

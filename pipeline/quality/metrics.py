@@ -7,14 +7,9 @@ from torch import Tensor
 
 from pipeline.quality.losses import bias_adjust
 from pipeline.quality.masks import WIDEST_WINDOW, band_means, mean_over, registered_mask, window_mask
+from pipeline.quality.names import ADJUSTED
 from pipeline.quality.registration import Mode, register
 from pipeline.quality.similarity import spectral_cosine, ssim_map, widen
-
-METRICS = ("mse", "mae", "psnr", "ssim", "sam", "ergas")
-"""Names of the metrics: reflectance squared, reflectance, decibels, 0 to 1, degrees, percent."""
-
-ADJUSTED = "_adjusted"
-"""Suffix of the metrics after bias adjustment."""
 
 SSIM_TAPS = WIDEST_WINDOW
 RESOLUTION_RATIO = 1 / 4

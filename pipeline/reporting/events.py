@@ -7,16 +7,19 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
-from torch import Tensor
 
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX, RunFolder
 from pipeline.reporting.segments import EventFile
+
+if TYPE_CHECKING:  # slow to import, and the monitor needs the names alone
+    from torch import Tensor
 
 AGGREGATE = "events/aggregate"
 

@@ -18,6 +18,8 @@ from sharding.storage.lock import LockLostError
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.json"
+"""File with the configuration and the environment of the run."""
 TEMPORARY_SUFFIX = ".tmp"
 """Suffix of files before their rename; they are never uploaded."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pipeline.quality.names import ADJUSTED, METRICS
 
-from pipeline.quality.metrics import ADJUSTED, METRICS
+if TYPE_CHECKING:  # slow to import, and the monitor needs the names alone
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

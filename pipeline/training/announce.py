@@ -11,8 +11,7 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.data import TrainLoader
 from pipeline.order import BatchPlan
-from pipeline.reporting.run_folder import RunFolder
-from pipeline.training.resume import CONFIG_FILE
+from pipeline.reporting.run_folder import CONFIG_FILE, RunFolder
 from pipeline.world import World
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pipeline.config import RunConfig, Section
 from pipeline.data.dataset import ChipDataset
 from pipeline.deepspeed_keys import DeepSpeedKeys
 from pipeline.order import OrderState, random_words
-from pipeline.reporting.run_folder import RunFolder
+from pipeline.reporting.run_folder import CONFIG_FILE, RunFolder
 from pipeline.reporting.time_account import TIME_FILE
 from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, newest_checkpoint
 from pipeline.world import World
@@ -24,7 +24,6 @@ from sharding.storage.lock import Lock
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 RUN_NAMES = ("checkpoints/", "events/", "images/", "metrics.csv", "batches.csv", TIME_FILE)
 """Beginnings of the keys that a run writes, beside CONFIG_FILE, which it writes first."""
 SPLIT = "train"

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from pipeline.config import RunConfig, TrainConfig
-from pipeline.reporting.run_folder import RunFolder
+from pipeline.reporting.run_folder import CONFIG_FILE, RunFolder
 from pipeline.reporting.run_logs import RunLogs
 from pipeline.reporting.tags import STEP_TAGS, VAL_TAGS
-from pipeline.training.resume import CONFIG_FILE
 from pipeline.world import World
 
 

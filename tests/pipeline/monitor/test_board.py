@@ -136,6 +136,10 @@ def test_texts_hyperparameters_images_and_layout(tmp_path: Path) -> None:
     content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     assert (hparams["model.encoder"].string_value, hparams["environment.world_size"].number_value) == ("srcnn", 1)
+    content = board.read("(layout)").SummaryMetadata("_hparams_/experiment").plugin_data.content
+    leading = {info.name for info in HParamsPluginData.FromString(content).experiment.hparam_infos if info.differs}
+    assert {"model.encoder", "model.head", "train.seed"} < leading
+    assert "data.simulate" not in leading
     layout = board.read("(layout)").Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     charts = [chart.title for category in Layout.FromString(layout).category for chart in category.chart]
     assert charts == ["loss", "PSNR, dB", "chips a second", "wait for data, s", "retries and damage, counts"]

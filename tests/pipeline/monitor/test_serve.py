@@ -134,3 +134,9 @@ def test_a_board_that_cannot_be_refreshed_is_tried_again_and_can_be_stopped(capl
     assert not follower.is_alive()
     assert looks[:4] == ["update", "look"] * 2
     assert "not refreshed, will retry: No space left on device" in caplog.text
+
+
+def test_it_starts_without_torch() -> None:
+    """The page would wait for it, and its memory is more than that of hundreds of runs."""
+    script = "import sys; import pipeline.monitor.serve, pipeline.monitor.export; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

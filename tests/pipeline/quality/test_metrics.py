@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from pipeline.quality.metrics import ADJUSTED, METRICS, image_metrics
+from pipeline.quality.metrics import image_metrics
+from pipeline.quality.names import ADJUSTED, METRICS
 from tests.golden import cases
 from tests.pipeline.quality.test_losses import assert_near, golden_pair
 
