@@ -95,6 +95,7 @@ def run_training(config: RunConfig, report: Report | None = None, stop: threadin
         val = train.sibling("val")
         train.check_fits(config.model)
         run = RunFolder(config.output.uri, config.output.sync_seconds, config.data.store_wait_seconds)
+        phases.count_retries(train.storage.retries, run.storage.retries)
         # The last upload comes before the lock is released.
         with claimed(run, world) as lock, run:
             checkpoint = find_checkpoint(run, config, train, world)
@@ -120,7 +121,6 @@ class Trainer:
     ) -> None:
         """Build network and engine, and restore the state of ``checkpoint``; rank 0 gets the run folder's lock."""
         self.phases = phases or Phases()
-        self.phases.count_retries(train.storage.retries, run.storage.retries)
         self.stop, self.stopped = stop or threading.Event(), False
         self.saver = Saver(run, world, config, Channel(world), lock)
         self._saved_at, self._stalled = time.monotonic(), 0.0
