@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from models.registry import build_model
 from pipeline.config import RunConfig, TrainConfig, load_config
 from pipeline.deepspeed_keys import OURS
-from pipeline.engines.deepspeed_config import deepspeed_config
+from pipeline.engines.deepspeed_config import BUCKET, deepspeed_config
 from pipeline.engines.make import make_engine
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig
@@ -53,7 +53,8 @@ def test_keys_of_the_file_and_overrides_join_ours_and_are_saved(tmp_path: Path) 
 
 
 def test_every_key_that_is_set_here_is_known_as_ours() -> None:
-    assert set(names(deepspeed_config(TrainConfig(), BatchPlan.create(8, 0, 1), {}))) <= set(OURS)
+    default = "zero_optimization.reduce_bucket_size"  # a user's key takes its place
+    assert set(names(deepspeed_config(TrainConfig(), BatchPlan.create(8, 0, 1), {}))) <= {*OURS, default}
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,12 @@ def test_keys_without_deepspeed_are_refused() -> None:
 def test_the_engine_uses_them(world: World) -> None:
     keys = {"zero_optimization": {"reduce_bucket_size": 1000}}
     config = TrainConfig(zero_stage=2, global_batch=4)
-    losses = []
+    losses, buckets = [], []
     for given in ({}, keys):
         torch.manual_seed(0)
         network = build_model(ModelConfig("highresnet", "pannet", hidden=8))
         engine: Any = make_engine(network, config, BatchPlan.create(4, 2, 1), world, None, given)
         losses.append([take_step(engine, random_batch(step), 2, 1e-3, LossConfig()) for step in range(2)])
-    assert engine._engine.optimizer.reduce_bucket_size == 1000
+        buckets.append(engine._engine.optimizer.reduce_bucket_size)
+    assert buckets == [BUCKET, 1000]
     assert losses[0] == losses[1]
