@@ -84,8 +84,9 @@ def _in_processes(
     try:
         # A process that is interrupted in the middle of starting another one leaves it alone, which fails with a trace.
         with _interrupts_deferred():
-            futures = [executor.submit(_build, build, task) for task in tasks]
-        for future in as_completed(futures):
+            # No name for the futures: it would keep each result until the last, megabytes of histograms a shard.
+            done = as_completed([executor.submit(_build, build, task) for task in tasks])
+        for future in done:
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
