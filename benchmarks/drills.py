@@ -2,8 +2,7 @@
 
 Each drill has a cluster of its own on this machine and a training of its own, with the same configuration as one that
 nothing disturbs. It prints when the fault was noticed, when the run was further than before it, how many steps were
-taken twice, and whether weights and order of chips are the undisturbed run's. ``--storm N`` has N failures instead,
-drawn with ``--seed``, one every `STORM_S` seconds, in a training of `STORM_STEPS` times N steps.
+taken twice, and whether weights and order of chips are the undisturbed run's.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import contextlib
 import csv
 import io
 import os
-import random
 import shutil
 import signal
 import sys
@@ -39,12 +37,10 @@ from sharding.errors import UserError
 from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.synthetic.rasters import write_worldstrat
-from sharding.storage import open_storage
+from sharding.storage import Storage, open_storage
 
 STEPS, INTERVAL, AT = 60, 10, 25
 """Steps of a training, steps between checkpoints, and the step from which on the fault comes."""
-STORM_STEPS, STORM_S = 120, 180.0
-"""Steps of a training for each of the failures that it meets, and seconds between two of them."""
 _MARK = "SATFUSION_CLUSTER"
 _PATIENCE = 1200.0
 _CONFIG = (
@@ -82,7 +78,7 @@ class Training:
     def submit(self) -> None:
         """Send the training and follow its log in a thread."""
         self.job = send(
-            build_request(self.config, Placement(self.workers, max_failures=self.failures), {}, Path.cwd()),
+            build_request(self.config, Placement(self.workers, max_failures=self.failures), os.environ, Path.cwd()),
             self.cluster.address,
         )
         self._follower = threading.Thread(target=self._follow, daemon=True)
@@ -185,6 +181,14 @@ FAULTS = {
 }
 
 
+def shard_scenes(folder: Path, to: Storage) -> None:
+    """Generate a dataset of 8 scenes of 9 chips; ``folder`` holds its source meanwhile."""
+    write_worldstrat(folder / "source", 8, seed=1, revisits=2, hr_side=80)
+    options = ShardOptions(SampleOptions(revisits=2, lr_size=150, hr_size=200))
+    shard_folder(folder / "source", to, options, workers=1)
+    shutil.rmtree(folder / "source")
+
+
 @contextlib.contextmanager
 def cluster_of(nodes: int, state: Path) -> Iterator[LocalCluster]:
     """Start a cluster for the block."""
@@ -194,12 +198,13 @@ def cluster_of(nodes: int, state: Path) -> Iterator[LocalCluster]:
         local.down(state)
 
 
-def undisturbed(data: Path, folder: Path, steps: int = STEPS) -> Training:
-    """Train without a fault."""
-    with cluster_of(2, folder / "c") as cluster:
-        training = Training(cluster, _config(data, folder / "undisturbed", steps), 2)
+def undisturbed(config: RunConfig, state: Path) -> Training:
+    """Train without a fault, on a cluster of its own with its state in a folder."""
+    steps = config.train.max_steps
+    with cluster_of(2, state) as cluster:
+        training = Training(cluster, config, 2)
         training.submit()
-        training.wait(_PATIENCE + steps)
+        training.wait(_PATIENCE + 3 * steps)
     if training.step() != steps:
         raise UserError(f"the undisturbed training did not end: {training.log.getvalue()[-2000:]}")
     return training
@@ -209,7 +214,7 @@ def drill(name: str, data: Path, folder: Path, reference: Training) -> list[str]
     """Do one drill and return its row of the table."""
     fault = FAULTS[name]
     with cluster_of(fault.nodes, folder / "c") as cluster:
-        training = Training(cluster, _config(data, folder / name), fault.workers)
+        training = Training(cluster, configured(data, folder / name), fault.workers)
         training.submit()
         training.until(lambda: training.step() >= AT)
         before, began = training.step(), time.monotonic()
@@ -243,43 +248,6 @@ def drill(name: str, data: Path, folder: Path, reference: Training) -> list[str]
     ]
 
 
-def storm(failures: int, seed: int, data: Path, folder: Path, reference: Training) -> list[str]:
-    """Train through failures, one each `STORM_S`, and return lines that say what they were and what they cost.
-
-    One of them is the third node's end; the others are a rank's or the controller's. A failure whose process is just
-    being restarted comes when it runs.
-    """
-    chance, lines = random.Random(seed), list[str]()  # noqa: S311 - draws failures, no secrets
-    names = ["node", *chance.choices(["rank", "controller"], k=failures - 1)]
-    chance.shuffle(names)
-    with cluster_of(3, folder / "c") as cluster:
-        training = Training(cluster, _config(data, folder / "storm", STORM_STEPS * failures), 2, 2 * failures)
-        training.submit()
-        training.until(lambda: training.step() > 0)
-        began = time.monotonic()
-        for number, name in enumerate(names, 1):
-            training.wait(began + number * STORM_S - time.monotonic())
-            while not (struck := _strikes(FAULTS[name], training)) and not training.ended:
-                training.wait(0.5)
-            if not struck:
-                break
-            lines.append(f"{time.monotonic() - began:6.1f} s, step {training.step()}: {FAULTS[name].about}")
-        training.wait(_PATIENCE + STORM_STEPS * failures)
-    lines.extend(line for line in training.log.getvalue().splitlines() if "effective training time" in line)
-    return [*lines, f"equal: {compared(training, reference)}"]
-
-
-def _strikes(fault: Fault, training: Training) -> bool:
-    """Cause a fault; return False if there is nothing to kill at this moment."""
-    if training.ended:
-        return False
-    try:
-        fault.strike(training)
-    except UserError:
-        return False
-    return True
-
-
 def compared(training: Training, reference: Training) -> str:
     """Return in words whether a training ended like the undisturbed one."""
     if training.step() != reference.step():
@@ -295,38 +263,27 @@ def compared(training: Training, reference: Training) -> str:
     return f"chips yes, losses to {max(abs(float(a) / float(b) - 1) for a, b in pairs):.0e}"
 
 
-def _config(data: Path, run: Path, steps: int = STEPS) -> RunConfig:
-    return load_config("srcnn_pnn", [*_CONFIG, f"train.max_steps={steps}", f"data.uri={data}", f"output.uri={run}"])
+def configured(data: str | Path, run: Path, *more: str) -> RunConfig:
+    """Return a training's configuration, `STEPS` steps unless ``more`` keys say otherwise."""
+    return load_config(
+        "srcnn_pnn", [*_CONFIG, f"train.max_steps={STEPS}", f"data.uri={data}", f"output.uri={run}", *more]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do the drills and print their table; exit status 1 if a run did not end like the undisturbed one."""
     parser = argparse.ArgumentParser(prog="benchmarks.drills", description=__doc__)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"{', '.join(FAULTS)}; default all")
-    parser.add_argument(
-        "--storm", type=int, metavar="N", default=0, help="N failures, one every three minutes, in one training"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the storm's failures; default 0")
     given = parser.parse_args(arguments)
     names = given.faults or list(FAULTS)
-    if given.storm < 0 or (given.storm and given.faults):
-        parser.error("--storm takes a number of failures from 1, and no FAULT beside it")
     if unknown := sorted(set(names) - set(FAULTS)):
         parser.error(f"unknown fault {unknown[0]!r}: choose from {', '.join(FAULTS)}")
     rows = [["fault", "noticed s", "recovered s", "steps lost", "equal"]]
     # Short enough for Ray's sockets.
     with tempfile.TemporaryDirectory(prefix="sf-") as name:
         folder = Path(name)
-        write_worldstrat(folder / "source", 8, seed=1, revisits=2, hr_side=80)
-        options = ShardOptions(SampleOptions(revisits=2, lr_size=150, hr_size=200))
-        shard_folder(folder / "source", open_storage(folder / "data"), options, workers=1)
-        shutil.rmtree(folder / "source")
-        if given.storm:
-            reference = undisturbed(folder / "data", folder, STORM_STEPS * given.storm)
-            lines = storm(given.storm, given.seed, folder / "data", folder, reference)
-            print("\n".join(lines), flush=True)
-            return int("equal: NO" in lines[-1])
-        reference = undisturbed(folder / "data", folder)
+        shard_scenes(folder, open_storage(folder / "data"))
+        reference = undisturbed(configured(folder / "data", folder / "undisturbed"), folder / "c")
         for fault in names:
             rows.append(drill(fault, folder / "data", folder, reference))
             print("\n".join(columns(rows)), flush=True)

@@ -73,7 +73,7 @@ class Faults:
     """Drawn bytes are multiples of this: 512 is a block of a tar."""
 
     bytes_per_s: float | None = None
-    """Rate of each answer's body; None is as fast as it goes."""
+    """Rate of each body of a request or an answer; None is as fast as it goes."""
 
     times: int | None = None
     """Most faults among the recorded requests; None has no end. The rate is not counted."""
@@ -220,9 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         """Pass a request on and its answer back, with the fault that it draws."""
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.faults, fault = self.proxy.meet(Request(self.command, self.path, headers))
+        data = self._receive(int(headers.get("content-length", 0)))
         if fault in _REFUSALS:
             status, code = _REFUSALS[fault]
             body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
@@ -275,6 +275,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.proxy.ended.wait()
         if fault in {"cut", "stall"}:
             self.close_connection = True
+
+    def _receive(self, length: int) -> bytes:
+        rate = self.faults.bytes_per_s
+        if not rate:
+            return self.rfile.read(length)
+        data = bytearray()
+        began = time.monotonic()
+        while len(data) < length and (piece := self.rfile.read(min(_PIECE, length - len(data)))):
+            data += piece
+            time.sleep(max(0.0, began + len(data) / rate - time.monotonic()))
+        return bytes(data)
 
     def _send(self, body: IO[bytes], length: int) -> None:
         rate = self.faults.bytes_per_s

@@ -9,9 +9,9 @@ executed, and it is compared with its own configuration before it is used.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -94,18 +94,26 @@ def save_checkpoint(
     """
     state.wait()
     folder = runs.child(f"checkpoints/{name}")
-    buffer = io.BytesIO()
-    torch.save(
-        {"weights": state.weights, "moments": state.moments, "generators": generators, "ema": state.ema},
-        buffer,
-    )
+    content = {"weights": state.weights, "moments": state.moments, "generators": generators, "ema": state.ema}
     meta = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "position": asdict(position)}
-    files = {STATE: buffer.getvalue(), META: json.dumps(meta, indent=1).encode()}
+    files = {STATE: _saved(content), META: json.dumps(meta, indent=1).encode()}
     folder.delete(MARKER)
     for file, data in files.items():
         folder.write(file, data)
     marker = {file: {"bytes": len(data), "sha256": _sha256(data)} for file, data in files.items()}
     folder.write(MARKER, json.dumps(marker, indent=1).encode())
+
+
+def _saved(content: Mapping[str, object]) -> bytes:
+    """Return the bytes of ``torch.save``.
+
+    It writes to a path, of a file in memory: into a Python buffer it would hold the interpreter's lock, and with it the
+    step that is being taken.
+    """
+    number = os.memfd_create(STATE)
+    with open(number, "r+b", buffering=0) as file:
+        torch.save(content, f"/proc/self/fd/{number}")
+        return file.read()
 
 
 def complete_checkpoints(runs: Storage, kind: str) -> list[int]:
