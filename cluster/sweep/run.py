@@ -45,7 +45,9 @@ def run_sweep(job: SweepJob, runner: Runner) -> int:
     Raises:
         UserError: The dataset does not fit a model, or the folder holds another sweep or other files.
     """
-    from pipeline.data import ChipDataset  # slow: imports torch
+    # Slow: they import torch.
+    from pipeline.data import ChipDataset
+    from pipeline.training.resume import refuse_mixed
 
     cells = job.cells()
     config = RunConfig.from_dict(job.config)
@@ -58,6 +60,8 @@ def run_sweep(job: SweepJob, runner: Runner) -> int:
         kept = ((cell.output.uri, _done(cell, dataset.index.digest, job)) for cell in cells)
         results = {uri: found for uri, found in kept if found is not None}
         missing = [cell for cell in cells if cell.output.uri not in results]
+        for cell in missing:
+            refuse_mixed(open_storage(cell.output.uri), cell, dataset.index.digest)
         say(f"{len(cells)} runs, {len(results)} of them done, in {place.uri}")
         if missing or not place.exists(MARK):
             place.write(MARK, job.to_json().encode())

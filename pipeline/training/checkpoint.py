@@ -157,6 +157,21 @@ def best_kept(runs: Storage, checkpoint: Checkpoint) -> tuple[float | None, int 
         return checkpoint.position.best_loss, None
 
 
+def read_origin(runs: Storage, name: str) -> tuple[RunConfig, str]:
+    """Return the configuration and the index digest of ``checkpoints/<name>/``, without its state.
+
+    Raises:
+        DamagedCheckpointError: They cannot be read; `read_checkpoint` refuses such a checkpoint too.
+        UserError: The configuration is none of this version, or the store does not answer.
+    """
+    folder = runs.child(f"checkpoints/{name}")
+    try:
+        meta = _decode(folder, META, folder.read(META), _Meta)
+    except NotFoundError:
+        raise _damaged(folder, META, "it is missing") from None
+    return RunConfig.from_dict(meta.config, source=f"{folder.uri}/{META}"), meta.position.index_digest
+
+
 def read_checkpoint(runs: Storage, name: str) -> Checkpoint:
     """Read ``checkpoints/<name>/`` and check it against its marker and its configuration.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 import torch
@@ -15,7 +15,13 @@ from pipeline.deepspeed_keys import DeepSpeedKeys
 from pipeline.order import OrderState, random_words
 from pipeline.reporting.run_folder import CONFIG_FILE, RunFolder
 from pipeline.reporting.time_account import TIME_FILE
-from pipeline.training.checkpoint import Checkpoint, complete_checkpoints, newest_checkpoint
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_origin,
+)
 from pipeline.world import World
 from sharding.errors import UserError
 from sharding.schema import Sha256, decode
@@ -97,7 +103,7 @@ def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, wor
     if checkpoint:
         before: tuple[RunConfig, str] | None = checkpoint.config, checkpoint.position.index_digest
     else:
-        before = _recorded(run)  # A run killed before its first checkpoint is also a run.
+        before = _recorded(run.storage)  # A run killed before its first checkpoint is also a run.
     if before:
         _refuse_another_run(run, before, (config, dataset.index.digest))
     if checkpoint:
@@ -105,13 +111,58 @@ def find_checkpoint(run: RunFolder, config: RunConfig, dataset: ChipDataset, wor
     return checkpoint
 
 
-def _recorded(run: RunFolder) -> tuple[RunConfig, str] | None:
+def refuse_mixed(storage: Storage, config: RunConfig, index_digest: str) -> None:
+    """Refuse a run folder that was begun with another configuration, in whatever key, or on another dataset.
+
+    A training that resumes may change its rate or precision (`find_checkpoint`); the figures of a run that is compared
+    with others must be those of one configuration from its first step on.
+
+    Raises:
+        UserError: The record or a complete checkpoint is of another one; the keys are named with both values.
+    """
+    for then, digest in _origins(storage):
+        found = _differences(then, config)
+        if digest != index_digest:
+            found["dataset (digest of its index)"] = (digest, index_digest)
+        if found:
+            raise UserError(
+                f"{storage.uri} holds a training that was begun with another {_in_words(found)}: name another"
+                " output.uri, move this folder away, or give the same configuration to resume it"
+            )
+
+
+def _origins(storage: Storage) -> Iterator[tuple[RunConfig, str]]:
+    """Yield the configuration and the index digest of a run's record and of each complete checkpoint."""
+    if recorded := _recorded(storage):
+        yield recorded
+    for kind in ("step", "best"):
+        for step in complete_checkpoints(storage, kind):
+            with contextlib.suppress(DamagedCheckpointError):  # no run resumes from it
+                yield read_origin(storage, f"{kind}-{step}")
+
+
+def _differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[object, object]]:
+    """Return both values of each key that differs, by its dotted name."""
+    before, after = then.to_dict(), now.to_dict()
+    return {
+        f"{section}.{key}": (before[section].get(key), after[section].get(key))
+        for section in after
+        for key in dict.fromkeys([*before[section], *after[section]])
+        if before[section].get(key) != after[section].get(key)
+    }
+
+
+def _in_words(found: Mapping[str, tuple[object, object]]) -> str:
+    return "; ".join(f"{name} ({before}, now {after})" for name, (before, after) in found.items())
+
+
+def _recorded(storage: Storage) -> tuple[RunConfig, str] | None:
     """Return the configuration and index digest recorded in a run's config.json, or None without one."""
-    if not run.storage.exists(CONFIG_FILE):
+    if not storage.exists(CONFIG_FILE):
         return None
-    source = f"{run.storage.uri}/{CONFIG_FILE}"
+    source = f"{storage.uri}/{CONFIG_FILE}"
     try:
-        record = decode(run.storage.read(CONFIG_FILE), _Record)
+        record = decode(storage.read(CONFIG_FILE), _Record)
     except ValueError as error:
         raise UserError(f"{source} is not a record of a run ({error}): name another output.uri") from None
     sections = {name: getattr(record, name) for name in record.__struct_fields__ if name != "environment"}
@@ -150,9 +201,8 @@ def _refuse_another_run(run: RunFolder, then: tuple[RunConfig, str], now: tuple[
     order = order_state(config, digest).differences(order_state(config_now, digest_now))
     found |= {ORDER_KEYS[name]: values for name, values in order.items()}
     if found:
-        differences = "; ".join(f"{name} ({before}, now {after})" for name, (before, after) in found.items())
         raise UserError(
-            f"{run.storage.uri} holds a run with another {differences}: name another output.uri, or give the same"
+            f"{run.storage.uri} holds a run with another {_in_words(found)}: name another output.uri, or give the same"
             " configuration to resume"
         )
 

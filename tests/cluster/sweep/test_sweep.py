@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,8 +22,11 @@ from cluster.sweep.run import MARK, PAGE, TABLE, Outcome, run_sweep
 from models.registry import ENCODERS, HEADS
 from pipeline.config import RunConfig
 from pipeline.data import ChipDataset
+from pipeline.engines.engine import TrainState
+from pipeline.reporting.run_folder import CONFIG_FILE
+from pipeline.training.checkpoint import Position, save_checkpoint
 from sharding.errors import UserError
-from sharding.storage import open_storage
+from sharding.storage import Storage, open_storage
 
 BASELINES: dict[str, dict[str, float | None]] = {"brovey": {"psnr": 19.25, "ssim": None}}
 
@@ -112,6 +116,42 @@ def test_figures_of_another_configuration_are_refused(config: RunConfig, trained
     file.write_text("[]")
     with pytest.raises(UserError, match=r"sweep.json holds no figures of a sweep"):
         run_sweep(job(config, 1, ["pnn"]), trained)
+
+
+def place_record(place: Storage, config: RunConfig, digest: str) -> None:
+    record = config.to_dict() | {"environment": {"index_digest": digest}}
+    place.write(CONFIG_FILE, json.dumps(record).encode())
+
+
+def place_checkpoint(place: Storage, kind: str, config: RunConfig, digest: str) -> None:
+    """Store a complete checkpoint whose tensors nobody reads."""
+    save_checkpoint(place, f"{kind}-3", config, Position(3, 0.5, digest, 1), TrainState({}, {}, 3), [])
+
+
+@pytest.mark.parametrize("what", ["record", "step", "best"])
+def test_a_run_that_was_begun_with_another_configuration_is_refused(
+    what: str, config: RunConfig, trained: Trained, tmp_path: Path
+) -> None:
+    """Its figures would be those of two configurations, and a single training may change its rate."""
+    (cell,) = job(config, 1, ["pnn"]).cells()
+    place = open_storage(cell.output.uri)
+
+    def begin(run: RunConfig, digest: str) -> None:
+        place_record(place, run, digest) if what == "record" else place_checkpoint(place, what, run, digest)
+
+    begin(replace(cell, train=replace(cell.train, learning_rate=0.5)), trained.digest)
+    with pytest.raises(
+        UserError, match=r"srcnn\+pnn/seed-1 holds a training.*train\.learning_rate \(0\.5, now 0\.001\):"
+    ):
+        run_sweep(job(config, 1, ["pnn"]), trained)
+    begin(cell, "0" * 64)
+    with pytest.raises(UserError, match=r"holds a training.*dataset \(digest of its index\) \(0000"):
+        run_sweep(job(config, 1, ["pnn"]), trained)
+    assert trained.started == []
+    assert not (tmp_path / "sweep" / MARK).exists()
+    begin(cell, trained.digest)
+    assert run_sweep(job(config, 1, ["pnn"]), trained) == 0
+    assert trained.started == ["srcnn+pnn/seed-1"]
 
 
 def test_files_of_others_are_never_replaced(config: RunConfig, trained: Trained, tmp_path: Path) -> None:
