@@ -141,20 +141,45 @@ def prune_checkpoints(runs: Storage, kind: str, newest: int, keep: int) -> None:
         folder.delete(key)
 
 
-def discard_checkpoint(runs: Storage, name: str) -> None:
-    """Make ``checkpoints/<name>/`` incomplete, so that no run resumes from it; do nothing if it is absent."""
+def discard_diverged(runs: Storage, step: int) -> None:
+    """Make the full checkpoint of ``step`` incomplete, so that no run resumes from it; do nothing if it is absent.
+
+    The last one is kept, with a warning: a run with checkpoints never starts over automatically.
+    """
+    name = f"step-{step}"
+    if complete_checkpoints(runs, "step") == [step]:
+        logger.warning(
+            "%s/checkpoints/%s is kept, since no other full checkpoint is left, but a run that resumes from it may"
+            " diverge again: to start over, name another output.uri, with train.init to begin with the best weights",
+            runs.uri,
+            name,
+        )
+        return
     runs.child(f"checkpoints/{name}").delete(MARKER)
 
 
-def best_kept(runs: Storage, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
-    """Return the validation loss and the step of the best weights; if they are damaged, the loss that the checkpoint
-    recorded, and no step."""
+def best_kept(runs: Storage, checkpoint: Checkpoint | None) -> tuple[float | None, int | None]:
+    """Return the validation loss and the step of the best weights, which stay until better ones are found.
+
+    If they are damaged, return the loss that the checkpoint recorded, and no step. A run that was killed before its
+    first full checkpoint starts over; it may have best weights all the same.
+    """
     steps = complete_checkpoints(runs, "best")
+    if not steps:
+        return None, None
     try:
-        return (read_checkpoint(runs, f"best-{steps[-1]}").position.best_loss, steps[-1]) if steps else (None, None)
+        best = read_checkpoint(runs, f"best-{steps[-1]}").position.best_loss
     except DamagedCheckpointError as error:
         logger.warning("%s", error)
-        return checkpoint.position.best_loss, None
+        return checkpoint.position.best_loss if checkpoint else None, None
+    if checkpoint is None:
+        logger.warning(
+            "%s has no full checkpoint: training starts at step 0, and the best weights, of step %d, stay until"
+            " better ones are found",
+            runs.uri,
+            steps[-1],
+        )
+    return best, steps[-1]
 
 
 def read_origin(runs: Storage, name: str) -> tuple[RunConfig, str]:

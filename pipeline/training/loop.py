@@ -29,7 +29,7 @@ from pipeline.reporting.tags import AVERAGED, LOSS_TAGS
 from pipeline.reporting.time_account import TimeAccount, read_record
 from pipeline.training.announce import announce
 from pipeline.training.average import WeightAverage
-from pipeline.training.checkpoint import Checkpoint, Position, best_kept, discard_checkpoint
+from pipeline.training.checkpoint import Checkpoint, Position, best_kept, discard_diverged
 from pipeline.training.initial import load_initial
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.resume import claimed, find_checkpoint, order_state, seed_generators
@@ -134,7 +134,8 @@ class Trainer:
             self.loader.load_state_dict({"step": checkpoint.state.step, "order": vars(order)})
         self.first_step = self.step + 1
         # From the kept weights, which a killed process may have found after its last full checkpoint.
-        self.best_loss, self._best_step = best_kept(run.storage, checkpoint) if checkpoint else (None, None)
+        kept_best = best_kept(run.storage, checkpoint) if world.is_main else (None, None)
+        self.best_loss, self._best_step = world.gather_objects(kept_best)[0]
         before = world.gather_objects(read_record(run.storage) if world.is_main else None)[0]
         self.account = TimeAccount(self.phases.spent, before, self.step)
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
@@ -177,8 +178,7 @@ class Trainer:
             announce(self.config, self.run, self.world, self.plan, self.loader, digest, self.total_steps)
         logs = open_logs(self.run, self.world, self.config, self.first_step)
         try:
-            if self.config.train.init and self.step == 0:
-                self._is_best(self.validate(logs))
+            if self.config.train.init and self.step == 0 and self._is_best(self.validate(logs)):
                 self._save(best=True, full=False)
             with progress(self.total_steps - self.step, "training", "step", shown=self.world.is_main) as bar:
                 while self.step < self.total_steps and not self.stopped:
@@ -328,17 +328,14 @@ class Trainer:
         finite = torch.stack([values.isfinite() for values in by_rank.values()]).all(0)
         ranks = ", ".join(str(rank) for rank in (~finite).nonzero().flatten().tolist())
         chips = self.loader.global_batch(epoch, (step - 1) % self.loader.steps_per_epoch)
-        self._discard_diverged(step)
+        if self.world.is_main:
+            # The update of the step before may have diverged, and a restart from its checkpoint would repeat it.
+            self.saver.wait()
+            discard_diverged(self.run.storage, step - 1)
         return NonFiniteLossError(
             f"{what} is not finite at step {step} on rank {ranks}; the global batch was {'; '.join(chips)}:"
             " look at these chips or lower train.learning_rate"
         )
-
-    def _discard_diverged(self, step: int) -> None:
-        """Remove the checkpoint of the step before: its update may have diverged, and a restart would repeat it."""
-        if self.world.is_main:
-            self.saver.wait()
-            discard_checkpoint(self.run.storage, f"step-{step - 1}")
 
     def validate(self, logs: RunLogs) -> dict[str, float]:
         """Evaluate the validation split over all ranks."""

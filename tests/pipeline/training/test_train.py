@@ -285,16 +285,45 @@ def test_a_loss_that_is_no_number_stops_with_step_and_chips(
     assert complete_checkpoints(open_storage(tmp_path), "step") == []
 
 
-def test_weights_that_diverged_are_not_gone_on_from(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
-    """The update of step 1 is the bad one: its checkpoint must not stay, nor become the best."""
+@pytest.mark.parametrize(("keep", "left"), [(3, [1, 2]), (1, [3])])
+def test_weights_that_diverged_are_not_gone_on_from_while_others_are_left(
+    keep: int, left: list[int], world: World, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The update of step 3 is the bad one; a run whose last checkpoint is discarded would start over."""
+    options = ("train.schedule=warm_restarts", "train.checkpoint_every=1", f"train.keep_checkpoints={keep}")
+    run_training(make_config(tmp_path, "train.max_steps=2", *options))
+    best = (tmp_path / "checkpoints" / "best-2" / "state.pt").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match="not finite at step 4"):
+            run_training(make_config(tmp_path, "train.max_steps=9", "train.learning_rate=1e30", *options))
+        assert complete_checkpoints(open_storage(tmp_path), "step") == left
+        assert (tmp_path / "checkpoints" / "best-2" / "state.pt").read_bytes() == best
+
+
+def test_weights_that_diverged_do_not_become_the_best(world: World, make_config: MakeConfig, tmp_path: Path) -> None:
     diverging = ("train.learning_rate=1e30", "train.schedule=warm_restarts", "train.checkpoint_every=1")
-    with pytest.raises(UserError, match="not finite"):
-        run_training(make_config(tmp_path / "run", "train.max_steps=9", *diverging))
-    assert complete_checkpoints(open_storage(tmp_path / "run"), "step") == []
     with pytest.raises(UserError, match=r"validation loss is not finite after step 1"):
-        run_training(make_config(tmp_path / "short", "train.max_steps=1", *diverging))
-    assert complete_checkpoints(open_storage(tmp_path / "short"), "best") == []
-    assert complete_checkpoints(open_storage(tmp_path / "short"), "step") == []
+        run_training(make_config(tmp_path, "train.max_steps=1", *diverging))
+    assert complete_checkpoints(open_storage(tmp_path), "best") == []
+    assert complete_checkpoints(open_storage(tmp_path), "step") == []
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_a_run_that_was_killed_in_its_first_upload_starts_over_and_keeps_better_weights(
+    initial: bool, world: World, make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if initial:
+        run_training(make_config(tmp_path / "first", "train.max_steps=1"))
+    options = (f"train.init={tmp_path}/first",) if initial else ()
+    run = tmp_path / "run"
+    found = run_training(make_config(run, "train.max_steps=9", *options))
+    (run / "checkpoints" / "step-9" / "COMPLETE").unlink()
+    again = run_training(make_config(run, "train.max_steps=1", "train.learning_rate=1e-6", *options))
+    assert "the best weights, of step 9, stay until better ones are found" in caplog.text
+    assert again.step == 1
+    assert again.best_loss == found.best_loss
+    assert complete_checkpoints(open_storage(run), "best") == [9]
+    assert complete_checkpoints(open_storage(run), "step") == [1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(world: World, make_config: MakeConfig, tmp_path: Path, caplog) -> None:
