@@ -13,6 +13,7 @@ from pipeline.training.checkpoint import Checkpoint
 from sharding.errors import UserError
 from sharding.format.layout import WORLDSTRAT_CHIPS
 from sharding.prepare.options import NUM_BANDS, RGB_BANDS, SampleOptions
+from sharding.storage import StorageUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,10 @@ def training_dataset(checkpoint: Checkpoint) -> ChipDataset | None:
     """Return the training split that a checkpoint was trained on.
 
     If the dataset is gone or another one has its place, None is returned, with a warning.
+
+    Raises:
+        StorageUnavailableError: Its store does not answer: the defaults would give other images than the same command
+            later.
     """
     uri = checkpoint.config.data.uri
     try:
@@ -28,6 +33,8 @@ def training_dataset(checkpoint: Checkpoint) -> ChipDataset | None:
         if dataset.index.digest == checkpoint.position.index_digest:
             return dataset
         reason = "is another dataset now"
+    except StorageUnavailableError:
+        raise
     except UserError as error:
         reason = f"cannot be read ({error})"
     logger.warning("%s, on which the weights were trained, %s", uri, reason)

@@ -22,7 +22,7 @@ from models.published import to_published
 from models.registry import build_model
 from pipeline.config import RunConfig
 from pipeline.jobs import PredictJob
-from pipeline.prediction import Fusion
+from pipeline.prediction import Fusion, preparation
 from pipeline.prediction.export import export_run
 from pipeline.prediction.inputs import find_inputs
 from pipeline.prediction.predict import SUFFIXES, Prediction, open_job
@@ -33,7 +33,7 @@ from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.options import SourceOptions
 from sharding.sources.synthetic.rasters import write_worldstrat
-from sharding.storage import LocalStorage, open_storage
+from sharding.storage import LocalStorage, StorageUnavailableError, open_storage
 from tests.conftest import S3, SMALL
 from tests.in_process import run_here
 from tests.pipeline.test_cli import refused, satfusion
@@ -325,6 +325,26 @@ def test_facts_of_a_gone_dataset_are_not_made_up(
     report = fuse(run, four_bands, tmp_path / "out", checkpoint="last", split="test")
     sidecar = json.loads((tmp_path / "out" / f"{report.made[0]}.json").read_text())
     assert sidecar["options"]["window"] == 30
+
+
+@pytest.mark.parametrize("verb", ["predict", "load", "export"])
+def test_defaults_do_not_stand_in_for_a_dataset_whose_store_does_not_answer(
+    verb: str, run: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command gave other images a minute later."""
+
+    def away(uri: str, *_: object) -> None:
+        raise StorageUnavailableError(f"{uri} does not answer")
+
+    monkeypatch.setattr(preparation, "ChipDataset", away)
+    calls: dict[str, Callable[[], object]] = {
+        "predict": lambda: fuse(run, source, tmp_path / "out"),
+        "load": lambda: Fusion.load(run),
+        "export": lambda: export_run(run, "best", str(tmp_path / "out")),
+    }
+    with pytest.raises(StorageUnavailableError, match="does not answer"):
+        calls[verb]()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_simulated_revisits_are_not_promised(
