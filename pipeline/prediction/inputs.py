@@ -29,7 +29,7 @@ class NamedInput:
     aoi: str
     """Name of the AOI."""
     read: Callable[[], SceneInput]
-    """Function that reads it; UnusableError if it cannot be fused."""
+    """Function that reads it; UnusableError if it cannot be fused, CorruptedError if a dataset's sample is damaged."""
 
 
 @dataclass(frozen=True)

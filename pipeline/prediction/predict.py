@@ -143,10 +143,11 @@ class Predictor:
         """
         try:
             scene = self._inputs[aoi].read()
-        except UnusableError as error:
+        except (UnusableError, CorruptedError) as error:
             if self.strict:
                 raise UserError(f"AOI {aoi!r} cannot be fused ({error}): repair it, or name another") from None
-            return Outcome(aoi, skipped=error)
+            skipped = error if isinstance(error, UnusableError) else UnusableError("unreadable", str(error))
+            return Outcome(aoi, skipped=skipped)
         alone = len(self.scenes) == 1
         return Outcome(aoi, _predict_scene(self.fusion, scene, self.output, self.options, show_rows=alone))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
 from sharding.errors import UserError, nearest
@@ -21,12 +23,14 @@ from sharding.picture import Tile, robust_high, sheet, to_rgb8
 from sharding.prepare.shifts import revisit_shifts
 from sharding.run.groups import leaks
 from sharding.run.named_file import SOFTWARE, write_file
-from sharding.storage import Storage
+from sharding.storage import CorruptedError, Storage
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
+_EMPTY = np.zeros((1, 1, 3), np.uint8)
 _NO_DATA = 255
 """No-data value of a cloud mask; see `sharding.format.sample.Sample`."""
 
@@ -139,14 +143,21 @@ def describe_sample(split: str, shard: ShardEntry, sample: Sample, rgb: Sequence
 def draw(index: Index, storage: Storage, path: Path, aoi: str | None = None) -> None:
     """Draw a contact sheet, one row per AOI: its revisits (the clearest is starred), PAN and HR; or only ``aoi``'s row.
 
+    A damaged sample gets an empty row, and is named in a warning.
+
     Raises:
-        UserError: If the file cannot be written, or a sample is damaged.
+        UserError: If the file cannot be written, or ``aoi``'s sample is damaged.
     """
     entries = [find(index, aoi)] if aoi else [(split, *pair) for split in SPLITS for pair in index.samples(split)]
-    rows = [
-        _row(split, fetch_sample(storage, shard, entry), index)
-        for split, shard, entry in itertools.islice(entries, SHEET_ROWS)
-    ]
+    rows: list[list[Tile]] = []
+    for split, shard, entry in itertools.islice(entries, SHEET_ROWS):
+        try:
+            rows.append(_row(split, fetch_sample(storage, shard, entry), index))
+        except CorruptedError as error:
+            if aoi:
+                raise
+            logger.warning("%s", error)
+            rows.append([(f"damaged: {entry.aoi}", _EMPTY)])
     page, data, info = sheet(rows, tile_size=TILE_PX), io.BytesIO(), PngInfo()
     info.add_text("Software", SOFTWARE)
     page.save(data, format="PNG", pnginfo=info)

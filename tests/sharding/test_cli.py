@@ -89,14 +89,21 @@ def test_inspect_needs_a_dataset(tmp_path: Path) -> None:
         run("inspect", tmp_path)
 
 
-def test_inspect_tells_a_damaged_shard(dataset: Dataset, tmp_path: Path) -> None:
+def test_inspect_tells_a_damaged_sample_and_draws_the_others(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(dataset.folder, copy)
     with next(copy.glob("plan-*/train-00000.tar")).open("r+b") as file:
         file.seek(100_000)
         file.write(b"\xff\x00\xff")
+    assert run("inspect", copy, "--png", tmp_path / "sheet.png") == 0
+    told = re.findall(r"train-00000\.tar: sample .* \(AOI '(.*)'\) fails its CRC-32", caplog.text)
+    assert len(told) == 1
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.height > 2 * 200
     with pytest.raises(UserError, match=r"train-00000\.tar: .*CRC-32"):
-        run("inspect", copy, "--png", tmp_path / "sheet.png")
+        run("inspect", copy, "--aoi", told[0], "--png", tmp_path / "one.png")
 
 
 def test_inspect_refuses_a_picture_that_cannot_be_written(dataset: Dataset, tmp_path: Path) -> None:

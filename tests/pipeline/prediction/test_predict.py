@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from pipeline.prediction.predict import SUFFIXES, Prediction, open_job
 from pipeline.training.loop import run_training
 from pipeline.world import World
 from sharding.errors import UserError
+from sharding.format.index import Index
 from sharding.prepare.options import SampleOptions
 from sharding.run.dataset import ShardOptions, shard_folder
 from sharding.sources.options import SourceOptions
@@ -245,6 +247,23 @@ def test_an_unusable_aoi_is_skipped(run: str, source: Path, aois: list[str], tmp
     assert report.lines()[-1].startswith("3 made, 0 kept, 1 skipped")
 
 
+def test_a_damaged_sample_of_a_dataset_is_skipped_and_the_others_are_fused(
+    run: str, small_uri: str, tmp_path: Path
+) -> None:
+    shutil.copytree(small_uri, tmp_path / "data")
+    index = Index.load(open_storage(tmp_path / "data"))
+    (shard, entry), *others = index.samples("train")
+    with (tmp_path / "data" / shard.name).open("r+b") as file:
+        file.seek(entry.offset + entry.size // 2)
+        file.write(b"damaged")
+    report = fuse(run, tmp_path / "data", tmp_path / "out", split="train")
+    assert [(aoi, error.reason) for aoi, error in report.skipped] == [(entry.aoi, "unreadable")]
+    assert f"{shard.name}: sample {entry.key!r}" in report.lines()[0]
+    assert report.made == [other.aoi for _, other in others]
+    with pytest.raises(UserError, match=rf"AOI '{re.escape(entry.aoi)}' cannot be fused \(.+: repair it"):
+        fuse(run, tmp_path / "data", tmp_path / "out", aoi=(entry.aoi,))
+
+
 @pytest.fixture(scope="module")
 def four_bands(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a dataset of red, green, blue, nir at ratio 4, two revisits, in chips of 30 px."""
@@ -327,23 +346,17 @@ def test_facts_of_a_gone_dataset_are_not_made_up(
     assert sidecar["options"]["window"] == 30
 
 
-@pytest.mark.parametrize("verb", ["predict", "load", "export"])
 def test_defaults_do_not_stand_in_for_a_dataset_whose_store_does_not_answer(
-    verb: str, run: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command gave other images a minute later."""
-
     def away(uri: str, *_: object) -> None:
         raise StorageUnavailableError(f"{uri} does not answer")
 
     monkeypatch.setattr(preparation, "ChipDataset", away)
-    calls: dict[str, Callable[[], object]] = {
-        "predict": lambda: fuse(run, source, tmp_path / "out"),
-        "load": lambda: Fusion.load(run),
-        "export": lambda: export_run(run, "best", str(tmp_path / "out")),
-    }
-    with pytest.raises(StorageUnavailableError, match="does not answer"):
-        calls[verb]()
+    out = tmp_path / "out"
+    for verb in (lambda: fuse(run, source, out), lambda: Fusion.load(run), lambda: export_run(run, "best", str(out))):
+        with pytest.raises(StorageUnavailableError, match="does not answer"):
+            verb()
     assert list(tmp_path.iterdir()) == []
 
 
