@@ -16,13 +16,14 @@ if TYPE_CHECKING:  # slow to import, and the monitor needs the names alone
 class Tag:
     """Aggregation of one logged value."""
 
-    over_ranks: Literal["mean", "sum"] = "mean"
+    over_ranks: Literal["mean", "sum", "rate"] = "mean"
     """Aggregation over the ranks' values of one step."""
-    over_steps: Literal["mean", "last"] = "mean"
-    """Aggregation over the steps since the previous row; for counts and rates the last value."""
+    over_steps: Literal["mean", "last", "rate"] = "mean"
+    """Aggregation over the steps since the previous row; ``rate`` is the harmonic mean, that over the whole time."""
 
 
 COUNT = Tag("sum", "last")
+RATE = Tag("rate", "rate")
 LOSS_TAGS: Mapping[str, str] = {
     "total": "train/loss",
     "mse": "train/mse",
@@ -37,7 +38,7 @@ STEP_TAGS: Mapping[str, Tag] = {
     **dict.fromkeys(LOSS_TAGS.values(), Tag()),
     "train/grad_norm": Tag(),
     "train/learning_rate": Tag(over_steps="last"),
-    "time/chips_per_second": Tag(),
+    "time/chips_per_second": RATE,
     "time/data_wait_seconds": Tag(),
     "time/effective": Tag(over_steps="last"),
     "time/checkpoint_stall_seconds": Tag(),
@@ -108,10 +109,13 @@ def shown_image(stored: str) -> str:
 
 def over_ranks(by_rank: Mapping[str, Tensor]) -> dict[str, float]:
     """Return one value for each tag of a row of STEP_TAGS, whose values are [ranks]."""
-    return {
-        tag: (values.sum() if STEP_TAGS[tag].over_ranks == "sum" else values.mean()).item()
-        for tag, values in by_rank.items()
-    }
+
+    def merged(how: str, values: Tensor) -> Tensor:
+        if how == "rate":
+            return values.reciprocal().mean().reciprocal()
+        return values.sum() if how == "sum" else values.mean()
+
+    return {tag: merged(STEP_TAGS[tag].over_ranks, values).item() for tag, values in by_rank.items()}
 
 
 class Averaged:
@@ -126,15 +130,20 @@ class Averaged:
         """Add a step's row of STEP_TAGS, whose values are [ranks]."""
         self._count += 1
         for tag, values in by_rank.items():
-            if tag in self._sums and STEP_TAGS[tag].over_steps == "mean":
-                values = self._sums[tag] + values
-            self._sums[tag] = values
+            how = STEP_TAGS[tag].over_steps
+            # Rates add up by the time that one takes: their plain mean would forget most of a slow step.
+            added = values.reciprocal() if how == "rate" else values
+            if tag in self._sums and how != "last":
+                added = self._sums[tag] + added
+            self._sums[tag] = added
 
     def take(self) -> dict[str, Tensor]:
         """Return the average row and reset."""
-        row = {
-            tag: values if STEP_TAGS[tag].over_steps == "last" else values / self._count
-            for tag, values in self._sums.items()
-        }
+        row = {tag: self._averaged(STEP_TAGS[tag].over_steps, values) for tag, values in self._sums.items()}
         self._sums, self._count = {}, 0
         return row
+
+    def _averaged(self, how: str, values: Tensor) -> Tensor:
+        if how == "rate":
+            return self._count / values
+        return values if how == "last" else values / self._count

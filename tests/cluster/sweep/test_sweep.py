@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from cluster.cli import main
 from cluster.jobs.submit import build_sweep_request
@@ -24,6 +25,7 @@ from pipeline.config import RunConfig
 from pipeline.data import ChipDataset
 from pipeline.engines.engine import TrainState
 from pipeline.reporting.run_folder import CONFIG_FILE
+from pipeline.reporting.tags import Averaged, over_ranks
 from pipeline.training.checkpoint import Position, save_checkpoint
 from sharding.errors import UserError
 from sharding.storage import Storage, open_storage
@@ -232,6 +234,11 @@ def test_the_request_tells_the_nodes_where_the_store_is(config: RunConfig) -> No
 def test_the_time_is_that_of_all_steps() -> None:
     metrics = "step,epoch,time/chips_per_second\n10,0,8\n20,0,4\n22,0,8\n"
     assert training_seconds(metrics, 8) == 10 * 1 + 10 * 2 + 2 * 1
+    slow_first = Averaged()
+    for seconds in (10, 1, 1, 1, 1):
+        slow_first.add({"time/chips_per_second": 8 / torch.tensor([seconds], dtype=torch.float64)})
+    rate = over_ranks(slow_first.take())["time/chips_per_second"]
+    assert training_seconds(f"step,epoch,time/chips_per_second\n5,0,{rate}\n", 8) == pytest.approx(14)
 
 
 def test_a_run_without_figures_is_not_done(tmp_path: Path) -> None:

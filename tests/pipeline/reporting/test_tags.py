@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pipeline.quality.losses import LossParts
@@ -31,6 +32,16 @@ def test_steps_between_two_rows_are_averaged_and_counts_stand_where_they_are() -
     assert torch.allclose(merged["train/learning_rate"], torch.tensor([0.3, 0.3]))
     since.add(row([7, 8], [4, 1], [0.4] * 2))
     assert since.take()["train/loss"].tolist() == [7, 8]
+
+
+def test_rates_are_averaged_over_the_time_they_take() -> None:
+    """Five steps of 8 chips in 10, 1, 1, 1 and 1 s; the second rank measured twice the time."""
+    since = Averaged()
+    for seconds in (10, 1, 1, 1, 1):
+        since.add({"time/chips_per_second": 8 / torch.tensor([seconds, 2 * seconds], dtype=torch.float64)})
+    row = since.take()
+    torch.testing.assert_close(row["time/chips_per_second"], torch.tensor([40 / 14, 40 / 28], dtype=torch.float64))
+    assert over_ranks(row)["time/chips_per_second"] == pytest.approx(40 / 21)
 
 
 def test_every_logged_loss_is_a_field_of_the_loss() -> None:
