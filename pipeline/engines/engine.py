@@ -7,6 +7,7 @@ same state.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from pipeline.config import TrainConfig
 from pipeline.data.batches import Batch
 from pipeline.engines.recompute import recompute_blocks
 from pipeline.world import World
+
+logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FACTOR = "rate_factor"
@@ -189,8 +192,8 @@ class Engine(ABC):
         if state is not None:
             # Before DeepSpeed copies the weights into its flat fp32 partitions.
             network.load_state_dict(state.weights)
-        if config.recompute:
-            recompute_blocks(network)
+        if config.recompute and not recompute_blocks(network) and world.is_main:
+            logger.warning("train.recompute = true saves nothing: this network has no blocks that could compute again")
         self._network = network
         self._clip_norm = config.clip_norm
         self._adam = make_adam(network, config)

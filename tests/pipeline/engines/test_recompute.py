@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.registry import build_model
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.engines.make import make_engine
-from pipeline.engines.recompute import recompute_blocks
+from pipeline.engines.recompute import _blocks, recompute_blocks
 from pipeline.order import BatchPlan
 from pipeline.quality.losses import LossConfig
 from pipeline.world import World
@@ -77,14 +80,37 @@ def test_blocks_keep_no_activations_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, "torch"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_of_an_engine_are_equal_bit_for_bit(kind: Kind, precision: str, world: World) -> None:
-    losses = {}
+    losses, passes = {}, {}
     for recompute in (False, True):
         config = TrainConfig(**options(kind), precision=precision, global_batch=4, recompute=recompute)
         torch.manual_seed(0)
         network = build_model(ModelConfig("highresnet", "pannet", hidden=8))
+        inside = [next(block.children()) for stage in (network.encoder, network.head) for block in _blocks(stage)]
+        counted = count_passes(inside)
         engine = make_engine(network, config, BatchPlan.create(4, 2, 1), world)
         losses[recompute] = [take_step(engine, random_batch(step), 2, 1e-3, LossConfig()) for step in range(3)]
+        passes[recompute] = dict(counted)
     assert losses[True] == losses[False]
+    # Each block computes again in the backward pass.
+    assert passes[True] == {number: 2 * count for number, count in passes[False].items()}
+    assert len(passes[True]) == STAGES["highresnet", "none"] + STAGES["none", "pannet"]
+
+
+def count_passes(modules: Sequence[nn.Module]) -> Counter[int]:
+    """Return the forward passes of each module from now on, by its number."""
+    passes: Counter[int] = Counter()
+    for number, module in enumerate(modules):
+        module.register_forward_pre_hook(lambda _, __, number=number: passes.update([number]))
+    return passes
+
+
+@pytest.mark.parametrize(("head", "told"), [("pnn", True), ("pannet", False)])
+def test_recompute_without_blocks_is_told(
+    head: str, told: bool, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainConfig(**options("torch"), global_batch=4, recompute=True)
+    make_engine(build_model(ModelConfig("none", head, hidden=8)), config, BatchPlan.create(4, 2, 1), world)
+    assert ("train.recompute = true saves nothing" in caplog.text) == told
 
 
 def test_what_cannot_recompute_is_refused() -> None:
