@@ -16,7 +16,7 @@ from typing import Any
 from cluster.jobs.failures import failures_of_ranks, understand
 from cluster.jobs.notice import Watch, listen, start_notice
 from cluster.jobs.placement import Placement, worlds
-from cluster.jobs.room import Growth, await_room
+from cluster.jobs.room import Growth, Sizes, await_room
 from cluster.logs import configure_logging
 from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
@@ -119,7 +119,7 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
     from ray.train import TrainingFailedError
 
     placement, train = job.placement, job.config["train"]
-    sizes = worlds(placement, train["global_batch"], train["micro_batch"])
+    sizes = Sizes(worlds(placement, train["global_batch"], train["micro_batch"]))
     ray.init(address="auto", logging_level=logging.WARNING)
     _ask_stores(job.config)
     notice = start_notice()
@@ -127,7 +127,7 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
     failures = 0
     with _sigterm() as stops:
         while True:
-            world = await_room(placement, sizes, stops)
+            world = await_room(placement, sizes.now(), stops)
             if stops.is_set():
                 raise Stopped
             if placement.elastic:
@@ -139,6 +139,7 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                         return
                 if stops.is_set():
                     raise Stopped
+                sizes.started(world)
                 logger.info("the ranks stopped at a checkpoint, to continue with more")
                 continue
             except (TrainingFailedError, RayActorError) as error:
@@ -147,9 +148,9 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                     raise failure.mistake from None
                 if failure.kind == "busy":
                     logger.info("%s; they are counted again", failure.reason)
-                    # Free resources may be split over nodes, where no rank fits: this number is not tried again.
-                    sizes = tuple(size for size in sizes if size < world) or sizes
+                    sizes.failed(world)
                     continue
+                sizes.started(world)
                 failures += 1
                 if failures > placement.max_failures:
                     if failure.mistake:
