@@ -66,7 +66,6 @@ class Discovery:
             following = []
             for (path, label, folder), names in zip(level, below, strict=True):
                 if EVENTS in names:
-                    self._known.add(folder.uri)
                     found.append(Found(self._name(path, label), folder))
                     continue
                 following += [
@@ -75,6 +74,8 @@ class Discovery:
                     if self._is_usable(name, folder)
                 ]
             level = following
+        # Only now: after an error in another folder they would be known and never returned.
+        self._known.update(run.storage.uri for run in found)
         return sorted(found, key=lambda run: run.name)
 
     def _folders(self, entry: tuple[str, str, Storage]) -> tuple[str, ...]:

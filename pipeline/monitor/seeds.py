@@ -65,7 +65,6 @@ class _Group:
         names = {run.name for run in runs}
         changed = [run.first_changed for run in runs if run.first_changed is not None]
         again = 0 if names != self._names else min(changed, default=None)
-        self._names = names
         if again is None:
             return
         if any(last >= again for last in self._shown.values()):
@@ -96,6 +95,7 @@ class _Group:
                     for step, (second, values) in sorted(by_step.items())
                 ],
             )
+        self._names = names  # last, so that what could not be written is written by the next update
 
 
 def _summary(values: dict[str, npt.NDArray[np.float64]], position: int) -> Summary:
