@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import resource
@@ -366,3 +367,40 @@ def test_an_error_in_one_folder_loses_no_run_that_was_found_before(
             board.update()
     board.update()
     assert board.names() == {"first", "deep/er/second"}
+
+
+def test_a_folder_whose_name_is_not_utf_8_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs, odd = tmp_path / "runs", os.fsdecode(b"caf\xe9")
+    write_run(f"{runs}/good", [1])
+    write_run(f"{runs}/{odd}", [1])
+    board = show(tmp_path, str(runs))
+    board.update()
+    board.update()
+    assert board.names() == {"good"}
+    assert caplog.messages == [f"not shown: 'caf\\udce9' in {runs} is no UTF-8 or too long: rename it"]
+    # Named by the user, it is shown under another name.
+    named = Shown(tmp_path / "named", f"{runs}/{odd}", f"{runs}/good")
+    named.update()
+    assert named.names() == {"run", "good"}
+
+
+@pytest.mark.parametrize("encoder", ["\ud800", "../up", "\x1b[2J", "x" * 300])
+def test_any_text_in_a_configuration_is_shown_or_left_out(encoder: str, tmp_path: Path) -> None:
+    """The runs have no folder in common, so the group would have the model's name."""
+    for seed in (1, 2):
+        run = tmp_path / f"runs/{seed}"
+        write_run(str(run), [1], {1: [1.0 + seed]})
+        facts = {
+            "model": {"encoder": encoder, "head": "pnn", "hidden": 3},
+            "train": {"seed": seed, "learning_rate": 0.25, "precision\ud800": "x"},
+            "odd\udfff": {"a": 1},
+        }
+        (run / "config.json").write_text(json.dumps(facts))
+    board = show(tmp_path, str(tmp_path / "runs"))
+    board.update()
+    (mean,) = [name for name in board.names() if name.endswith("seeds-mean")]
+    assert board.curve(mean, "loss/train") == {1: 2.5}
+    content = board.read("1").SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["train.learning_rate"].number_value == 0.25
+    assert "model.encoder" not in hparams if encoder == "\ud800" else hparams["model.encoder"].string_value == encoder
