@@ -33,7 +33,10 @@ def cells_here(parallel: int, split: str) -> Callable[[Sequence[RunConfig]], Ite
                         file = folder / f"cell-{len(waiting)}.json"
                         file.write_text(json.dumps({"config": cell.to_dict(), "split": split}))
                         command = [sys.executable, "-m", "cluster.sweep.cell", str(file)]
-                        process = subprocess.Popen(command, preexec_fn=dies_with_parent())  # noqa: S603 - our own words
+                        # A session of its own, so that Ctrl-C reaches it only through this process.
+                        process = subprocess.Popen(  # noqa: S603 - our own words, no shell
+                            command, start_new_session=True, preexec_fn=dies_with_parent()
+                        )
                         running[process] = cell
                     ended = [process for process in running if process.poll() is not None]
                     for process in ended:
