@@ -8,13 +8,13 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.jobs.failures import failures_of_ranks, understand
-from cluster.jobs.notice import Watch, listen, start_notice
+from cluster.jobs.notice import Stopped, Watch, listen, start_notice, stops_on
 from cluster.jobs.placement import Placement, worlds
 from cluster.jobs.room import Growth, Sizes, await_room
 from cluster.logs import configure_logging
@@ -34,10 +34,6 @@ ConfigValues = Mapping[str, Any]
 RankFunction = Callable[[ConfigValues, threading.Event], bool]
 # Time for a store to recover, and for Ray to notice that a node is lost.
 _RESTART_PAUSE_SECONDS = 5.0
-
-
-class Stopped(Exception):
-    """The job was told to end, and its ranks have stopped at a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
     notice = start_notice()
     name = os.environ.get(JOB_VARIABLE) or f"on Ray, {uuid.uuid4().hex[:12]}"
     failures = 0
-    with _sigterm() as stops:
+    with stops_on(signal.SIGTERM) as stops:
         while True:
             world = await_room(placement, sizes.now(), stops)
             if stops.is_set():
@@ -167,21 +163,6 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
             # New processes wait only a moment for a store; this one knows that it was there, and waits for its return.
             with suppress(StorageUnavailableError):  # The ranks meet it then, and it counts.
                 _ask_stores(job.config)
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Set the event on SIGTERM within the block, so that the ranks can write a checkpoint; for the main thread."""
-    stops = threading.Event()
-
-    def note(number: int, frame: object) -> None:
-        stops.set()
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield stops
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ask_stores(config: ConfigValues) -> None:

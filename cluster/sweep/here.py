@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from cluster.sweep.run import Outcome
 from pipeline.config import RunConfig
 from pipeline.signals import dies_with_parent
 from sharding.scratch import scratch_folder
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
@@ -47,6 +50,8 @@ def cells_here(parallel: int, split: str) -> Callable[[Sequence[RunConfig]], Ite
                     if not ended:
                         time.sleep(_POLL_SECONDS)
             finally:
+                if running:
+                    logger.info("%d runs stop at a checkpoint; Ctrl-C again ends them at once", len(running))
                 for process in running:
                     process.terminate()
                 for process in running:

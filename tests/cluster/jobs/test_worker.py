@@ -17,8 +17,9 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from cluster.jobs import notice, room
 from cluster.jobs import train_job as worker
+from cluster.jobs.notice import Stopped
 from cluster.jobs.placement import Placement
-from cluster.jobs.train_job import Job, Stopped, run_job
+from cluster.jobs.train_job import Job, run_job
 from pipeline.config import load_config
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError, retries
