@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import sys
@@ -44,16 +43,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             status: int = args.run(args)
     except UserError as error:
-        say(f"satfusion: error: {error}", sys.stderr)
-        return 2
+        return _end(2, f"satfusion: error: {error}")
     except KeyboardInterrupt:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()  # else a line that the interruption cut off would come after the next one
-        say("satfusion: interrupted", sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return _end(_INTERRUPTED, "satfusion: interrupted")
+    except BrokenPipeError:
+        return _end(_BROKEN_PIPE)
+    except SystemExit:  # argparse has printed the help, or what is wrong
+        _end(0)
+        raise
+    return _end(status)
+
+
+def _end(status: int, message: str = "") -> int:
+    """Print what is not printed yet, and a last message on stderr; return the exit status.
+
+    The readers of the output, such as `head`, may have closed their pipes. Python would report that at its own end, and
+    replace the status.
+    """
+    # In this order: a line that an interruption cut off must not come after the message.
+    for stream, line in ((sys.stdout, ""), (sys.stderr, message)):
+        if stream is None:  # closed by the caller
+            continue
+        try:
+            if line:
+                say(line, stream)
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = status or _BROKEN_PIPE
     return status
 
 

@@ -25,13 +25,15 @@ HUNG_STATUS = 76
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGTERM within the block; for the main thread of a command.
+    """Raise `KeyboardInterrupt` on SIGTERM within the block as on Ctrl-C; for the main thread of a command.
 
-    Where Python can only report an interruption and goes on, in a finaliser or a callback of a weak reference, it is
-    raised again a moment later.
+    After either no thread waits for a store any longer, since the interrupted work waits for its threads. Where Python
+    can only report an interruption and goes on, in a finaliser or a callback of a weak reference, it is raised again a
+    moment later.
     """
 
     def interrupt(number: int, frame: object) -> None:
+        GIVE_UP.set()
         raise KeyboardInterrupt
 
     def report(unraised: sys.UnraisableHookArgs) -> None:
@@ -40,7 +42,10 @@ def sigterm_as_interrupt() -> Iterator[None]:
         else:
             hook(unraised)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGALRM)}
+    numbers = [signal.SIGTERM, signal.SIGALRM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in a shell's background ignores it
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     hook, sys.unraisablehook = sys.unraisablehook, report
     try:
         yield
@@ -49,6 +54,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+        GIVE_UP.clear()
 
 
 @contextmanager

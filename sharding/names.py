@@ -13,6 +13,7 @@ from pathlib import Path
 from sharding.errors import UserError
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _URI = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*):/+(?P<rest>\S*)", re.IGNORECASE)
 _SIGNED = re.compile(
     r"[?&;](sig|[^=&;]*(signature|credential|token|secret|password|access[-_]?key)[^=&;]*)=", re.IGNORECASE
@@ -29,6 +30,11 @@ def climbs(key: str) -> bool:
 def holds_control(text: str) -> bool:
     """Return True if a text has a control character, which could steer a terminal."""
     return _CONTROL.search(text) is not None
+
+
+def is_text(name: str) -> bool:
+    """Return False for a text that is no Unicode: a file's name that is not UTF-8, or half a pair of JSON's escapes."""
+    return _SURROGATE.search(name) is None
 
 
 def path_below(folder: Path, key: str, place: str) -> Path:

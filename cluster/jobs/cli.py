@@ -33,8 +33,8 @@ def add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stop = verbs.add_parser(
         "stop",
         help="end a job of a Ray cluster at a checkpoint",
-        description="End a job and wait until it has ended. A training writes a checkpoint first: submitted again, the "
-        "run resumes from it. A job that has ended already is left as it is.",
+        description="End a job and wait until it has ended. A training writes a checkpoint first, and so do the runs "
+        "that a sweep trains: sent again, they resume from it. A job that has ended already is left as it is.",
     )
     stop.set_defaults(run=_stop)
     for verb in (jobs, logs, stop):

@@ -11,6 +11,11 @@ from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError
 
 _MEMORY = re.compile(r"running low on memory|memory usage threshold|OutOfMemory", re.IGNORECASE)
+# Of torch, whose error has the same name as Ray's.
+_DEVICE_MEMORY = re.compile(
+    r"torch\.(?:cuda\.)?OutOfMemoryError: (?P<torch>.*)|(?P<device>(?:CUDA|HIP|XPU)(?: error:)? out of memory.*)"
+    r"|(?P<cpu>DefaultCPUAllocator: (?:can't allocate|not enough) memory.*)"
+)
 _USERS = re.compile(r"Top \d+ memory users: *\n(.*)", re.IGNORECASE | re.DOTALL)
 _SHOWN_USERS = 4
 _SHOWN = 300
@@ -43,6 +48,8 @@ def understand(error: Exception) -> Failure:
         return Failure("mistake", str(mistake), mistake)
     if mistake:
         return Failure("failure", str(mistake), mistake)
+    if memory := _out_of_memory(error):
+        return Failure("failure", memory)
     nested = list(_nested(error))
     for inner in nested:
         if memory := killed_for_memory(str(inner)):
@@ -69,7 +76,7 @@ def killed_for_memory(text: str) -> str:
     Args:
         text: Text of Ray's error, which lists the processes that used most.
     """
-    if not _MEMORY.search(text):
+    if not _MEMORY.search(text) or _DEVICE_MEMORY.search(text):
         return ""
     used = re.search(r"was ([\d.]+ ?[GM]i?B / [\d.]+ ?[GM]i?B)", text)
     users = _USERS.search(text)
@@ -78,6 +85,27 @@ def killed_for_memory(text: str) -> str:
     rows = [" ".join(line.split()) for line in lines[1 : _SHOWN_USERS + 1] if re.match(r"\s*\d+\s", line)]
     what = f"; PID, GB and command of the largest: {'; '.join(rows)}" if rows else ""
     return f"Ray's memory monitor killed a rank ({used[1] if used else 'its node was short of memory'}{what})"
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Return a sentence with the remedy if ranks could not allocate memory on their devices; else an empty one."""
+    found = {
+        rank: match
+        for rank, failure in sorted(_of_ranks(error).items())
+        if (match := next(filter(None, (_DEVICE_MEMORY.search(_full(inner)) for inner in _nested(failure))), None))
+    }
+    if not found:
+        return ""
+    first = next(iter(found.values()))
+    kind = "memory" if first["cpu"] else "GPU memory"
+    said = " ".join(first[first.lastgroup or 0].split())[:_SHOWN].rstrip(".")
+    return (
+        f"rank {_numbers(list(found))} ran out of {kind} ({said}): lower train.micro_batch, or set train.recompute=true"
+    )
+
+
+def _full(error: Exception) -> str:
+    return f"{type(error).__module__}.{type(error).__name__}: {error}"
 
 
 def failures_of_ranks(error: Exception) -> Mapping[int, str]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+
+
+class Stopped(Exception):
+    """The job was told to end, and what it ran has stopped at a checkpoint."""
 
 
 class Notice:
@@ -61,6 +67,21 @@ def _ask_until_set(notice: Any, asked: threading.Event) -> None:
                 asked.set()
         except ray.exceptions.RayError:  # The driver has ended, and with it the actor: Ray ends this process.
             return
+
+
+@contextmanager
+def stops_on(number: signal.Signals) -> Iterator[threading.Event]:
+    """Set the event on a signal within the block, so that a checkpoint can be written; for a process's main thread."""
+    stops = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        stops.set()
+
+    before = signal.signal(number, note)
+    try:
+        yield stops
+    finally:
+        signal.signal(number, before)
 
 
 class Watch:

@@ -17,6 +17,41 @@ _POLL_SECONDS = 1.0
 _SETTLE_SECONDS = 15.0
 # Nodes that come together are taken together.
 _GROW_AFTER_SECONDS = 10.0
+# A number of ranks that did not start is tried again: a node may have been slow. Each try interrupts the training.
+_FIRST_PAUSE_SECONDS = 60.0
+_LONGEST_PAUSE_SECONDS = 3600.0
+
+
+class Sizes:
+    """Numbers of ranks that a job may start with now; one that did not start in time is left out for a while.
+
+    Free resources may be split over nodes, where no rank fits; or the start was slow, and the next one succeeds.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Begin with all numbers.
+
+        Args:
+            sizes: The numbers of ranks that the job may have, ascending, as `worlds` returns them.
+        """
+        self._all = tuple(sizes)
+        self._failed, self._until, self._pause = 0, 0.0, _FIRST_PAUSE_SECONDS
+
+    def now(self) -> tuple[int, ...]:
+        """Return the numbers, ascending: all, or those below a number that has just failed to start."""
+        if time.monotonic() >= self._until:
+            return self._all
+        return tuple(size for size in self._all if size < self._failed) or self._all
+
+    def failed(self, world: int) -> None:
+        """Leave out ``world`` and larger numbers, each time for twice as long, up to an hour."""
+        self._failed, self._until = world, time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+
+    def started(self, world: int) -> None:
+        """Allow all numbers again if ``world`` ranks are as many as those that failed to start."""
+        if world >= self._failed:
+            self._until, self._pause = 0.0, _FIRST_PAUSE_SECONDS
 
 
 def await_room(placement: Placement, sizes: Sequence[int], stops: threading.Event) -> int:
@@ -26,7 +61,7 @@ def await_room(placement: Placement, sizes: Sequence[int], stops: threading.Even
 
     Args:
         placement: Ranks and their resources.
-        sizes: The numbers of ranks that the job may have, as `worlds` returns them.
+        sizes: The numbers of ranks that the job may start with, ascending.
         stops: Ends the wait; the result has no meaning then.
 
     Raises:
@@ -79,14 +114,14 @@ def _too_small(placement: Placement, sizes: Sequence[int], room: int) -> str:
 class Growth:
     """Whether an elastic job that runs could run with more ranks, for long enough to be worth a restart."""
 
-    def __init__(self, placement: Placement, sizes: Sequence[int], world: int) -> None:
+    def __init__(self, placement: Placement, sizes: Sizes, world: int) -> None:
         """Watch for a job that has ``world`` ranks of the possible ``sizes``."""
         self._placement, self._sizes, self._world = placement, sizes, world
         self._since: float | None = None
 
     def __call__(self) -> bool:
         """Return whether more ranks have had room for `_GROW_AFTER_SECONDS` without a break."""
-        if self._world == self._sizes[-1] or not self._has_room():
+        if self._world >= self._sizes.now()[-1] or not self._has_room():
             self._since = None
             return False
         now = time.monotonic()
@@ -98,7 +133,7 @@ class Growth:
         import ray  # Ray is slow to import
 
         total = room_on(ray.nodes(), self._placement)
-        more = largest(self._sizes, min(total, self._world + room_in(ray.available_resources(), self._placement)))
+        more = largest(self._sizes.now(), min(total, self._world + room_in(ray.available_resources(), self._placement)))
         if more > self._world and self._since is None:
             logger.info("the cluster has room for %d ranks; %d run", more, self._world)
         return more > self._world

@@ -8,15 +8,15 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.jobs.failures import failures_of_ranks, understand
-from cluster.jobs.notice import Watch, listen, start_notice
+from cluster.jobs.notice import Stopped, Watch, listen, start_notice, stops_on
 from cluster.jobs.placement import Placement, worlds
-from cluster.jobs.room import Growth, await_room
+from cluster.jobs.room import Growth, Sizes, await_room
 from cluster.logs import configure_logging
 from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
@@ -34,10 +34,6 @@ ConfigValues = Mapping[str, Any]
 RankFunction = Callable[[ConfigValues, threading.Event], bool]
 # Time for a store to recover, and for Ray to notice that a node is lost.
 _RESTART_PAUSE_SECONDS = 5.0
-
-
-class Stopped(Exception):
-    """The job was told to end, and its ranks have stopped at a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +115,15 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
     from ray.train import TrainingFailedError
 
     placement, train = job.placement, job.config["train"]
-    sizes = worlds(placement, train["global_batch"], train["micro_batch"])
+    sizes = Sizes(worlds(placement, train["global_batch"], train["micro_batch"]))
     ray.init(address="auto", logging_level=logging.WARNING)
     _ask_stores(job.config)
     notice = start_notice()
     name = os.environ.get(JOB_VARIABLE) or f"on Ray, {uuid.uuid4().hex[:12]}"
     failures = 0
-    with _sigterm() as stops:
+    with stops_on(signal.SIGTERM) as stops:
         while True:
-            world = await_room(placement, sizes, stops)
+            world = await_room(placement, sizes.now(), stops)
             if stops.is_set():
                 raise Stopped
             if placement.elastic:
@@ -139,6 +135,7 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                         return
                 if stops.is_set():
                     raise Stopped
+                sizes.started(world)
                 logger.info("the ranks stopped at a checkpoint, to continue with more")
                 continue
             except (TrainingFailedError, RayActorError) as error:
@@ -147,9 +144,9 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                     raise failure.mistake from None
                 if failure.kind == "busy":
                     logger.info("%s; they are counted again", failure.reason)
-                    # Free resources may be split over nodes, where no rank fits: this number is not tried again.
-                    sizes = tuple(size for size in sizes if size < world) or sizes
+                    sizes.failed(world)
                     continue
+                sizes.started(world)
                 failures += 1
                 if failures > placement.max_failures:
                     if failure.mistake:
@@ -166,21 +163,6 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
             # New processes wait only a moment for a store; this one knows that it was there, and waits for its return.
             with suppress(StorageUnavailableError):  # The ranks meet it then, and it counts.
                 _ask_stores(job.config)
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Set the event on SIGTERM within the block, so that the ranks can write a checkpoint; for the main thread."""
-    stops = threading.Event()
-
-    def note(number: int, frame: object) -> None:
-        stops.set()
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield stops
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ask_stores(config: ConfigValues) -> None:

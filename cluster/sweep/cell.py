@@ -7,13 +7,16 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
 
 from cluster.logs import configure_logging
 from pipeline.config import RunConfig
+from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
 from sharding.errors import UserError
 from sharding.files import read_text
 from sharding.schema import Sha256, decode
@@ -70,12 +73,15 @@ def read_result(run: Storage) -> Result | None:
         ) from None
 
 
-def run_cell(values: Mapping[str, Any], split: str) -> None:
-    """Train a run to its end, evaluate its best checkpoint and record the figures.
+def run_cell(
+    values: Mapping[str, Any], split: str, stopping: Callable[[], AbstractContextManager[threading.Event]]
+) -> bool:
+    """Train a run to its end, evaluate its best checkpoint and record the figures; return False if it was stopped.
 
     Args:
         values: Configuration, `RunConfig.to_dict`.
         split: Split of the figures.
+        stopping: Entered for the training, which ends at a checkpoint once the event is set.
 
     Raises:
         UserError: Like `run_training` and `evaluate_run`.
@@ -91,7 +97,9 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
 
     config = RunConfig.from_dict(values)
     try:
-        run_training(config)
+        with stopping() as stop:
+            if run_training(config, stop=stop).stopped:
+                return False
     finally:
         leave_world()
     uri = config.output.uri
@@ -111,6 +119,7 @@ def run_cell(values: Mapping[str, Any], split: str) -> None:
         baselines={name: _finite(found.means(name)) for name in (*BASELINES, *PANSHARPENED)},
     )
     run.write(RESULT_FILE, msgspec.json.format(msgspec.json.encode(result), indent=1))
+    return True
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
@@ -128,16 +137,16 @@ def training_seconds(metrics: str, global_batch: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cell in a file and return its exit status: 0, 2 for a user error."""
+    """Run the cell in a file and return its exit status: 0, 2 for a user error, 75 if SIGTERM stopped its training."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     configure_logging()
     try:
         cell = json.loads(read_text("the cell's file", path))
-        run_cell(cell["config"], cell["split"])
+        done = run_cell(cell["config"], cell["split"], stop_on_sigterm)
     except UserError as error:
         print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if done else STOPPED_STATUS
 
 
 if __name__ == "__main__":

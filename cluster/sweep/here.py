@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from cluster.sweep.run import Outcome
 from pipeline.config import RunConfig
 from pipeline.signals import dies_with_parent
 from sharding.scratch import scratch_folder
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
@@ -33,7 +36,10 @@ def cells_here(parallel: int, split: str) -> Callable[[Sequence[RunConfig]], Ite
                         file = folder / f"cell-{len(waiting)}.json"
                         file.write_text(json.dumps({"config": cell.to_dict(), "split": split}))
                         command = [sys.executable, "-m", "cluster.sweep.cell", str(file)]
-                        process = subprocess.Popen(command, preexec_fn=dies_with_parent())  # noqa: S603 - our own words
+                        # A session of its own, so that Ctrl-C reaches it only through this process.
+                        process = subprocess.Popen(  # noqa: S603 - our own words, no shell
+                            command, start_new_session=True, preexec_fn=dies_with_parent()
+                        )
                         running[process] = cell
                     ended = [process for process in running if process.poll() is not None]
                     for process in ended:
@@ -44,6 +50,8 @@ def cells_here(parallel: int, split: str) -> Callable[[Sequence[RunConfig]], Ite
                     if not ended:
                         time.sleep(_POLL_SECONDS)
             finally:
+                if running:
+                    logger.info("%d runs stop at a checkpoint; Ctrl-C again ends them at once", len(running))
                 for process in running:
                     process.terminate()
                 for process in running:

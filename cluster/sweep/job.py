@@ -6,17 +6,21 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from cluster.jobs.notice import Stopped
 from cluster.logs import configure_logging
 from cluster.sweep.on_ray import cells_on_ray
 from cluster.sweep.plan import SweepJob
 from cluster.sweep.run import run_sweep
+from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
 from sharding.files import read_text
 from sharding.terminal import say
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep in a file and return its exit status: 0, 1 if a run failed, 2 for a user error."""
+    """Run the sweep in a file and return its exit status: 0, 1 if a run failed, 2 for a user error, 75 if stopped."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     configure_logging()
     import ray  # Ray is slow to import
@@ -28,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"satfusion: error: {error}", sys.stderr)
         return 2
+    except Stopped:
+        logger.warning("the sweep was stopped, its runs at their newest checkpoints: the same sweep resumes them")
+        return STOPPED_STATUS
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.jobs.notice import Stopped, stops_on
 from cluster.logs import configure_logging
 from cluster.sweep.options import SweepOptions
 from cluster.sweep.run import Outcome
@@ -20,10 +22,14 @@ logger = logging.getLogger(__name__)
 
 RETRIES = 3
 """Restarts of a run whose node was lost or whose store did not answer; each resumes from its newest checkpoint."""
+_POLL_SECONDS = 1.0
 
 
 def cells_on_ray(options: SweepOptions) -> Callable[[Sequence[RunConfig]], Iterator[Outcome]]:
-    """Return a runner of tasks on the cluster that this process has joined; Ray runs as many at once as fit."""
+    """Return a runner of tasks on the cluster that this process has joined; Ray runs as many at once as fit.
+
+    It raises `Stopped` after SIGTERM: runs that train have stopped at a checkpoint then, and no other one has begun.
+    """
 
     def run(cells: Sequence[RunConfig]) -> Iterator[Outcome]:
         import ray  # Ray is slow to import
@@ -38,28 +44,45 @@ def cells_on_ray(options: SweepOptions) -> Callable[[Sequence[RunConfig]], Itera
         )(_run_cell)
         job = os.environ.get(JOB_VARIABLE) or f"sweep on Ray, {uuid.uuid4().hex[:12]}"
         running = {remote.remote(cell.to_dict(), options.split, f"{job}, {cell.output.uri}"): cell for cell in cells}
-        while running:
-            (done, *_), _ = ray.wait(list(running))
-            yield Outcome(running.pop(done), _reason(done))
+        asked, all_done = False, True
+        with stops_on(signal.SIGTERM) as stops:
+            while running:
+                if stops.is_set() and not asked:
+                    asked = True
+                    for reference in running:
+                        ray.cancel(reference)
+                for reference in ray.wait(list(running), timeout=_POLL_SECONDS)[0]:
+                    cell, reason = running.pop(reference), _reason(reference)
+                    if reason is None:
+                        all_done = False
+                    else:
+                        yield Outcome(cell, reason)
+        if not all_done:
+            raise Stopped
 
     return run
 
 
-def _run_cell(config: Mapping[str, Any], split: str, job: str) -> None:
+def _run_cell(config: Mapping[str, Any], split: str, job: str) -> bool:
     """Train a run in a Ray worker; ``job`` holds the lock of its folder through all restarts."""
     from cluster.sweep.cell import run_cell  # slow: imports torch
 
     configure_logging()
     os.environ[JOB_VARIABLE] = job
-    run_cell(config, split)
+    # Ray interrupts a task that is cancelled as Ctrl-C does. A question to an actor would not do: Ray lends the CPUs of
+    # a task that waits for an answer to another one.
+    return run_cell(config, split, lambda: stops_on(signal.SIGINT))
 
 
-def _reason(reference: object) -> str:
-    """Return why a task failed; empty if it did not."""
+def _reason(reference: object) -> str | None:
+    """Return why a task failed; empty if it is done, None if it was stopped."""
     import ray  # Ray is slow to import
 
     try:
-        ray.get(reference)
+        if not ray.get(reference):
+            return None
+    except ray.exceptions.TaskCancelledError:
+        return None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             return str(error.cause)

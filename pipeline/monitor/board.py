@@ -56,9 +56,16 @@ class Board:
             return
         path = self.path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        with (path / self._name).open("ab") as file:
-            first = [] if file.tell() else [Event(wall_time=events[0].wall_time, file_version="brain.Event:2")]
-            file.write(b"".join(as_record(event) for event in (*first, *events)))
+        with (path / self._name).open("ab", buffering=0) as file:
+            begin = file.tell()
+            first = [] if begin else [Event(wall_time=events[0].wall_time, file_version="brain.Event:2")]
+            left = memoryview(b"".join(as_record(event) for event in (*first, *events)))
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(begin)  # a part of a record would hide all that follow it
+                raise
 
     def path(self, folder: str) -> Path:
         """Return the path of a folder."""
@@ -82,6 +89,7 @@ class RunOnBoard:
         self._zeros: dict[str, Event] = {}
         self._risen: set[str] = set()
         self._pending: defaultdict[str, list[Event]] = defaultdict(list)
+        self._facts_due: int | None = 0
         self._folders: set[str] = set()
         self._traces: dict[str, int] = {}
 
@@ -102,9 +110,11 @@ class RunOnBoard:
                 self._show(event)
             if count % _MOST_PENDING == 0:
                 self._flush()
-        if self.facts is None and (count or self._folders):
-            self._show_facts(0)
         self._flush()
+        # After the curves, which are shown also while the configuration cannot be read.
+        if self._facts_due is not None and (count or self._folders):
+            self._show_facts(self._facts_due)
+            self._flush()
         if self.facts and self.facts.sections.get("train", {}).get("profile"):
             self._copy_traces()
         return count
@@ -118,11 +128,15 @@ class RunOnBoard:
             events[:] = [before for before in events if before.step < first_void]
         for folder in self._folders or {self.name}:
             self._pending[folder].append(event)
-        self._show_facts(first_void)
+        self._facts_due = first_void
 
     def _show_facts(self, step: int) -> None:
+        """Show the configuration from a step; it is read again with the next update if it is not there yet."""
         facts = read_facts(self._run)
-        if facts is None or facts == self.facts:
+        if facts is None:
+            return
+        self._facts_due = None
+        if facts == self.facts:
             return
         self.facts = facts
         for summary in (*pages.texts(facts), pages.session(facts, self.name)):
@@ -177,10 +191,11 @@ class RunOnBoard:
         self.first_changed = step if self.first_changed is None else min(self.first_changed, step)
 
     def _flush(self) -> None:
-        for folder, events in self._pending.items():
+        while self._pending:
+            folder, events = next(iter(self._pending.items()))
             self._board.write(folder, events)
             self._folders.add(folder)
-        self._pending.clear()
+            del self._pending[folder]  # each folder by itself: an error of another one must not write it twice
 
     def _copy_traces(self) -> None:
         """Copy new profiles, which the ranks write beside their events."""

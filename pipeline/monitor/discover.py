@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharding.errors import UserError
-from sharding.names import path_below
+from sharding.names import is_text, path_below
 from sharding.storage import LocalStorage, Storage, StorageUnavailableError, open_storage
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 EVENTS = "events"
 DEEPEST = 4
 """Levels of folders below a named one in which runs are found."""
+_LONGEST_NAME = 255
+"""Bytes of a folder's name."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class Discovery:
             following = []
             for (path, label, folder), names in zip(level, below, strict=True):
                 if EVENTS in names:
-                    self._known.add(folder.uri)
                     found.append(Found(self._name(path, label), folder))
                     continue
                 following += [
@@ -75,6 +76,8 @@ class Discovery:
                     if self._is_usable(name, folder)
                 ]
             level = following
+        # Only now: after an error in another folder they would be known and never returned.
+        self._known.update(run.storage.uri for run in found)
         return sorted(found, key=lambda run: run.name)
 
     def _folders(self, entry: tuple[str, str, Storage]) -> tuple[str, ...]:
@@ -105,11 +108,26 @@ class Discovery:
         if name.startswith("."):
             return False
         try:
-            path_below(Path(), name, folder.uri)
+            check_name(name, folder.uri)
         except UserError as error:
             self._warn(f"{folder.uri}/{name}", error)
             return False
-        return len(name.encode()) <= 255
+        return True
+
+
+def check_name(name: str, place: str) -> None:
+    """Refuse a name that cannot be that of a folder of TensorBoard.
+
+    Args:
+        name: Name of one folder.
+        place: Name of the folder above it in the error.
+
+    Raises:
+        UserError: It climbs, or is too long or no Unicode, or holds control characters.
+    """
+    path_below(Path(), name, place)
+    if not is_text(name) or len(name.encode()) > _LONGEST_NAME:
+        raise UserError(f"{name!r} in {place} is no UTF-8 or too long: rename it")
 
 
 def _names(roots: Sequence[Storage]) -> list[str]:
@@ -118,6 +136,10 @@ def _names(roots: Sequence[Storage]) -> list[str]:
     for root in roots:
         place = str(Path(root.uri).resolve()) if isinstance(root, LocalStorage) else root.uri
         base = place.rstrip("/").rsplit("/", 1)[-1] or "run"
+        try:
+            check_name(base, root.uri)
+        except UserError:
+            base = "run"
         name, number = base, 2
         while name in names:
             name, number = f"{base}-{number}", number + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow
 from pyarrow import csv, parquet
 
 from pipeline.monitor.curves import Curves
-from pipeline.monitor.discover import EVENTS, Discovery
+from pipeline.monitor.discover import EVENTS, Discovery, check_name
 from pipeline.monitor.feed import Feed, restarted
 from pipeline.reporting.events import AGGREGATE
 from pipeline.reporting.tags import shown
@@ -19,6 +20,8 @@ from sharding.errors import UserError
 from sharding.run.named_file import check_file
 from sharding.scratch import scratch_folder
 from sharding.storage import LocalStorage, Storage
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pyarrow.schema(
     [
@@ -61,7 +64,13 @@ def export(uris: Sequence[str], path: Path) -> int:
         written = folder / path.name
         with _WRITERS[path.suffix](str(written), SCHEMA) as writer:
             for run in runs:
-                for name in run.storage.child(EVENTS).folders():
+                events = run.storage.child(EVENTS)
+                for name in events.folders():
+                    try:
+                        check_name(name, events.uri)
+                    except UserError as error:
+                        logger.warning("not exported: %s", error)
+                        continue
                     key = f"{EVENTS}/{name}"
                     table = _table(run.name, "" if key == AGGREGATE else name, run.storage.child(key))
                     writer.write_table(table)

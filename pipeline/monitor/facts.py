@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.reporting.run_folder import CONFIG_FILE
+from sharding.names import is_text
 from sharding.storage import NotFoundError, Storage
 
 _LARGEST = 1 << 20
@@ -37,7 +38,7 @@ class Facts:
     """Configuration and environment of a run."""
 
     sections: Mapping[str, Mapping[str, Any]]
-    """Sections of config.json whose values are texts, numbers and booleans."""
+    """Sections of config.json: values that are texts, numbers and booleans, without those that are no Unicode."""
 
     def hparams(self) -> dict[str, str | float | bool]:
         """Return the values of HPARAMS that the run has."""
@@ -87,11 +88,14 @@ def read_facts(run: Storage) -> Facts | None:
         return None
     if not isinstance(data, dict):
         return None
-    plain = (str, int, float, bool)
     return Facts(
         {
-            section: {key: value for key, value in values.items() if isinstance(value, plain)}
+            section: {key: value for key, value in values.items() if is_text(key) and _is_plain(value)}
             for section, values in data.items()
-            if isinstance(values, dict)
+            if isinstance(values, dict) and is_text(section)
         }
     )
+
+
+def _is_plain(value: object) -> bool:
+    return is_text(value) if isinstance(value, str) else isinstance(value, int | float | bool)

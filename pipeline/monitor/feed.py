@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -26,13 +27,17 @@ class Feed:
         self._read: dict[str, int] = {}
         self._readers: dict[str, RecordReader] = {}
         self._damaged: set[str] = set()
+        self._waiting: deque[Event] = deque()
 
     def events(self) -> Iterator[Event]:
         """Yield the events since the last call; each call costs one listing and the new bytes.
 
+        An event is yielded once, also if its use fails; those that follow it then come with the next call.
+
         Raises:
             UserError: The store does not answer.
         """
+        yield from self._decoded()
         # Names begin with the time of the process and end in the number of the segment, so they sort in order.
         for stored in self._folder.list():
             if _MARK not in stored.key or stored.key in self._damaged:
@@ -46,13 +51,18 @@ class Feed:
                     break
                 # Before the events are used: an error in their use must not show them twice.
                 self._read[stored.key] = begin + len(piece)
-                yield from self._decoded(stored.key, piece)
+                self._decode(stored.key, piece)
+                yield from self._decoded()
                 if stored.key in self._damaged:
                     break
 
-    def _decoded(self, key: str, piece: bytes) -> Iterator[Event]:
+    def _decoded(self) -> Iterator[Event]:
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def _decode(self, key: str, piece: bytes) -> None:
         try:
-            yield from self._readers.setdefault(key, RecordReader()).events(piece)
+            self._waiting.extend(self._readers.setdefault(key, RecordReader()).events(piece))
         except DamagedRecordsError as error:
             logger.warning("%s/%s is skipped from here: %s", self._folder.uri, repr(key)[1:-1], error)
             self._damaged.add(key)

@@ -13,6 +13,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from pipeline.monitor.board import Board, RunOnBoard, start
+from pipeline.monitor.discover import check_name
+from sharding.errors import UserError
 
 CURVES = ("seeds-mean", "seeds-low", "seeds-high")
 """Names of a group's runs: the mean of its runs, and one standard deviation below and above."""
@@ -47,6 +49,10 @@ class Seeds:
     def _label(self, group: list[RunOnBoard], experiment: str) -> str:
         """Return the name of the folder above all runs of a group, or of their model; it stays as it is."""
         model = group[0].facts.model if group[0].facts else ""
+        try:
+            check_name(model, "the runs")
+        except UserError:  # any text may stand in a config.json
+            model = experiment[:6]
         label = os.path.commonpath([run.name for run in group]) or model
         taken = {other.label for other in self._groups.values()}
         return f"{label}-{experiment[:6]}" if label in taken else label
@@ -65,7 +71,6 @@ class _Group:
         names = {run.name for run in runs}
         changed = [run.first_changed for run in runs if run.first_changed is not None]
         again = 0 if names != self._names else min(changed, default=None)
-        self._names = names
         if again is None:
             return
         if any(last >= again for last in self._shown.values()):
@@ -96,6 +101,7 @@ class _Group:
                     for step, (second, values) in sorted(by_step.items())
                 ],
             )
+        self._names = names  # last, so that what could not be written is written by the next update
 
 
 def _summary(values: dict[str, npt.NDArray[np.float64]], position: int) -> Summary:

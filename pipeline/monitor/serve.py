@@ -23,6 +23,7 @@ from pipeline.monitor.seeds import Seeds
 from pipeline.signals import dies_with_parent
 from sharding.errors import UserError
 from sharding.scratch import scratch_folder
+from sharding.storage.retries import GIVE_UP
 from sharding.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def watching(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
     Raises:
         UserError: A store refuses or does not answer at the first look.
     """
-    with scratch_folder("monitor") as root, ThreadPoolExecutor(_THREADS) as pool:
+    with scratch_folder("monitor") as root, _waited_for(), ThreadPoolExecutor(_THREADS) as pool:
         watch = Watch(uris, root)
         watch.look(pool)
         if not watch.runs:
@@ -127,7 +128,17 @@ def watching(uris: Sequence[str], refresh_seconds: float) -> Iterator[Path]:
             yield root
         finally:
             stop.set()
+            GIVE_UP.set()
             follower.join()
+
+
+@contextmanager
+def _waited_for() -> Iterator[None]:
+    """Let threads wait for stores again after the block, in which `GIVE_UP` was set to end them."""
+    try:
+        yield
+    finally:
+        GIVE_UP.clear()
 
 
 def _follow(watch: Watch, pool: Executor, refresh_seconds: float, stop: threading.Event) -> None:

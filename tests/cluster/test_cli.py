@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import subprocess
 import sys
 
@@ -46,6 +48,65 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     assert run_verb(monkeypatch, verb) == 130
+
+
+ENDS = """
+import argparse, sys
+from cluster import cli
+from sharding.errors import UserError
+
+ENDS = {"returns": None, "interrupted": KeyboardInterrupt(), "mistake": UserError("a mistake"), "help": SystemExit(0)}
+
+def verb(args):
+    print("a line that waits in the buffer")
+    end = ENDS[sys.argv[1]]
+    if end is not None:
+        raise end
+    return 0
+
+def parser():
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=verb)
+    return parser
+
+cli.build_parser = parser
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
+    [
+        ("returns", 141, ""),
+        ("interrupted", 130, "satfusion: interrupted\n"),
+        ("mistake", 2, "satfusion: error: a mistake\n"),
+        ("help", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_is_gone_changes_neither_status_nor_message(
+    end: str, status: int, message: str, both: bool
+) -> None:
+    """As in `satfusion ... | head -1`, and with `2>&1` before the pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", ENDS, end]
+    try:
+        ended = subprocess.run(
+            command, stdout=write, stderr=write if both else subprocess.PIPE, text=True, env=buffered
+        )
+    finally:
+        os.close(write)
+    assert (ended.returncode, ended.stderr or "") == (status, "" if both else message)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_output_is_none(closed: str) -> None:
+    command = shlex.join([sys.executable, "-c", ENDS, "interrupted"])
+    ended = subprocess.run(["/bin/sh", "-c", f"{command} {closed}"], capture_output=True, text=True)
+    said = "satfusion: interrupted\n" if closed == ">&-" else ""
+    assert (ended.returncode, ended.stderr) == (130, said)
 
 
 @pytest.mark.parametrize(

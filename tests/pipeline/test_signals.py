@@ -37,6 +37,30 @@ def test_ctrl_c_ends_waiting_for_stores() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_waits_for_no_store(number: signal.Signals) -> None:
+    """The command waits for its threads, and these would wait for a store that is away."""
+    before = signal.getsignal(signal.SIGINT)
+    with signals.sigterm_as_interrupt():
+        assert not GIVE_UP.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        assert GIVE_UP.is_set()
+    assert not GIVE_UP.is_set()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_that_a_shell_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.sigterm_as_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not GIVE_UP.is_set()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_in_a_finaliser_is_raised_after_it(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:

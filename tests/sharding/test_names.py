@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import UserError
-from sharding.names import absolute_uri, expanded, path_below, refuse_secret, refuse_secrets
+from sharding.names import absolute_uri, expanded, is_text, path_below, refuse_secret, refuse_secrets
 from sharding.storage import open_storage
 
 FOLDER = Path("/folder")
@@ -141,3 +141,10 @@ def test_a_file_uri_without_a_path_of_this_machine_is_refused(uri: str) -> None:
 
 def test_other_uris_stay_as_they_are() -> None:
     assert absolute_uri("s3://bucket/x", Path("/here")) == "s3://bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("é\U0001f600", True), ("", True), ("caf\udce9", False), ("\ud800", False)]
+)
+def test_a_name_that_is_no_unicode_is_no_text(name: str, expected: bool) -> None:
+    assert is_text(name) is expected

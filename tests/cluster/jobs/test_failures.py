@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import ActorDiedError
+import torch
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
@@ -59,6 +60,45 @@ AWAY, MISTAKE = StorageUnavailableError("the store is away"), UserError("the mis
 )
 def test_each_end_of_an_attempt_has_its_kind(error: Exception, expected: Failure) -> None:
     assert understand(error) == expected
+
+
+TRIED = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
+ON_CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+REMEDY = "lower train.micro_batch, or set train.recompute=true"
+
+
+def in_task(error: Exception) -> Exception:
+    """Return an error as Ray brings it from a task: a type made from both, with the traceback as text."""
+    text = f"\x1b[36mray::train()\x1b[39m (pid=7, ip=10.0.0.7)\n  File a.py\ntorch.OutOfMemoryError: {error}\nnext line"
+    return RayTaskError("train", text, error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (group(torch.OutOfMemoryError(TRIED)), f"rank 0 ran out of GPU memory ({TRIED[:-1]}): {REMEDY}"),
+        (
+            group(ConnectionError("reset"), in_task(torch.OutOfMemoryError(TRIED))),
+            f"rank 1 ran out of GPU memory ({TRIED[:-1]}): {REMEDY}",
+        ),
+        (
+            group(torch.OutOfMemoryError("Allocation on device")),
+            f"rank 0 ran out of GPU memory (Allocation on device): {REMEDY}",
+        ),
+        (
+            group(*[RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be")] * 2),
+            f"rank 0, 1 ran out of GPU memory (CUDA error: out of memory): {REMEDY}",
+        ),
+        (
+            group(RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {ON_CPU}.")),
+            f"rank 0 ran out of memory ({ON_CPU}): {REMEDY}",
+        ),
+    ],
+)
+def test_a_rank_without_device_memory_is_not_killed_by_ray(error: Exception, words: str) -> None:
+    """The error of torch has the name of Ray's."""
+    assert understand(error) == Failure("failure", words)
+    assert killed_for_memory(f"torch.OutOfMemoryError: {TRIED}") == ""
 
 
 def test_a_kill_for_memory_is_named_with_what_used_it() -> None:

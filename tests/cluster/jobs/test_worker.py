@@ -17,8 +17,9 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from cluster.jobs import notice, room
 from cluster.jobs import train_job as worker
+from cluster.jobs.notice import Stopped
 from cluster.jobs.placement import Placement
-from cluster.jobs.train_job import Job, Stopped, run_job
+from cluster.jobs.train_job import Job, run_job
 from pipeline.config import load_config
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError, retries
@@ -208,7 +209,8 @@ def test_growth_waits_until_the_room_has_lasted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(room.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus[0]}}])
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": cpus[0] - 2})
-    grows = room.Growth(Placement("2..4"), (2, 4), 2)
+    sizes = room.Sizes((2, 4))
+    grows = room.Growth(Placement("2..4"), sizes, 2)
 
     def after(seconds: float, total: float) -> bool:
         clock[0] += seconds
@@ -223,7 +225,7 @@ def test_growth_waits_until_the_room_has_lasted(monkeypatch: pytest.MonkeyPatch)
     assert not after(1, 4)
     assert not after(9, 4)
     assert after(1, 4)
-    assert not room.Growth(Placement("2..4"), (2, 4), 4)(), "there is nothing larger"
+    assert not room.Growth(Placement("2..4"), sizes, 4)(), "there is nothing larger"
 
 
 def test_an_elastic_job_takes_what_is_free_when_it_stays_so(
@@ -240,14 +242,69 @@ def test_an_elastic_job_takes_what_is_free_when_it_stays_so(
     assert room.await_room(Placement("2..8"), (2, 4, 8), threading.Event()) == 4
 
 
-def test_an_elastic_job_does_not_ask_twice_for_room_that_is_split_over_nodes(
-    attempts: Attempts, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of `room`, which a test sets."""
+    clock = [100.0]
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    return clock
+
+
+def test_an_elastic_job_does_not_ask_twice_at_once_for_room_that_is_split_over_nodes(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
     """Eight halves of free resources are no room for eight ranks: their start times out, and fewer are tried."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 9.0}}])
     attempts.workers = "2..9"
     attempts.run(0, ControllerError(WorkerGroupStartupTimeoutError(8)), None)
     assert attempts.worlds == [8, 4]
+
+
+def test_an_elastic_job_grows_again_after_a_slow_start(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 9.0}}])
+    growths: list[room.Growth] = []
+
+    class Growth(room.Growth):
+        def __init__(self, placement: Placement, sizes: room.Sizes, world: int) -> None:
+            super().__init__(placement, sizes, world)
+            growths.append(self)
+
+    monkeypatch.setattr(worker, "Growth", Growth)
+
+    def grows_after(seconds: float) -> Callable[[], None]:
+        """Let time pass in an attempt, and see that the job grows then and not before."""
+
+        def pass_time() -> None:
+            clock[0] += seconds - 1.0
+            assert not growths[-1]()
+            clock[0] += 1.0
+            assert not growths[-1]()
+            clock[0] += 10.0  # the room has lasted
+            assert growths[-1]()
+
+        return pass_time
+
+    slow = ControllerError(WorkerGroupStartupTimeoutError(8))
+    attempts.workers = "4..9"
+    # A second slow start makes the pause longer, and a start makes it short again.
+    attempts.run(1, slow, grows_after(60.0), slow, grows_after(120.0), failure(BROKEN), slow, grows_after(60.0), None)
+    assert attempts.worlds == [8, 4, 8, 4, 8, 8, 4, 8]
+
+
+def test_a_number_that_does_not_start_is_left_out_for_an_hour_at_most(clock: list[float]) -> None:
+    sizes = room.Sizes((2, 4, 8))
+    for seconds in (60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3600.0, 3600.0):
+        sizes.failed(8)
+        sizes.started(4)
+        assert sizes.now() == (2, 4)
+        clock[0] += seconds - 1.0
+        assert sizes.now() == (2, 4)
+        clock[0] += 1.0
+        assert sizes.now() == (2, 4, 8)
+    sizes.failed(2)
+    assert sizes.now() == (2, 4, 8), "none is smaller: all may be tried"
 
 
 def test_a_head_that_does_not_answer_hides_no_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

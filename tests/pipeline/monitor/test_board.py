@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import logging
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from pipeline.config import RunConfig
-from pipeline.monitor.board import TRACE_SUFFIX
+from pipeline.monitor import board as board_module
+from pipeline.monitor.board import TRACE_SUFFIX, Board, start
+from pipeline.monitor.facts import Facts, read_facts
+from pipeline.monitor.records import RecordReader
 from pipeline.monitor.serve import Watch
 from pipeline.reporting.events import AGGREGATE
 from pipeline.reporting.segments import EventFile
 from sharding.errors import UserError
-from sharding.storage import LocalStorage, StoredObject, open_storage
+from sharding.storage import LocalStorage, Storage, StorageUnavailableError, StoredObject, open_storage
 from tests.conftest import S3
 from tests.pipeline.monitor.runs import with_seed, write_run
 
@@ -234,3 +241,166 @@ def test_profiles_are_beside_the_events_of_their_rank(place: str, tmp_path: Path
     board = show(tmp_path, place)
     board.update()
     assert (tmp_path / f"board/run/rank-1/rank-1{TRACE_SUFFIX}").read_bytes() == b"trace"
+
+
+def test_a_configuration_that_cannot_be_read_now_hides_no_curve_and_is_shown_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has ended: no new event tells the monitor to look at it again."""
+    run = tmp_path / "runs/one"
+    away = [True]
+
+    def read(storage: Storage) -> Facts | None:
+        if away[0]:
+            raise StorageUnavailableError("the store is away")
+        return read_facts(storage)
+
+    monkeypatch.setattr(board_module, "read_facts", read)
+    board = show(tmp_path, str(tmp_path / "runs"))
+    write_run(str(run), [1, 2, 3])
+    board.update()
+    assert list(board.curve("one", "loss/train")) == [1, 2, 3]
+    assert board.watch.runs["one"].facts is None
+    away[0] = False
+    board.update()
+    assert board.watch.runs["one"].facts == read_facts(open_storage(str(run)))
+    assert "run/configuration" in board.read("one").Tags()["tensors"]
+    # Begun again with another configuration, while the store is away.
+    away[0] = True
+    write_run(str(run), [3, 4], config=with_seed(RunConfig(), 7))
+    board.update()
+    assert list(board.curve("one", "loss/train")) == [1, 2, 3, 4]
+    away[0] = False
+    board.update()
+    facts = board.watch.runs["one"].facts
+    assert facts is not None
+    assert facts.seed == 7
+
+
+@pytest.mark.parametrize("failing", range(1, 16, 2))
+def test_what_could_not_be_written_is_written_later_and_once(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the writes fails in turn, in the middle of the events that are read together."""
+    for seed in (1, 2):
+        losses = {step: [1.0, 3.0 * seed] for step in (1, 2, 3)}
+        write_run(f"{tmp_path}/runs/{seed}", [1, 2, 3], losses, ranks=2, config=with_seed(RunConfig(), seed))
+    monkeypatch.setattr(board_module, "_MOST_PENDING", 1)
+    write, calls = Board.write, [0]
+
+    def full(board: Board, folder: str, events: Sequence[Event]) -> None:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(board, folder, events)
+
+    board = show(tmp_path, str(tmp_path / "runs"))
+    monkeypatch.setattr(Board, "write", full)
+    with contextlib.suppress(OSError):  # raised where the means cannot be written
+        board.update()
+    board.update()
+    assert calls[0] > failing
+    for seed in (1, 2):
+        assert [event.step for event in board.read(f"{seed}").Scalars("loss/train")] == [1, 2, 3]
+        assert [event.step for event in board.read(f"{seed}/max").Scalars("loss/train")] == [1, 2, 3]
+        assert "run/configuration" in board.read(f"{seed}").Tags()["tensors"]
+    (mean,) = [name for name in board.names() if name.endswith("seeds-mean")]
+    assert board.curve(mean, "loss/train") == dict.fromkeys((1, 2, 3), (2.0 + 3.5) / 2)
+
+
+def test_means_that_could_not_be_written_are_written_later_for_a_new_seed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (1, 2):
+        write_run(f"{tmp_path}/runs/{seed}", [1, 2], {1: [seed], 2: [seed]}, config=with_seed(RunConfig(), seed))
+    board = show(tmp_path, str(tmp_path / "runs"))
+    board.update()
+    (mean,) = [name for name in board.names() if name.endswith("seeds-mean")]
+    assert board.curve(mean, "loss/train") == {1: 1.5, 2: 1.5}
+    write_run(f"{tmp_path}/runs/3", [2], {2: [6.0]}, config=with_seed(RunConfig(), 3))
+    write = Board.write
+
+    def full(board: Board, folder: str, events: Sequence[Event]) -> None:
+        if "seeds-" in folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(board, folder, events)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Board, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            board.update()
+    board.update()
+    assert board.curve(mean, "loss/train") == {2: 3.0}
+
+
+def test_a_write_that_fails_half_way_leaves_no_part_of_a_record(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    board.write("run", [start(1)])
+    (file,) = (tmp_path / "run").iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            board.write("run", [start(2)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    board.write("run", [start(3)])
+    assert [event.step for event in RecordReader().events(file.read_bytes())] == [0, 1, 3]
+
+
+def test_an_error_in_one_folder_loses_no_run_that_was_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(f"{tmp_path}/runs/first", [1])
+    write_run(f"{tmp_path}/runs/deep/er/second", [1])
+    folders = LocalStorage.folders
+
+    def away(place: LocalStorage) -> tuple[str, ...]:
+        if place.uri.endswith("er"):
+            raise StorageUnavailableError("the store is away")
+        return folders(place)
+
+    board = show(tmp_path, str(tmp_path / "runs"))
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "folders", away)
+        with pytest.raises(StorageUnavailableError):
+            board.update()
+    board.update()
+    assert board.names() == {"first", "deep/er/second"}
+
+
+def test_a_folder_whose_name_is_not_utf_8_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs, odd = tmp_path / "runs", os.fsdecode(b"caf\xe9")
+    write_run(f"{runs}/good", [1])
+    write_run(f"{runs}/{odd}", [1])
+    board = show(tmp_path, str(runs))
+    board.update()
+    board.update()
+    assert board.names() == {"good"}
+    assert caplog.messages == [f"not shown: 'caf\\udce9' in {runs} is no UTF-8 or too long: rename it"]
+    # Named by the user, it is shown under another name.
+    named = Shown(tmp_path / "named", f"{runs}/{odd}", f"{runs}/good")
+    named.update()
+    assert named.names() == {"run", "good"}
+
+
+@pytest.mark.parametrize("encoder", ["\ud800", "../up", "\x1b[2J", "x" * 300])
+def test_any_text_in_a_configuration_is_shown_or_left_out(encoder: str, tmp_path: Path) -> None:
+    """The runs have no folder in common, so the group would have the model's name."""
+    for seed in (1, 2):
+        run = tmp_path / f"runs/{seed}"
+        write_run(str(run), [1], {1: [1.0 + seed]})
+        facts = {
+            "model": {"encoder": encoder, "head": "pnn", "hidden": 3},
+            "train": {"seed": seed, "learning_rate": 0.25, "precision\ud800": "x"},
+            "odd\udfff": {"a": 1},
+        }
+        (run / "config.json").write_text(json.dumps(facts))
+    board = show(tmp_path, str(tmp_path / "runs"))
+    board.update()
+    (mean,) = [name for name in board.names() if name.endswith("seeds-mean")]
+    assert board.curve(mean, "loss/train") == {1: 2.5}
+    content = board.read("1").SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["train.learning_rate"].number_value == 0.25
+    assert "model.encoder" not in hparams if encoder == "\ud800" else hparams["model.encoder"].string_value == encoder

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from pyarrow import parquet
 
 from cluster.cli import main
+from pipeline.monitor.export import export
 from tests.pipeline.monitor.runs import write_run
 
 
@@ -44,6 +48,21 @@ def test_a_row_for_each_value(suffix: str, tmp_path: Path, capsys: pytest.Captur
     assert main(["monitor", f"{tmp_path}/runs", "--export", str(file)]) == 2
     assert f"--export {file} exists, and this program did not write it" in capsys.readouterr().err
     assert file.read_text() == "mine"
+
+
+def test_folders_beside_the_ranks_with_odd_names_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(f"{tmp_path}/runs/good", [1])
+    aggregate = tmp_path / "runs/good/events/aggregate"
+    for odd in (os.fsdecode(b"caf\xe9"), "\x1b[2J"):
+        shutil.copytree(aggregate, aggregate.with_name(odd))
+    file = tmp_path / "all.parquet"
+    with caplog.at_level(logging.WARNING):
+        assert export([str(tmp_path / "runs")], file) > 0
+    assert {row["statistic"] for row in rows(file)} == {"all", "min", "max", "p95", "rank-0"}
+    assert [line.split(" ")[:3] for line in caplog.messages] == [
+        ["not", "exported:", "'\\x1b[2J'"],
+        ["not", "exported:", "'caf\\udce9'"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ import pytest
 
 from cluster.local.processes import free_ports
 from pipeline.config import RunConfig
-from pipeline.monitor.serve import _follow
+from pipeline.monitor import serve
+from pipeline.monitor.serve import _follow, watching
 from pipeline.training.loop import run_training
 from pipeline.world import World
+from sharding.storage.retries import GIVE_UP, Attempts
 from tests.conftest import S3
 from tests.listening import is_loopback, listening
 
@@ -134,6 +136,38 @@ def test_a_board_that_cannot_be_refreshed_is_tried_again_and_can_be_stopped(capl
     assert not follower.is_alive()
     assert looks[:4] == ["update", "look"] * 2
     assert "not refreshed, will retry: No space left on device" in caplog.text
+
+
+def test_a_store_that_is_away_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard may end by itself, for example because its port is taken."""
+    waits = threading.Event()
+
+    class Away:
+        runs: tuple[str, ...] = ()
+        places = "s3://bucket/runs"
+
+        def __init__(self, uris: object, root: object) -> None:
+            pass
+
+        def look(self, pool: Executor) -> None:
+            pass
+
+        def update(self, pool: Executor) -> None:
+            attempts = Attempts("list")
+            while True:
+                waits.set()
+                attempts.pause(ConnectionError("away"), "away", 10.0**9)
+
+    def show() -> None:
+        with watching(["s3://bucket/runs"], 0.01):
+            assert waits.wait(60)
+
+    monkeypatch.setattr(serve, "Watch", Away)
+    shown = threading.Thread(target=show, daemon=True)
+    shown.start()
+    shown.join(120)
+    assert not shown.is_alive()
+    assert not GIVE_UP.is_set()
 
 
 def test_it_starts_without_torch() -> None:
