@@ -36,7 +36,7 @@ def understand(error: Exception) -> Failure:
         error: A `ray.train.TrainingFailedError`, or the error of Ray Train's controller that was lost.
     """
     from ray.exceptions import RayActorError  # Ray is slow to import
-    from ray.train import ControllerError
+    from ray.train import ControllerError, PreemptionError
 
     mistake = user_error(error)
     if mistake and not isinstance(mistake, StorageUnavailableError):
@@ -51,6 +51,9 @@ def understand(error: Exception) -> Failure:
         return Failure("failure", "Ray Train's controller was lost")
     if any(type(inner).__name__ == "WorkerGroupStartupTimeoutError" for inner in nested):
         return Failure("busy", "the ranks did not start in time, since their resources were not free")
+    if isinstance(error, PreemptionError):
+        ranks = _numbers(error.preemption_info.preempted_ranks)
+        return Failure("failure", f"the node of rank {ranks} was drained, and its time ended before the ranks stopped")
     if isinstance(error, ControllerError):
         return Failure("failure", f"Ray Train failed ({_words(error.controller_failure)})")
     return Failure("failure", _lost_ranks(error))

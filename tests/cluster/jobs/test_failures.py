@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.jobs.failures import Failure, killed_for_memory, understand
 from sharding.errors import UserError
@@ -54,6 +55,10 @@ AWAY, MISTAKE = StorageUnavailableError("the store is away"), UserError("the mis
             Failure("busy", "the ranks did not start in time, since their resources were not free"),
         ),
         (ControllerError(WorkerGroupStartupFailedError("died")), Failure("failure", "Ray Train failed (died)")),
+        (
+            PreemptionError(PreemptionInfo(1, {"b": [2], "a": [0, 1]}), drain_timed_out=True),
+            Failure("failure", "the node of rank 0, 1, 2 was drained, and its time ended before the ranks stopped"),
+        ),
         (ActorDiedError(), Failure("failure", "Ray Train's controller was lost")),
     ],
 )
