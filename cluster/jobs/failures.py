@@ -11,7 +11,8 @@ from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError
 
 _MEMORY = re.compile(r"running low on memory|memory usage threshold|OutOfMemory", re.IGNORECASE)
-_USERS = re.compile(r"Top \d+ memory users: *\n(.*)", re.IGNORECASE | re.DOTALL)
+_USED = re.compile(r"was ([\d.]+ ?[GM]i?B)(?: used)? / ([\d.]+ ?[GM]i?B)")
+_USERS = re.compile(r"Top \d+ memory users:\s*(PID\b.*)", re.IGNORECASE | re.DOTALL)
 _SHOWN_USERS = 4
 _SHOWN = 300
 
@@ -74,13 +75,14 @@ def killed_for_memory(text: str) -> str:
     """
     if not _MEMORY.search(text):
         return ""
-    used = re.search(r"was ([\d.]+ ?[GM]i?B / [\d.]+ ?[GM]i?B)", text)
+    used = _USED.search(text)
     users = _USERS.search(text)
     lines = users[1].splitlines() if users else []
     # The first line names the columns: PID, memory, command.
     rows = [" ".join(line.split()) for line in lines[1 : _SHOWN_USERS + 1] if re.match(r"\s*\d+\s", line)]
     what = f"; PID, GB and command of the largest: {'; '.join(rows)}" if rows else ""
-    return f"Ray's memory monitor killed a rank ({used[1] if used else 'its node was short of memory'}{what})"
+    memory = f"{used[1]} / {used[2]}" if used else "its node was short of memory"
+    return f"Ray's memory monitor killed a rank ({memory}{what})"
 
 
 def failures_of_ranks(error: Exception) -> Mapping[int, str]:

@@ -78,7 +78,7 @@ def _ask_until_set(notice: Any, asked: threading.Event) -> None:
 
 
 class Watch:
-    """Thread of the driver during an attempt: it makes the request when the job must end or is to start again elsewhere."""
+    """Thread of the driver during an attempt: it makes the request when the ranks must end or start again."""
 
     def __init__(self, notice: Any, stops: threading.Event, *reasons: Callable[[], bool]) -> None:
         """Prepare to watch.

@@ -1,4 +1,4 @@
-"""Room of the cluster for ranks: wait for it before an attempt, see when an elastic job can grow, or must leave a node."""
+"""Room of the cluster for ranks: wait for it before an attempt, see when a job can grow or must leave a node."""
 
 from __future__ import annotations
 
@@ -138,5 +138,7 @@ class Drain:
         held = leaving.intersection(ray.get(self._notice.places.remote()))
         if held:
             names = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in held)
-            logger.info("Ray drains node %s: the ranks stop at a checkpoint, to start again elsewhere", ", ".join(names))
+            logger.info(
+                "Ray drains node %s: the ranks stop at a checkpoint, to start again elsewhere", ", ".join(names)
+            )
         return bool(held)

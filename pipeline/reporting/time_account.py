@@ -46,7 +46,7 @@ class TimeRecord(msgspec.Struct, frozen=True):
 
     format_version: Literal[1]
     starts: Positive
-    """Number of processes that began or resumed the training one after the other, on rank 0."""
+    """Number of processes that began or resumed the training one after the other, as rank 0 logs it."""
     step: Natural
     """Last optimizer step."""
     counted: Natural
@@ -125,7 +125,10 @@ class TimeAccount:
         return seconds.get("steps", 0.0) / max(sum(seconds.values()), 1e-9)
 
     def begin(self, run: RunFolder) -> None:
-        """Write the first record of this process to the store: one that is killed in its first seconds counts too."""
+        """Write the first record of this process to the store: one that is killed in its first seconds counts too.
+
+        The run's ``config.json`` is there already: a folder with this file alone would be taken for another program's.
+        """
         self.record(run, due=True)
         run.sync(everything=False)
 

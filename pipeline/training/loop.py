@@ -172,8 +172,7 @@ class Trainer:
         if any(self.world.gather_objects(self.stop.is_set())):
             return TrainResult(self.step, self.best_loss, stopped=True)
         if self.world.is_main:
-            digest = self.train_set.index.digest
-            announce(self.config, self.run, self.world, self.plan, self.loader, digest, self.total_steps)
+            announce(self.config, self.run, self.world, self.plan, self.loader, self.train_set, self.total_steps)
             self.account.begin(self.run)
         logs = open_logs(self.run, self.world, self.config, self.first_step)
         try:
