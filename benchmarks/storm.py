@@ -19,17 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.drills import (
-    FAULTS,
-    INTERVAL,
-    Fault,
-    Training,
-    cluster_of,
-    compared,
-    configured,
-    shard_scenes,
-    undisturbed,
-)
+from benchmarks.drill_faults import Training, cluster_of
+from benchmarks.drills import FAULTS, INTERVAL, Fault, compared, configured, shard_scenes, undisturbed
 from benchmarks.slow_store import slow_store
 from pipeline.config import RunConfig
 from sharding.errors import UserError

@@ -16,7 +16,8 @@ _DEVICE_MEMORY = re.compile(
     r"torch\.(?:cuda\.)?OutOfMemoryError: (?P<torch>.*)|(?P<device>(?:CUDA|HIP|XPU)(?: error:)? out of memory.*)"
     r"|(?P<cpu>DefaultCPUAllocator: (?:can't allocate|not enough) memory.*)"
 )
-_USERS = re.compile(r"Top \d+ memory users: *\n(.*)", re.IGNORECASE | re.DOTALL)
+_USED = re.compile(r"was ([\d.]+ ?[GM]i?B)(?: used)? / ([\d.]+ ?[GM]i?B)")
+_USERS = re.compile(r"Top \d+ memory users:\s*(PID\b.*)", re.IGNORECASE | re.DOTALL)
 _SHOWN_USERS = 4
 _SHOWN = 300
 
@@ -41,7 +42,7 @@ def understand(error: Exception) -> Failure:
         error: A `ray.train.TrainingFailedError`, or the error of Ray Train's controller that was lost.
     """
     from ray.exceptions import RayActorError  # Ray is slow to import
-    from ray.train import ControllerError
+    from ray.train import ControllerError, PreemptionError
 
     mistake = user_error(error)
     if mistake and not isinstance(mistake, StorageUnavailableError):
@@ -58,6 +59,9 @@ def understand(error: Exception) -> Failure:
         return Failure("failure", "Ray Train's controller was lost")
     if any(type(inner).__name__ == "WorkerGroupStartupTimeoutError" for inner in nested):
         return Failure("busy", "the ranks did not start in time, since their resources were not free")
+    if isinstance(error, PreemptionError):
+        ranks = _numbers(error.preemption_info.preempted_ranks)
+        return Failure("failure", f"the node of rank {ranks} was drained, and its time ended before the ranks stopped")
     if isinstance(error, ControllerError):
         return Failure("failure", f"Ray Train failed ({_words(error.controller_failure)})")
     return Failure("failure", _lost_ranks(error))
@@ -78,13 +82,14 @@ def killed_for_memory(text: str) -> str:
     """
     if not _MEMORY.search(text) or _DEVICE_MEMORY.search(text):
         return ""
-    used = re.search(r"was ([\d.]+ ?[GM]i?B / [\d.]+ ?[GM]i?B)", text)
+    used = _USED.search(text)
     users = _USERS.search(text)
     lines = users[1].splitlines() if users else []
     # The first line names the columns: PID, memory, command.
     rows = [" ".join(line.split()) for line in lines[1 : _SHOWN_USERS + 1] if re.match(r"\s*\d+\s", line)]
     what = f"; PID, GB and command of the largest: {'; '.join(rows)}" if rows else ""
-    return f"Ray's memory monitor killed a rank ({used[1] if used else 'its node was short of memory'}{what})"
+    memory = f"{used[1]} / {used[2]}" if used else "its node was short of memory"
+    return f"Ray's memory monitor killed a rank ({memory}{what})"
 
 
 def _out_of_memory(error: Exception) -> str:

@@ -19,15 +19,29 @@ class Stopped(Exception):
 
 
 class Notice:
-    """Ray actor that holds the request; it runs on the driver's node and ends with the driver."""
+    """Ray actor that holds the request and the ranks' nodes; it runs on the driver's node and ends with the driver."""
 
     def __init__(self) -> None:
         """Begin without a request."""
         self._asked = False
+        self._places = set[str]()
 
-    def ask(self, asked: bool) -> None:
-        """Make or withdraw the request."""
-        self._asked = asked
+    def begin(self) -> None:
+        """Withdraw the request and forget the nodes, before an attempt."""
+        self._asked = False
+        self._places.clear()
+
+    def place(self, node: str) -> None:
+        """Note the ID of a node that holds a rank."""
+        self._places.add(node)
+
+    def places(self) -> set[str]:
+        """Return the IDs of the nodes that hold ranks of this attempt."""
+        return self._places
+
+    def ask(self) -> None:
+        """Make the request."""
+        self._asked = True
 
     def asked(self) -> bool:
         """Return whether the ranks are to stop."""
@@ -85,17 +99,18 @@ def stops_on(number: signal.Signals) -> Iterator[threading.Event]:
 
 
 class Watch:
-    """Thread of the driver during an attempt: it makes the request when the job must end or can grow."""
+    """Thread of the driver during an attempt: it makes the request when the ranks must end or start again."""
 
-    def __init__(self, notice: Any, stops: threading.Event, may_grow: Callable[[], bool]) -> None:
+    def __init__(self, notice: Any, stops: threading.Event, *reasons: Callable[[], bool]) -> None:
         """Prepare to watch.
 
         Args:
             notice: Handle of the actor.
             stops: Set when the job must end.
-            may_grow: Asked once a second; returns whether the job is to be interrupted to run with more ranks.
+            reasons: Asked once a second; each returns whether the ranks are to stop and start again, for example
+                with more of them.
         """
-        self._notice, self._stops, self._may_grow = notice, stops, may_grow
+        self._notice, self._stops, self._reasons = notice, stops, reasons
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -110,13 +125,13 @@ class Watch:
 
     def _look(self) -> None:
         while not self._done.wait(_POLL_SECONDS):
-            if self._stops.is_set() or self._grows():
-                self._notice.ask.remote(True)
+            if self._stops.is_set() or self._must_start_again():
+                self._notice.ask.remote()
                 return
 
-    def _grows(self) -> bool:
+    def _must_start_again(self) -> bool:
         try:
-            return self._may_grow()
+            return any(reason() for reason in self._reasons)
         except Exception as error:  # the head does not answer: a request to stop must still be passed on
             logger.warning("the cluster's resources are not known now: %s", error)
             return False

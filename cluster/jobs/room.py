@@ -1,11 +1,12 @@
-"""Room of the cluster for ranks: wait for it before an attempt, and see when an elastic job can grow."""
+"""Room of the cluster for ranks: wait for it before an attempt, see when a job can grow or must leave a node."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cluster.jobs.placement import Placement, largest, room_in, room_on
 from sharding.errors import UserError
@@ -54,6 +55,22 @@ class Sizes:
             self._until, self._pause = 0.0, _FIRST_PAUSE_SECONDS
 
 
+def staying_nodes() -> list[Mapping[str, Any]]:
+    """Return the cluster's nodes, as in `ray.nodes`, without those that are drained: no rank starts there."""
+    import ray  # Ray is slow to import
+
+    leaving = draining_nodes()
+    return [node for node in ray.nodes() if node["NodeID"] not in leaving]
+
+
+def draining_nodes() -> frozenset[str]:
+    """Return the IDs of the nodes that Ray drains, as an autoscaler asks it to before a cloud takes a machine away."""
+    # Ray is slow to import. Its only public way, `ray.train.get_preemption_info`, is a collective of all ranks.
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes())
+
+
 def await_room(placement: Placement, sizes: Sequence[int], stops: threading.Event) -> int:
     """Return the number of ranks to start with; wait for the cluster to grow, and refuse it if it stays too small.
 
@@ -83,16 +100,16 @@ def await_room(placement: Placement, sizes: Sequence[int], stops: threading.Even
 
 def _await_nodes(placement: Placement, sizes: Sequence[int], stops: threading.Event) -> int:
     """Return the largest number of ranks that fits on the nodes, busy or not; wait until one does."""
-    import ray  # Ray is slow to import
+    # Ray is slow to import
     from ray.util import placement_group, remove_placement_group
 
-    if world := largest(sizes, room_on(ray.nodes(), placement)):
+    if world := largest(sizes, room_on(staying_nodes(), placement)):
         return world
     # An autoscaler grows a cluster by the resources that are requested.
     demand = placement_group([placement.resources] * sizes[-1], strategy="SPREAD")
     try:
         deadline = time.monotonic() + placement.wait_for_resources
-        while not (world := largest(sizes, room := room_on(ray.nodes(), placement))) and not stops.is_set():
+        while not (world := largest(sizes, room := room_on(staying_nodes(), placement))) and not stops.is_set():
             if time.monotonic() >= deadline:
                 raise UserError(_too_small(placement, sizes, room))
             stops.wait(_POLL_SECONDS)
@@ -132,8 +149,31 @@ class Growth:
     def _has_room(self) -> bool:
         import ray  # Ray is slow to import
 
-        total = room_on(ray.nodes(), self._placement)
+        total = room_on(staying_nodes(), self._placement)
         more = largest(self._sizes.now(), min(total, self._world + room_in(ray.available_resources(), self._placement)))
         if more > self._world and self._since is None:
             logger.info("the cluster has room for %d ranks; %d run", more, self._world)
         return more > self._world
+
+
+class Drain:
+    """Whether a node that holds a rank of the job is being drained."""
+
+    def __init__(self, notice: Any) -> None:
+        """Watch the ranks that tell the actor of `cluster.jobs.notice` their nodes."""
+        self._notice = notice
+
+    def __call__(self) -> bool:
+        """Return whether one is, and say so."""
+        leaving = draining_nodes()
+        if not leaving:
+            return False
+        import ray  # Ray is slow to import
+
+        held = leaving.intersection(ray.get(self._notice.places.remote()))
+        if held:
+            names = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in held)
+            logger.info(
+                "Ray drains node %s: the ranks stop at a checkpoint, to start again elsewhere", ", ".join(names)
+            )
+        return bool(held)

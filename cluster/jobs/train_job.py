@@ -16,7 +16,7 @@ from typing import Any
 from cluster.jobs.failures import failures_of_ranks, understand
 from cluster.jobs.notice import Stopped, Watch, listen, start_notice, stops_on
 from cluster.jobs.placement import Placement, worlds
-from cluster.jobs.room import Growth, Sizes, await_room
+from cluster.jobs.room import Drain, Growth, Sizes, await_room
 from cluster.logs import configure_logging
 from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
@@ -72,7 +72,7 @@ class _Announced:
     name: str
     """Name of the job, which holds the lock of the run folder through all restarts of its ranks."""
     notice: Any = None
-    """Handle of the actor that holds the request to stop."""
+    """Handle of the actor that holds the request to stop, and learns the ranks' nodes."""
 
     def __call__(self, config: ConfigValues) -> bool:
         import ray.train  # Ray is slow to import
@@ -83,6 +83,7 @@ class _Announced:
         configure_logging(rank)
         os.environ[JOB_VARIABLE] = self.name
         say(f"rank {rank} of {size} runs on node {ray.util.get_node_ip_address()}")
+        self.notice.place.remote(ray.get_runtime_context().get_node_id())
         try:
             # The request of one rank is enough.
             return self.function(config, listen(self.notice) if rank == 0 else threading.Event())
@@ -98,7 +99,8 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
 
     A user error ends the job at once, because a retry would fail too. A store that does not answer before the first
     attempt ends the job too; later it counts as a failure of the rank, because stores recover. An elastic job has at
-    each attempt the largest number of ranks that fits; to grow, its ranks stop at a checkpoint, which is no failure.
+    each attempt the largest number of ranks that fits. To grow it, and to leave a node that Ray drains, the ranks of a
+    job stop at a checkpoint, which is no failure.
 
     Args:
         job: Configuration and placement.
@@ -128,15 +130,15 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
                 raise Stopped
             if placement.elastic:
                 logger.info("%d ranks of %s", world, placement.workers)
-            notice.ask.remote(False)
+            notice.begin.remote()
             try:
-                with Watch(notice, stops, Growth(placement, sizes, world)):
+                with Watch(notice, stops, Drain(notice), Growth(placement, sizes, world)):
                     if _fit(job, _Announced(rank_function, name, notice), world):
                         return
                 if stops.is_set():
                     raise Stopped
                 sizes.started(world)
-                logger.info("the ranks stopped at a checkpoint, to continue with more")
+                logger.info("the ranks stopped at a checkpoint, to start again")
                 continue
             except (TrainingFailedError, RayActorError) as error:
                 failure = understand(error)
@@ -201,7 +203,7 @@ def _fit(job: Job, announced: _Announced, world: int) -> bool:
                 name="train",
                 storage_path=str(folder),
                 # Restarts are counted by `run_job`, which can distinguish a user error from a lost node.
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 # Ray would repeat every rank's traceback three times; ranks and driver log it once.
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),

@@ -18,16 +18,17 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from cluster.local.processes import ProcessId, free_ports, is_running, running_with, stop
-from cluster.loopback.library import build_library, confined
+from cluster.loopback.library import LIBRARY, build_library, confined
 from cluster.token import (
     MODE_VARIABLE,
     PATH_VARIABLE,
@@ -72,6 +73,18 @@ class LocalCluster:
     """The processes that ran when ``up`` ended; empty while ``up`` runs."""
     token_file: str = ""
     """Path of the file with the token that Ray's services ask for. The token itself is in no record."""
+    enter: tuple[tuple[str, ...], ...] = ()
+    """Words before the commands of each node, if the nodes are hosts of their own; empty if all are on loopback."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Host of a node with a network of its own, such as a network namespace."""
+
+    address: str
+    """IPv4 address, which the other hosts and this process reach."""
+    enter: tuple[str, ...]
+    """Words before a command that runs on it, such as ``ip netns exec NAME``."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +109,13 @@ def default_state() -> Path:
     return Path(tempfile.gettempdir()) / f"satfusion-cluster-{os.getuid()}"
 
 
-def up(options: NodeOptions, state: Path) -> LocalCluster:
+def up(options: NodeOptions, state: Path, hosts: Sequence[Host] = ()) -> LocalCluster:
     """Start the nodes and the job server, and wait until they answer.
 
     Args:
         options: Size of the cluster.
         state: Folder for the state that ``down`` needs, Ray's files and its logs; created if absent.
+        hosts: Host of each node; none for loopback addresses.
 
     Raises:
         UserError: A cluster is up in ``state`` already, or the new one does not start. Nothing is left behind then.
@@ -117,15 +131,16 @@ def up(options: NodeOptions, state: Path) -> LocalCluster:
     _claim(state)
     cpus = options.cpus_per_node or max(1, (os.cpu_count() or 1) // options.nodes)
     gcs_port, dashboard_port = free_ports(2)
-    nodes = tuple(f"127.0.0.{2 + number}" for number in range(options.nodes))
+    nodes = tuple(host.address for host in hosts) or tuple(f"127.0.0.{2 + i}" for i in range(options.nodes))
     cluster = LocalCluster(
         mark=secrets.token_hex(8),
-        address=f"http://127.0.0.1:{dashboard_port}",
+        address=f"http://{nodes[0] if hosts else '127.0.0.1'}:{dashboard_port}",
         gcs=f"{nodes[0]}:{gcs_port}",
         nodes=nodes,
         cpus_per_node=cpus,
         gpus_per_node=options.gpus_per_node,
         token_file=str(state.resolve() / _TOKEN),
+        enter=tuple(host.enter for host in hosts),
     )
     _write_state(state, cluster)
     try:
@@ -150,7 +165,7 @@ def down(state: Path) -> LocalCluster | None:
         stop(alive)
     for name in (_RAY, _LOGS, _TEMPORARY):
         shutil.rmtree(state / name, ignore_errors=True)
-    for name in ("loopback.so", _TOKEN, f"{_STATE}.new", _STATE):
+    for name in (LIBRARY, _TOKEN, f"{_STATE}.new", _STATE):
         (state / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Not empty: the folder is the user's own.
         state.rmdir()
@@ -233,7 +248,7 @@ def _claim(state: Path) -> None:
 
 def _refuse_files(state: Path) -> None:
     """Refuse a folder with files under the names that a cluster uses, which `down` would remove."""
-    names = (_RAY, _LOGS, _TEMPORARY, _TOKEN, "loopback.so", f"{_STATE}.new")
+    names = (_RAY, _LOGS, _TEMPORARY, _TOKEN, LIBRARY, f"{_STATE}.new")
     found = [name for name in names if os.path.lexists(state / name)]
     if found:
         raise UserError(
@@ -261,30 +276,42 @@ def _write_state(state: Path, cluster: LocalCluster) -> None:
 
 
 def _start_nodes(cluster: LocalCluster, options: NodeOptions, state: Path) -> None:
-    library = build_library(state)
+    if not cluster.enter:
+        build_library(state)
     for name in (_LOGS, _RAY, _TEMPORARY):  # Ray lets every user read what it writes.
         (state / name).mkdir(mode=0o700)
-    head = f"--head --port={cluster.gcs.rpartition(':')[2]} --include-dashboard=true --dashboard-host=127.0.0.1"
+    server = urlsplit(cluster.address)
+    head = f"--head --port={cluster.gcs.rpartition(':')[2]} --include-dashboard=true"
     first = [
         *head.split(),
-        f"--dashboard-port={cluster.address.rpartition(':')[2]}",
+        f"--dashboard-host={server.hostname}",
+        f"--dashboard-port={server.port}",
         f"--ray-client-server-port={free_ports(1)[0]}",
     ]
-    numbers = range(len(cluster.nodes))
-    with _ray_start(cluster, options, state, library, 0, first):
+    with _ray_start(cluster, options, state, 0, first):
         pass
     with contextlib.ExitStack() as others:  # They start at once; the end of the block waits for them.
-        for number in numbers[1:]:
-            others.enter_context(_ray_start(cluster, options, state, library, number, [f"--address={cluster.gcs}"]))
+        for number in range(1, len(cluster.nodes)):
+            others.enter_context(_ray_start(cluster, options, state, number, [f"--address={cluster.gcs}"]))
+
+
+def start_node(cluster: LocalCluster, options: NodeOptions, state: Path, number: int) -> None:
+    """Start a node again whose raylet has ended; ``number`` counts from 0, the head, which cannot be started again."""
+    with _ray_start(cluster, options, state, number, [f"--address={cluster.gcs}"]):
+        pass
 
 
 @contextlib.contextmanager
 def _ray_start(
-    cluster: LocalCluster, options: NodeOptions, state: Path, library: Path, number: int, role: list[str]
+    cluster: LocalCluster, options: NodeOptions, state: Path, number: int, role: list[str]
 ) -> Iterator[None]:
     """Start node ``number``; the end of the block waits until it has started."""
     address, log_file = cluster.nodes[number], state / _LOGS / f"node{number}.log"
+    environment = _node_environment(cluster, number)
+    if not cluster.enter:
+        environment = confined(environment, state.resolve() / LIBRARY, address)
     command = [
+        *(cluster.enter[number] if cluster.enter else ()),
         sys.executable,
         "-m",
         "ray.scripts.scripts",
@@ -303,10 +330,10 @@ def _ray_start(
         "--max-worker-port=0",
         "--disable-usage-stats",
     ]
-    with log_file.open("wb") as output:
+    with log_file.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and words, no shell
             command,
-            env=confined(_node_environment(cluster, number), library, address),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -21,6 +21,8 @@ from pathlib import Path
 from sharding.errors import UserError
 
 ADDRESS_VARIABLE = "SATFUSION_BIND_ADDRESS"
+LIBRARY = "loopback.so"
+"""Name of the library in the folder that it is compiled into."""
 _SOURCE = resources.files(__package__) / "bind.c"
 
 
@@ -30,7 +32,7 @@ def build_library(folder: Path) -> Path:
     Raises:
         UserError: There is no C compiler, it fails, or ``LD_PRELOAD`` cannot hold the path.
     """
-    library = folder.resolve() / "loopback.so"
+    library = folder.resolve() / LIBRARY
     if any(letter.isspace() or letter == ":" for letter in str(library)):
         raise UserError(
             f"the state folder {str(folder)!r} holds a space or a colon, which the dynamic linker takes for the "

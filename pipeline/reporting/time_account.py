@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from pipeline.reporting.phases import Phase
 from pipeline.reporting.run_folder import TEMPORARY_SUFFIX, RunFolder
+from pipeline.world import World
 from sharding.schema import Natural, Positive, decode
 from sharding.storage import NotFoundError, Storage
 
@@ -45,7 +46,7 @@ class TimeRecord(msgspec.Struct, frozen=True):
 
     format_version: Literal[1]
     starts: Positive
-    """Number of processes that trained one after the other, on rank 0."""
+    """Number of processes that began or resumed the training one after the other, as rank 0 logs it."""
     step: Natural
     """Last optimizer step."""
     counted: Natural
@@ -67,6 +68,11 @@ def read_record(runs: Storage) -> TimeRecord | None:
     except ValueError as error:
         logger.warning("%s/%s is not a record of a run's time (%s): counted from now on", runs.uri, TIME_FILE, error)
         return None
+
+
+def shared_record(runs: Storage, world: World) -> TimeRecord | None:
+    """Return on every rank what `read_record` returns on rank 0; all ranks call it together."""
+    return world.gather_objects(read_record(runs) if world.is_main else None)[0]
 
 
 class TimeAccount:
@@ -117,6 +123,14 @@ class TimeAccount:
         """Return the effective training time: the share of time in steps that count, from 0 to 1."""
         seconds = self.seconds()
         return seconds.get("steps", 0.0) / max(sum(seconds.values()), 1e-9)
+
+    def begin(self, run: RunFolder) -> None:
+        """Write the first record of this process to the store: one that is killed in its first seconds counts too.
+
+        The run's ``config.json`` is there already: a folder with this file alone would be taken for another program's.
+        """
+        self.record(run, due=True)
+        run.sync(everything=False)
 
     def record(self, run: RunFolder, *, due: bool = False, complete: bool = False) -> None:
         """Write the record to the run folder, at most every `RECORD_EVERY_S` seconds unless it is due."""

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.data import TrainLoader
+from pipeline.data.dataset import ChipDataset
 from pipeline.order import BatchPlan
 from pipeline.reporting.run_folder import CONFIG_FILE, RunFolder
 from pipeline.world import World
@@ -23,7 +24,7 @@ def announce(
     world: World,
     plan: BatchPlan,
     loader: TrainLoader,
-    index_digest: str,
+    dataset: ChipDataset,
     total_steps: int,
 ) -> None:
     """Write config.json, and log the arithmetic of the batch and of the epoch.
@@ -34,7 +35,7 @@ def announce(
         world: The ranks.
         plan: Micro-batch and accumulation.
         loader: The loader of the training split.
-        index_digest: Digest of the dataset's index.
+        dataset: The training split.
         total_steps: Last optimizer step.
     """
     environment = {
@@ -45,7 +46,7 @@ def announce(
         "grad_accum": plan.grad_accum,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "index_digest": index_digest,
+        "index_digest": dataset.index.digest,
     }
     run.storage.write(CONFIG_FILE, json.dumps(config.to_dict() | {"environment": environment}, indent=1).encode())
     logger.info(

@@ -26,7 +26,7 @@ from pipeline.reporting.phases import Phases
 from pipeline.reporting.run_folder import RunFolder
 from pipeline.reporting.run_logs import RunLogs, open_logs
 from pipeline.reporting.tags import AVERAGED, LOSS_TAGS
-from pipeline.reporting.time_account import TimeAccount, read_record
+from pipeline.reporting.time_account import TimeAccount, shared_record
 from pipeline.training.announce import announce
 from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import Checkpoint, Position, best_kept, discard_diverged
@@ -136,8 +136,7 @@ class Trainer:
         # From the kept weights, which a killed process may have found after its last full checkpoint.
         kept_best = best_kept(run.storage, checkpoint) if world.is_main else (None, None)
         self.best_loss, self._best_step = world.gather_objects(kept_best)[0]
-        before = world.gather_objects(read_record(run.storage) if world.is_main else None)[0]
-        self.account = TimeAccount(self.phases.spent, before, self.step)
+        self.account = TimeAccount(self.phases.spent, shared_record(run.storage, world), self.step)
         self.total_steps = config.train.epochs * self.loader.steps_per_epoch
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
@@ -174,8 +173,8 @@ class Trainer:
         if any(self.world.gather_objects(self.stop.is_set())):
             return TrainResult(self.step, self.best_loss, stopped=True)
         if self.world.is_main:
-            digest = self.train_set.index.digest
-            announce(self.config, self.run, self.world, self.plan, self.loader, digest, self.total_steps)
+            announce(self.config, self.run, self.world, self.plan, self.loader, self.train_set, self.total_steps)
+            self.account.begin(self.run)
         logs = open_logs(self.run, self.world, self.config, self.first_step)
         try:
             if self.config.train.init and self.step == 0 and self._is_best(self.validate(logs)):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.jobs.failures import Failure, killed_for_memory, understand
 from sharding.errors import UserError
@@ -26,6 +27,18 @@ PID\tMEM(GB)\tCOMMAND
 298\t9.38\tray::RayTrainWorker
 12\t0.20\t/usr/bin/python -m other
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
+
+SEVERAL = """8 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.2, ID: bb) \
+was 14.72GB used / 23.54GB limit (0.625317)
+OOM kill reason: Memory usage 15622352896B exceeded threshold of 15602913280B (61.7% of 25276063744B limit)
+Ray killed 8 worker(s) based on the killing policy
+Total non-selected idle workers: 0
+To see more information about memory usage on this node, use `ray logs raylet.out -ip 127.0.0.2`
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+29761\t1.86\tpython -m other
+5088\t0.43\tray::RayTrainWorker
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
+"""What Ray 2.60 says since it kills several processes at once, as read from a job, shortened."""
 
 
 def lost(text: str) -> Exception:
@@ -55,6 +68,10 @@ AWAY, MISTAKE = StorageUnavailableError("the store is away"), UserError("the mis
             Failure("busy", "the ranks did not start in time, since their resources were not free"),
         ),
         (ControllerError(WorkerGroupStartupFailedError("died")), Failure("failure", "Ray Train failed (died)")),
+        (
+            PreemptionError(PreemptionInfo(1, {"b": [2], "a": [0, 1]}), drain_timed_out=True),
+            Failure("failure", "the node of rank 0, 1, 2 was drained, and its time ended before the ranks stopped"),
+        ),
         (ActorDiedError(), Failure("failure", "Ray Train's controller was lost")),
     ],
 )
@@ -107,6 +124,10 @@ def test_a_kill_for_memory_is_named_with_what_used_it() -> None:
     assert failure.reason == (
         "Ray's memory monitor killed a rank (30.50GB / 32.00GB; PID, GB and command of the largest: "
         "311 9.41 ray::RayTrainWorker; 298 9.38 ray::RayTrainWorker; 12 0.20 /usr/bin/python -m other)"
+    )
+    assert killed_for_memory(SEVERAL) == (
+        "Ray's memory monitor killed a rank (14.72GB / 23.54GB; PID, GB and command of the largest: "
+        "29761 1.86 python -m other; 5088 0.43 ray::RayTrainWorker)"
     )
     assert killed_for_memory("The worker died") == ""
     assert killed_for_memory("OutOfMemoryError") == (

@@ -39,10 +39,15 @@ End = Exception | Callable[[], None] | None
 """End of an attempt: an error, an action after which the ranks stop at a checkpoint, or None for a complete run."""
 
 
+def node(cpus: float, name: str = "n") -> dict[str, object]:
+    """Return a node as in `ray.nodes`."""
+    return {"NodeID": name, "NodeManagerAddress": f"address of {name}", "Alive": True, "Resources": {"CPU": cpus}}
+
+
 class SilentNotice:
     """The actor's handle, without an actor."""
 
-    ask = SimpleNamespace(remote=lambda asked: None)
+    begin = ask = SimpleNamespace(remote=lambda: None)
 
 
 class Attempts:
@@ -72,7 +77,8 @@ class Attempts:
 def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
     attempts = Attempts()
     monkeypatch.setattr(ray, "init", lambda **options: None)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node(2.0)])
+    monkeypatch.setattr(room, "draining_nodes", frozenset)
     monkeypatch.setattr(worker, "_RESTART_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 100.0})
     monkeypatch.setattr(worker, "start_notice", SilentNotice)
@@ -136,7 +142,7 @@ def test_keys_are_the_ranks_matter(attempts: Attempts, monkeypatch: pytest.Monke
 def test_a_small_cluster_may_grow(attempts: Attempts, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [1.0, 1.0, 1.0, 4.0]
     asked: list[object] = []
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": looks.pop(0)}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node(looks.pop(0))])
     monkeypatch.setattr(ray.util, "placement_group", lambda bundles, strategy: asked.append(bundles))
     monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: asked.append("removed"))
     monkeypatch.setattr(room, "_POLL_SECONDS", 0.0)
@@ -158,7 +164,7 @@ def test_an_elastic_job_shrinks_with_the_cluster_and_grows_with_it(
     attempts: Attempts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The batch has 8 chips. A lost node is a failure, and the stop in order to grow is none."""
-    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}} for _ in range(9)]
+    nodes = [node(1.0) for _ in range(9)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(worker, "Growth", lambda placement, sizes, world: lambda: False)
     attempts.workers = "2..9"
@@ -207,7 +213,8 @@ def test_sigterm_after_a_failure_starts_no_other_attempt(attempts: Attempts, mon
 def test_growth_waits_until_the_room_has_lasted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, cpus = [100.0], [3.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus[0]}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node(cpus[0])])
+    monkeypatch.setattr(room, "draining_nodes", frozenset)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": cpus[0] - 2})
     sizes = room.Sizes((2, 4))
     grows = room.Growth(Placement("2..4"), sizes, 2)
@@ -228,13 +235,47 @@ def test_growth_waits_until_the_room_has_lasted(monkeypatch: pytest.MonkeyPatch)
     assert not room.Growth(Placement("2..4"), sizes, 4)(), "there is nothing larger"
 
 
+def test_a_job_leaves_a_node_that_is_drained_and_counts_no_failure(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of four nodes one is drained; a rank on another does not matter, and no rank is started on a drained one."""
+    leaving: set[str] = set()
+    monkeypatch.setattr(ray, "nodes", lambda: [node(1.0, name) for name in "abcd"])
+    monkeypatch.setattr(room, "draining_nodes", lambda: frozenset(leaving))
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    attempts.workers = "1..4"
+    attempts.run(0, lambda: leaving.add("b"), None)
+    assert attempts.worlds == [4, 2], "three do not divide the batch of 8"
+
+    drain = room.Drain(SimpleNamespace(places=SimpleNamespace(remote=lambda: {"a", "c"})))
+    with caplog.at_level("INFO"):
+        assert not drain()
+        leaving.add("c")
+        assert drain()
+        leaving.clear()
+        assert not drain()
+    assert [record.message for record in caplog.records if "drains" in record.message] == [
+        "Ray drains node address of c: the ranks stop at a checkpoint, to start again elsewhere"
+    ]
+
+
+def test_the_ranks_tell_their_nodes_and_a_new_attempt_forgets_them() -> None:
+    held = notice.Notice()
+    held.place("a")
+    held.place("b")
+    held.ask()
+    assert (held.places(), held.asked()) == ({"a", "b"}, True)
+    held.begin()
+    assert (held.places(), held.asked()) == (set(), False)
+
+
 def test_an_elastic_job_takes_what_is_free_when_it_stays_so(
     attempts: Attempts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Resources of the attempt before are free a little later; those of another job are not."""
     free = [2.0, 2.0, 8.0]
     monkeypatch.setattr(room, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node(8.0)])
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": free.pop(0) if len(free) > 1 else free[0]})
     assert room.await_room(Placement("2..8"), (2, 4, 8), threading.Event()) == 8
     free[:] = [4.0]
@@ -254,7 +295,7 @@ def test_an_elastic_job_does_not_ask_twice_at_once_for_room_that_is_split_over_n
     attempts: Attempts, monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
     """Eight halves of free resources are no room for eight ranks: their start times out, and fewer are tried."""
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 9.0}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node(9.0)])
     attempts.workers = "2..9"
     attempts.run(0, ControllerError(WorkerGroupStartupTimeoutError(8)), None)
     assert attempts.worlds == [8, 4]
@@ -316,7 +357,7 @@ def test_a_head_that_does_not_answer_hides_no_request_to_stop(monkeypatch: pytes
         raise ConnectionError("the head restarts")
 
     monkeypatch.setattr(notice, "_POLL_SECONDS", 0.01)
-    handle = SimpleNamespace(ask=SimpleNamespace(remote=lambda wanted: asked.set()))
+    handle = SimpleNamespace(ask=SimpleNamespace(remote=asked.set))
     with notice.Watch(handle, stops, may_grow):
         assert looked.wait(60)
         stops.set()

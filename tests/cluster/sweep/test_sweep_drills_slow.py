@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.drills import cluster_of
+from benchmarks.drill_faults import cluster_of
 from cluster.local.nodes import LocalCluster
 from cluster.local.processes import running_with
 from cluster.sweep.cell import RESULT_FILE

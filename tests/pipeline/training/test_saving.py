@@ -120,6 +120,29 @@ def test_a_run_that_is_asked_to_stop_ends_at_a_checkpoint_and_resumes_bit_for_bi
     assert all(0 < value < 1 for value in effective[1:])
 
 
+def test_a_process_that_is_killed_before_its_first_step_counts_as_a_start(
+    world: World, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    config = make_config(tmp_path, *LARGE, "train.max_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "train_epoch", kill)
+        for starts in (1, 2):
+            with pytest.raises(Killed):
+                run_training(config)
+            account = json.loads((tmp_path / "time.json").read_text())
+            assert (account["starts"], account["step"], account["complete"]) == (starts, 0, False)
+    for _ in range(2):  # The second has nothing to do, and changes nothing.
+        run_training(config)
+        account = json.loads((tmp_path / "time.json").read_text())
+        assert (account["starts"], account["step"], account["complete"]) == (3, 1, True)
+
+
 def test_the_best_weights_of_a_step_are_not_rewritten_when_it_is_taken_again(
     world: World, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
