@@ -32,6 +32,7 @@ def net() -> Iterator[Network]:
         pytest.skip(f"network namespaces cannot be made here: {error}")
 
 
+@pytest.mark.slow  # it changes the machine's network interfaces, and a firewall of the machine can forbid it
 def test_a_host_that_is_cut_off_is_not_reached_until_it_is_back(net: Network) -> None:
     first, second = net.hosts
     server = subprocess.Popen(
