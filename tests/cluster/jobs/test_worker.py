@@ -304,7 +304,7 @@ def test_an_elastic_job_does_not_ask_twice_at_once_for_room_that_is_split_over_n
 def test_an_elastic_job_grows_again_after_a_slow_start(
     attempts: Attempts, monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 9.0}}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node(9.0)])
     growths: list[room.Growth] = []
 
     class Growth(room.Growth):
