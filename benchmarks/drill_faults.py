@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
+
+import psutil
 
 from benchmarks.drill_network import Network
 from cluster.jobs.placement import Placement
@@ -30,6 +33,10 @@ PATIENCE = 1200.0
 """Seconds after which a drill gives up to wait."""
 CUT_S, DRAIN_S = 60.0, 300
 """Seconds that a node's network is cut, and seconds after which a drained node would be taken away."""
+ROOM = 6 * 2**30
+"""Bytes that may be used, beyond those when the cluster is up, before Ray's memory monitor kills a rank."""
+_PIECE = 2**27
+_THRESHOLD = "RAY_memory_usage_threshold"
 _NODE_WAIT = 600.0
 _MARK = "SATFUSION_CLUSTER"
 
@@ -98,12 +105,19 @@ class Training:
 
     def until(self, happened: Callable[[], bool]) -> float:
         """Wait for something, and return the time at which it happened."""
-        end = time.monotonic() + PATIENCE
-        while not happened():
-            if time.monotonic() > end:
-                raise TimeoutError(f"{self.run.name}: it did not happen; the log was\n{self.log.getvalue()}")
-            time.sleep(0.02)
-        return time.monotonic()
+        try:
+            return _until(happened)
+        except TimeoutError as error:
+            raise TimeoutError(f"{self.run.name}: {error}; the log was\n{self.log.getvalue()}") from error
+
+
+def _until(happened: Callable[[], bool]) -> float:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.02)
+    return time.monotonic()
 
 
 @contextlib.contextmanager
@@ -121,14 +135,14 @@ def _options(nodes: int) -> NodeOptions:
 
 def kill(name: str, option: str = "") -> Callable[[Training], None]:
     """Return a fault that kills the first process of the cluster whose command has both words."""
+    return lambda training: _kill(training.cluster, name, option)
 
-    def strike(training: Training) -> None:
-        found = processes(training.cluster, name, option)
-        if not found:
-            raise UserError(f"no process {name} {option} runs")
-        os.kill(found[0], signal.SIGKILL)
 
-    return strike
+def _kill(cluster: LocalCluster, name: str, option: str) -> None:
+    found = processes(cluster, name, option)
+    if not found:
+        raise UserError(f"no process {name} {option} runs")
+    os.kill(found[0], signal.SIGKILL)
 
 
 def processes(cluster: LocalCluster, name: str, option: str) -> list[int]:
@@ -144,7 +158,7 @@ def processes(cluster: LocalCluster, name: str, option: str) -> list[int]:
 
 def kill_last_node(training: Training) -> None:
     """Kill the raylet of the last node that has a rank and not the head."""
-    kill(*_raylet(max(training.places())))(training)
+    _kill(training.cluster, *_raylet(max(training.places())))
 
 
 def kill_two_nodes(training: Training) -> None:
@@ -153,7 +167,7 @@ def kill_two_nodes(training: Training) -> None:
     kill_last_node(training)
     head = training.cluster.nodes[0]
     training.until(lambda: bool(set(training.places(known)) - {head}))
-    kill(*_raylet(max(training.places(known))))(training)
+    _kill(training.cluster, *_raylet(max(training.places(known))))
 
 
 def cut_node(training: Training) -> None:
@@ -188,6 +202,36 @@ def drain_node(training: Training) -> None:
 
 def _raylet(address: str) -> tuple[str, str]:
     return "raylet/raylet", f"--node_ip_address={address} "
+
+
+def watch_memory(cluster: LocalCluster) -> None:
+    """Start the last node again, with a threshold of Ray's memory monitor that is `ROOM` above what is used now.
+
+    The nodes of this machine share its memory. The monitors of the others keep Ray's threshold, 95 %.
+    """
+    number, address = len(cluster.nodes) - 1, cluster.nodes[-1]
+    _kill(cluster, *_raylet(address))
+    _until(lambda: address not in local.alive_nodes(cluster))
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + ROOM) / memory.total
+    with mock.patch.dict(os.environ, {_THRESHOLD: f"{threshold:.4f}"}):
+        local.start_node(cluster, _options(len(cluster.nodes)), Path(cluster.token_file).parent, number)
+    _until(lambda: address in local.alive_nodes(cluster))
+
+
+def use_memory(training: Training) -> None:
+    """Use more and more memory until Ray has killed the rank of the last node, then free it."""
+    (raylet,) = processes(training.cluster, *_raylet(training.cluster.nodes[-1]))
+    (rank,) = (child for child in psutil.Process(raylet).children() if "RayTrainWorker" in " ".join(child.cmdline()))
+    memory = psutil.virtual_memory
+    limit = float(psutil.Process(raylet).environ()[_THRESHOLD]) * memory().total
+    used = list[bytearray]()
+    while rank.is_running():
+        if sum(map(len, used)) > 2 * ROOM:
+            raise UserError(f"Ray's memory monitor killed no rank, though {2 * ROOM / 2**30:.0f} GiB more are used")
+        left = limit - (memory().total - memory().available)
+        used.append(bytearray(b"x") * max(_PIECE, int(left / 2)))
+        time.sleep(0.3)  # The monitor looks every 250 ms.
 
 
 def kill_head(training: Training) -> None:

@@ -30,6 +30,8 @@ from benchmarks.drill_faults import (
     kill_head,
     kill_last_node,
     kill_two_nodes,
+    use_memory,
+    watch_memory,
 )
 from benchmarks.drill_network import available, network
 from benchmarks.results import columns
@@ -73,6 +75,8 @@ class Fault:
     """Words of the log by which the driver says that it has noticed; empty if it cannot."""
     again: bool = False
     """Whether the run is submitted again, to a new cluster if the head is lost."""
+    watched: bool = False
+    """Whether Ray's memory monitor of the last node acts when some more memory of this machine is used."""
     cut: bool = False
     """Whether the nodes are hosts of their own whose network can be cut, which needs root."""
 
@@ -86,6 +90,7 @@ FAULTS = {
     "cut": Fault("network of a rank's node cut for 60 s, raylet restarted", 2, 2, cut_node, "restart 1 of", cut=True),
     "two": Fault("raylets of two nodes killed, one in the restart", 4, 2, kill_two_nodes, "restart 2 of"),
     "drain": Fault("a rank's node drained, another node is there", 3, 2, drain_node, "Ray drains node"),
+    "memory": Fault("a rank killed by Ray's memory monitor", 2, 2, use_memory, "memory monitor killed", watched=True),
     "head": Fault("all processes of the cluster killed, submitted to a new one", 2, 2, kill_head, "", again=True),
 }
 
@@ -115,6 +120,8 @@ def drill(name: str, data: Path, folder: Path, reference: Training) -> list[str]
     fault = FAULTS[name]
     made = network(fault.nodes) if fault.cut else contextlib.nullcontext()
     with made as net, cluster_of(fault.nodes, folder / "c", net) as cluster:
+        if fault.watched:
+            watch_memory(cluster)
         training = Training(cluster, configured(data, folder / name), fault.workers, network=net)
         training.submit()
         training.until(lambda: training.step() >= AT)

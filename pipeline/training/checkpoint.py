@@ -8,13 +8,15 @@ executed, and it is compared with its own configuration before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -96,24 +98,34 @@ def save_checkpoint(
     folder = runs.child(f"checkpoints/{name}")
     content = {"weights": state.weights, "moments": state.moments, "generators": generators, "ema": state.ema}
     meta = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "position": asdict(position)}
-    files = {STATE: _saved(content), META: json.dumps(meta, indent=1).encode()}
-    folder.delete(MARKER)
-    for file, data in files.items():
-        folder.write(file, data)
-    marker = {file: {"bytes": len(data), "sha256": _sha256(data)} for file, data in files.items()}
+    text = json.dumps(meta, indent=1).encode()
+    with _saved(content) as saved:
+        with saved.open("rb") as file:
+            state_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        marker = {
+            STATE: {"bytes": saved.stat().st_size, "sha256": state_digest},
+            META: {"bytes": len(text), "sha256": _sha256(text)},
+        }
+        folder.delete(MARKER)
+        folder.upload(STATE, saved)
+    folder.write(META, text)
     folder.write(MARKER, json.dumps(marker, indent=1).encode())
 
 
-def _saved(content: Mapping[str, object]) -> bytes:
-    """Return the bytes of ``torch.save``.
+@contextlib.contextmanager
+def _saved(content: Mapping[str, object]) -> Iterator[Path]:
+    """Write ``torch.save``'s bytes to a file in memory, which is there as long as the block lasts.
 
-    It writes to a path, of a file in memory: into a Python buffer it would hold the interpreter's lock, and with it the
-    step that is being taken.
+    Into a Python buffer ``torch.save`` would hold the interpreter's lock, and with it the step that is being taken. The
+    file is sent as it is: each more copy of it takes new memory, for which the step waits too.
     """
     number = os.memfd_create(STATE)
-    with open(number, "r+b", buffering=0) as file:
-        torch.save(content, f"/proc/self/fd/{number}")
-        return file.read()
+    try:
+        path = Path(f"/proc/self/fd/{number}")
+        torch.save(content, path)
+        yield path
+    finally:
+        os.close(number)
 
 
 def complete_checkpoints(runs: Storage, kind: str) -> list[int]:
