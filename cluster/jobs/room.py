@@ -118,6 +118,23 @@ def _await_nodes(placement: Placement, sizes: Sequence[int], stops: threading.Ev
         remove_placement_group(demand)
 
 
+def release_room() -> None:
+    """Remove the placement groups of this driver, which ended attempts have left.
+
+    Ray Train 2.60 removes its own, but not after Ray's memory monitor has killed a rank: its shutdown of the ranks then
+    fails. Their resources would stay taken, and the next attempt would wait for them for ever.
+    """
+    import ray  # Ray is slow to import
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID
+
+    # The ID ends with that of the job that made the group.
+    driver = ray.get_runtime_context().get_job_id()
+    for number, group in placement_group_table().items():
+        if number.endswith(driver) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
+
+
 def _too_small(placement: Placement, sizes: Sequence[int], room: int) -> str:
     each = " and ".join(f"{amount:g} {name}" for name, amount in placement.resources.items())
     waited = f" after {placement.wait_for_resources:g} s" if placement.wait_for_resources else ""

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.jobs.failures import failures_of_ranks, understand
 from cluster.jobs.notice import Stopped, Watch, listen, start_notice, stops_on
 from cluster.jobs.placement import Placement, worlds
-from cluster.jobs.room import Drain, Growth, Sizes, await_room
+from cluster.jobs.room import Drain, Growth, Sizes, await_room, release_room
 from cluster.logs import configure_logging
 from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
@@ -189,7 +189,7 @@ def _fit(job: Job, announced: _Announced, world: int) -> bool:
     placement = job.placement
     # Ray requires a folder for its own state. Our state is in the run folder, so this one may be lost.
     with scratch_folder("ray-train") as folder:
-        result = TorchTrainer(
+        trainer = TorchTrainer(
             announced,
             train_loop_config=dict(job.config),
             torch_config=TorchConfig(backend=placement.backend),
@@ -207,7 +207,11 @@ def _fit(job: Job, announced: _Announced, world: int) -> bool:
                 # Ray would repeat every rank's traceback three times; ranks and driver log it once.
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
-        ).fit()
+        )
+        try:
+            result = trainer.fit()
+        finally:
+            release_room()
     return bool(result.return_value)
 
 
