@@ -44,14 +44,13 @@ class Facts:
 
     def hparams(self) -> dict[str, str | float | bool]:
         """Return the values of HPARAMS that the run has."""
-        values = {}
+        values: dict[str, str | float | bool] = {}
         for key in HPARAMS:
             section, _, name = key.partition(".")
             value = self.sections.get(section, {}).get(name)
-            if key == SEED and isinstance(value, int):
-                values[key] = str(value)  # the page shows numbers with five digits, and would show neighbours alike
-            elif isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < 2**63):
-                values[key] = value
+            if isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < 2**63):
+                # The page shows numbers with five digits, and would show neighbouring seeds alike.
+                values[key] = str(value) if key == SEED else value
         return values
 
     @property
