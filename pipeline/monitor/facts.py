@@ -16,6 +16,8 @@ _LARGEST = 1 << 20
 """Largest config.json that is read, bytes."""
 ENVIRONMENT = "environment"
 """Section of config.json that is no configuration: versions, the world, the dataset's digest."""
+SEED = "train.seed"
+"""Setting that is a name rather than a number."""
 _NOT_COMPARED = (("train", "seed"), ("output", "uri"))
 HPARAMS = (
     "model.encoder",
@@ -24,7 +26,7 @@ HPARAMS = (
     "train.learning_rate",
     "train.global_batch",
     "train.epochs",
-    "train.seed",
+    SEED,
     "train.precision",
     "train.zero_stage",
     "data.simulate",
@@ -42,12 +44,13 @@ class Facts:
 
     def hparams(self) -> dict[str, str | float | bool]:
         """Return the values of HPARAMS that the run has."""
-        values = {}
+        values: dict[str, str | float | bool] = {}
         for key in HPARAMS:
             section, _, name = key.partition(".")
             value = self.sections.get(section, {}).get(name)
             if isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < 2**63):
-                values[key] = value
+                # The page shows numbers with five digits, and would show neighbouring seeds alike.
+                values[key] = str(value) if key == SEED else value
         return values
 
     @property

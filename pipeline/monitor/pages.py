@@ -22,13 +22,20 @@ FIRST = ("loss/train", "loss/val", "quality/psnr", "speed/chips_per_second", "sp
 _COMPARED = ("model.encoder", "model.head", "train.global_batch", "train.learning_rate", "train.seed")
 """Settings that the page HParams begins with."""
 _DATASET = "index_digest"
+_COUNTS = ("store/dataset_retries", "store/read_again", "store/quarantined_chips", "store/run_folder_retries")
 _LAYOUT = (
     ("Is it learning?", (("loss", ("loss/train", "loss/val")), ("PSNR, dB", ("quality/psnr",)))),
     (
         "Is it fast?",
         (("chips a second", ("speed/chips_per_second",)), ("wait for data, s", ("speed/data_wait_seconds",))),
     ),
-    ("Is the store well?", (("retries and damage, counts", ("store/.*",)),)),
+    (
+        "Is the store well?",
+        (
+            ("retries and damage, counts", _COUNTS),
+            ("writing checkpoints, s", ("store/checkpoint_seconds",)),
+        ),
+    ),
 )
 
 
@@ -78,7 +85,7 @@ def layout() -> Summary:
             chart=[
                 layout_pb2.Chart(
                     title=name,
-                    multiline=layout_pb2.MultilineChartContent(tag=[_whole(tag) for tag in tags]),
+                    multiline=layout_pb2.MultilineChartContent(tag=[f"^{re.escape(tag)}$" for tag in tags]),
                 )
                 for name, tags in charts
             ],
@@ -89,9 +96,3 @@ def layout() -> Summary:
     value = Summary.Value(tag=layout_metadata.CONFIG_SUMMARY_TAG, tensor=tensor_util.make_tensor_proto(text))
     value.metadata.plugin_data.plugin_name = layout_metadata.PLUGIN_NAME
     return Summary(value=[value])
-
-
-def _whole(tag: str) -> str:
-    """Return a pattern of a whole tag; ``.*`` at its end stands for any rest."""
-    begin, star, _ = tag.partition(".*")
-    return f"^{re.escape(begin)}{star}$"

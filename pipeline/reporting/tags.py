@@ -66,13 +66,16 @@ _SHOWN: Mapping[str, str] = {
     "val/loss": "loss/val",
     f"{AVERAGED}/loss": f"loss/{AVERAGED}",
     "val": "quality",
-    AVERAGED: "quality_ema",
+    AVERAGED: "quality-ema",
     "time": "speed",
     "data/retries": "store/dataset_retries",
     "store/retries": "store/run_folder_retries",
     "data": "store",
 }
-"""Tags that the monitor shows, by stored tag or by its group: the groups sort as loss, quality, speed, store."""
+"""Tags that the monitor shows, by stored tag or by its group: the groups sort as loss, quality, speed, store.
+
+TensorBoard's page Scalars takes ``_`` in a group's name for ``/``: ``quality_adjusted`` would stand before ``quality``.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def shown(stored: str) -> Shown:
         return Shown(_SHOWN[stored], statistic)
     group = _SHOWN.get(group, group)
     if group.startswith("quality") and name.endswith(ADJUSTED):
-        group, name = group + ADJUSTED, name.removesuffix(ADJUSTED)
+        group, name = group + ADJUSTED.replace("_", "-"), name.removesuffix(ADJUSTED)
     return Shown(f"{group}/{name}" if name else group, statistic)
 
 

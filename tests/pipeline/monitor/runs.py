@@ -1,14 +1,22 @@
-"""Runs made of the real writers and values that a test names."""
+"""Runs made of the real writers and values that a test names, and the real command that shows them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from cluster.local.processes import free_ports
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.reporting.run_folder import CONFIG_FILE, RunFolder
 from pipeline.reporting.run_logs import RunLogs
@@ -59,3 +67,33 @@ def write_run(
 def with_seed(config: RunConfig, seed: int) -> RunConfig:
     """Return a configuration with another seed."""
     return replace(config, train=replace(config.train, seed=seed))
+
+
+@contextmanager
+def monitoring(*uris: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Yield the address of the real command's TensorBoard on the runs in ``uris``, and the command's process."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "cluster.cli", "monitor", *uris, "--port", str(port), "--refresh", "0.5"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+
+
+def ask(url: str, until: Callable[[object], bool], patience: float = 400, body: bytes | None = None) -> object:
+    """Ask until the expected answer arrives; return it."""
+    deadline = time.monotonic() + patience
+    answer: object = None
+    while time.monotonic() < deadline:
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=5) as response:
+                answer = json.load(response)
+            if until(answer):
+                return answer
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"{url} did not come to it: {answer}")

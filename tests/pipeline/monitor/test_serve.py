@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from cluster.local.processes import free_ports
 from pipeline.config import RunConfig
 from pipeline.monitor import serve
 from pipeline.monitor.serve import _follow, watching
@@ -28,37 +21,9 @@ from pipeline.world import World
 from sharding.storage.retries import GIVE_UP, Attempts
 from tests.conftest import S3
 from tests.listening import is_loopback, listening
+from tests.pipeline.monitor.runs import ask, monitoring
 
 MakeConfig = Callable[..., RunConfig]
-
-
-@contextmanager
-def monitoring(*uris: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "cluster.cli", "monitor", *uris, "--port", str(port), "--refresh", "0.5"]
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 0
-
-
-def ask(url: str, until: Callable[[object], bool], patience: float = 400, body: bytes | None = None) -> object:
-    """Ask until the expected answer arrives; return it."""
-    deadline = time.monotonic() + patience
-    answer: object = None
-    while time.monotonic() < deadline:
-        try:
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=5) as response:
-                answer = json.load(response)
-            if until(answer):
-                return answer
-        except (urllib.error.URLError, OSError):
-            pass
-        time.sleep(0.3)
-    raise AssertionError(f"{url} did not come to it: {answer}")
 
 
 def children(pid: int) -> list[int]:
@@ -79,7 +44,7 @@ def test_runs_are_shown_live(world: World, make_config: MakeConfig, tmp_path: Pa
         assert {tag.split("/")[0] for tag in tags[name]} == {
             "loss",
             "quality",
-            "quality_adjusted",
+            "quality-adjusted",
             "speed",
             "training",
         }

@@ -53,10 +53,11 @@ def test_stored_names_have_one_place_each_on_the_page() -> None:
     stored = [*STEP_TAGS, *VAL_TAGS, *(tag.replace("val/", "val_ema/") for tag in VAL_TAGS)]
     places = [shown(tag + suffix) for tag in stored for suffix in ("", "_min", "_max", "_p95")]
     assert len(set(places)) == len(places)
+    assert not [place.tag for place in places if "_" in place.tag.partition("/")[0]]
     groups = sorted({place.tag.partition("/")[0] for place in places})
     assert groups[:2] == ["loss", "quality"]
     assert [group for group in groups if not group.startswith("quality")] == ["loss", "speed", "store", "training"]
     assert shown("train/loss_p95") == Shown("loss/train", "p95")
-    assert shown("val/psnr_adjusted_min") == Shown("quality_adjusted/psnr", "min")
+    assert shown("val/psnr_adjusted_min") == Shown("quality-adjusted/psnr", "min")
     assert shown("time/samples_per_second") == Shown("speed/chips_per_second", "all")
     assert shown("else") == Shown("else", "all")
