@@ -38,6 +38,8 @@ _WRITERS: Mapping[str, Callable[[str, pyarrow.Schema], Any]] = {
     ".csv": csv.CSVWriter,
     ".parquet": parquet.ParquetWriter,
 }
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""First characters by which a spreadsheet takes the text of a cell for a formula."""
 _HEADER = ",".join(f'"{name}"' for name in SCHEMA.names)
 
 
@@ -73,6 +75,8 @@ def export(uris: Sequence[str], path: Path) -> int:
                         continue
                     key = f"{EVENTS}/{name}"
                     table = _table(run.name, "" if key == AGGREGATE else name, run.storage.child(key))
+                    if path.suffix == ".csv":
+                        table = _without_formulas(table)
                     writer.write_table(table)
                     rows += table.num_rows
         LocalStorage(path.absolute().parent).upload(path.name, written)
@@ -97,6 +101,19 @@ def _table(run: str, rank: str, folder: Storage) -> pyarrow.Table:
         numbers = [pyarrow.array(part) for part in (curve.steps, curve.seconds, curve.values)]
         tables.append(pyarrow.table([*names, *numbers], schema=SCHEMA))
     return pyarrow.concat_tables([SCHEMA.empty_table(), *tables])
+
+
+def _without_formulas(table: pyarrow.Table) -> pyarrow.Table:
+    """Return the table with an apostrophe before each text that a spreadsheet would compute.
+
+    Names of runs and tags may come from somebody else, and a formula can send what a sheet holds.
+    """
+    for place, field in enumerate(SCHEMA):
+        if field.type == pyarrow.string():
+            texts = table.column(place).to_pylist()
+            safe = [f"'{text}" if text.startswith(_FORMULA_STARTS) else text for text in texts]
+            table = table.set_column(place, field, pyarrow.array(safe, field.type))
+    return table
 
 
 def _is_export(path: Path) -> bool:

@@ -37,7 +37,7 @@ class AlertsConfig:
     """Seconds without a step or a validation that end in an alert; 0 raises none. A validation is one pause, so choose
     more than it takes."""
     psnr_below: Annotated[float, Meta(ge=0, le=1000)] = 0.0
-    """PSNR of a validation below which an alert is raised, dB; 0 raises none."""
+    """PSNR of a validation below which an alert is raised, dB, as for one that is NaN; 0 raises none."""
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
@@ -75,9 +75,11 @@ class Alerts:
         """Compare the metrics of a validation, by VAL_TAGS, with the rules."""
         self.step(step)
         limit, psnr = self._config.psnr_below, metrics["val/psnr"]
-        poor = bool(limit) and psnr < limit
+        # No comparison with NaN is true, and a PSNR that is no number is no good one.
+        poor = bool(limit) and not psnr >= limit
         if poor and not self._poor:
-            self.send(step, f"validation PSNR is {psnr:.4g} dB, below alerts.psnr_below = {limit:g}")
+            found = "not a number, with" if math.isnan(psnr) else f"{psnr:.4g} dB, below"
+            self.send(step, f"validation PSNR is {found} alerts.psnr_below = {limit:g}")
         self._poor = poor
 
     def send(self, step: int, reason: str) -> None:

@@ -50,6 +50,17 @@ def test_a_row_for_each_value(suffix: str, tmp_path: Path, capsys: pytest.Captur
     assert file.read_text() == "mine"
 
 
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path) -> None:
+    hostile = ("=1+1", "+1", "-1", "@SUM(1)")
+    for name in (*hostile, "a=1"):
+        write_run(f"{tmp_path}/runs/{name}", [1])
+    export([str(tmp_path / "runs")], tmp_path / "all.csv")
+    assert {row["run"] for row in rows(tmp_path / "all.csv")} == {*(f"'{name}" for name in hostile), "a=1"}
+    # No spreadsheet computes what a Parquet file holds: names stay as they are.
+    export([str(tmp_path / "runs")], tmp_path / "all.parquet")
+    assert {row["run"] for row in rows(tmp_path / "all.parquet")} == {*hostile, "a=1"}
+
+
 def test_folders_beside_the_ranks_with_odd_names_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_run(f"{tmp_path}/runs/good", [1])
     aggregate = tmp_path / "runs/good/events/aggregate"

@@ -79,6 +79,16 @@ def test_quality_below_the_limit_speaks_once_until_it_recovers() -> None:
     assert len(notes) == 2
 
 
+def test_a_quality_that_is_no_number_speaks_as_a_poor_one_does() -> None:
+    notes: list[tuple[int, str]] = []
+    alerts = Alerts(AlertsConfig(psnr_below=20), "runs/a", lambda step, text: notes.append((step, text)))
+    for step, psnr in enumerate((25.0, float("nan"), float("nan"), float("inf"), 19.0), 1):
+        alerts.validated(step, {"val/psnr": psnr})
+    alerts.close()
+    assert [step for step, _ in notes] == [2, 5]
+    assert notes[0][1] == "    runs/a, step 2: validation PSNR is not a number, with alerts.psnr_below = 20"
+
+
 def test_a_stall_speaks_once_until_the_next_step() -> None:
     notes: Queue[tuple[int, str]] = Queue()
     alerts = Alerts(AlertsConfig(stalled_seconds=0.05), "runs/a", lambda step, text: notes.put((step, text)))
