@@ -16,7 +16,7 @@ from cluster import __version__
 from cluster.jobs.cli import add_job_verbs
 from cluster.jobs.placement import Placement
 from cluster.logs import configure_logging
-from cluster.output import BROKEN_PIPE, end, guard_output
+from cluster.output import BROKEN_PIPE, ReaderGoneError, end, guard_output
 from cluster.sweep.options import SweepOptions
 from pipeline.signals import sigterm_as_interrupt
 from sharding.arguments import add_options, add_path, read_options
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end(2, f"satfusion: error: {error}")
     except KeyboardInterrupt:
         return end(_INTERRUPTED, "satfusion: interrupted")
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderGoneError):
         return end(BROKEN_PIPE)
     except SystemExit:  # argparse has printed the help, or what is wrong
         if end(0) == 2:  # standard output cannot be written

@@ -17,15 +17,19 @@ class OutputError(UserError):
     """Error of a standard output that is closed, or on a device that is full."""
 
 
+class ReaderGoneError(Exception):
+    """End of whoever read the standard output; no `OSError`, which what copies a log takes for a broken connection."""
+
+
 class _Output(io.FileIO):
     """Descriptor of standard output, whose errors are told to the user."""
 
     def write(self, data: object) -> int:
-        """Write to the descriptor; a reader that is gone is no error for the user."""
+        """Write to the descriptor."""
         try:
             return super().write(data)  # type: ignore[arg-type]
         except BrokenPipeError:
-            raise
+            raise ReaderGoneError from None
         except OSError as error:
             raise OutputError(f"standard output cannot be written ({error.strerror}): give it another place") from None
 
@@ -66,7 +70,7 @@ def end(status: int, message: str = "") -> int:
     try:
         if sys.stdout:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderGoneError):
         _discard(sys.stdout)
         status = status or BROKEN_PIPE
     except OutputError as error:
