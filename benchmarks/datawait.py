@@ -40,6 +40,7 @@ OPTIONS = (
     "data.loader_threads=2",
     "train.global_batch=8",
     "train.checkpoint_every=1000000",
+    "train.log_every=1",  # `waits` takes a row for a step
     "train.threads_per_rank=1",
     "output.panels=0",
 )
@@ -102,7 +103,7 @@ def memory(folder: Path, ranks: int) -> str:
 
 
 def waits(rows: Sequence[Mapping[str, str]], batch: int) -> str:
-    """Return the share of waiting in the time of steps, from the rows of metrics.csv."""
+    """Return the share of waiting in the time of steps, from the rows of metrics.csv, one for each step."""
     seconds = [batch / float(row["time/chips_per_second"]) for row in rows]
     waited = [float(row["time/data_wait_seconds"]) for row in rows]
     share = 100 * sum(waited[1:]) / sum(seconds[1:])

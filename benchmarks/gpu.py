@@ -209,12 +209,12 @@ def cpu_op_beside(setting: Setting, results: Results) -> Iterator[None]:
 
 def run_all(setting: Setting, until: float, results: Results) -> bool:
     """Run all parts until the time ``until``; return whether all passed."""
-    todo = parts(setting)
+    planned = parts(setting)
     outcomes = []
     with cpu_op_beside(setting, results):
-        for number, part in enumerate(todo):
+        for number, part in enumerate(planned):
             print(f"{part.name} ...", flush=True)
-            seconds = allowed_seconds(until - time.monotonic(), todo[number + 1 :])
+            seconds = allowed_seconds(until - time.monotonic(), planned[number + 1 :])
             outcomes.append(run_part(part, setting, seconds, results))
             print(f"{part.name} {outcomes[-1]}", flush=True)
     return set(outcomes) == {"passed"}

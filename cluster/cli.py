@@ -16,6 +16,7 @@ from cluster import __version__
 from cluster.jobs.cli import add_job_verbs
 from cluster.jobs.placement import Placement
 from cluster.logs import configure_logging
+from cluster.output import BROKEN_PIPE, ReaderGoneError, end, guard_output
 from cluster.sweep.options import SweepOptions
 from pipeline.signals import sigterm_as_interrupt
 from sharding.arguments import add_options, add_path, read_options
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from sharding.run.job import ShardJob
 
 _INTERRUPTED = 130
-_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for a user error, 130 for Ctrl-C and SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
+    guard_output()
     try:
         refuse_secrets(arguments)  # before argparse, which repeats arguments that it does not recognise
         args = _parse(arguments)
@@ -43,35 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             status: int = args.run(args)
     except UserError as error:
-        return _end(2, f"satfusion: error: {error}")
+        return end(2, f"satfusion: error: {error}")
     except KeyboardInterrupt:
-        return _end(_INTERRUPTED, "satfusion: interrupted")
-    except BrokenPipeError:
-        return _end(_BROKEN_PIPE)
+        return end(_INTERRUPTED, "satfusion: interrupted")
+    except (BrokenPipeError, ReaderGoneError):
+        return end(BROKEN_PIPE)
     except SystemExit:  # argparse has printed the help, or what is wrong
-        _end(0)
+        if end(0) == 2:  # standard output cannot be written
+            return 2
         raise
-    return _end(status)
-
-
-def _end(status: int, message: str = "") -> int:
-    """Print what is not printed yet, and a last message on stderr; return the exit status.
-
-    The readers of the output, such as `head`, may have closed their pipes. Python would report that at its own end, and
-    replace the status.
-    """
-    # In this order: a line that an interruption cut off must not come after the message.
-    for stream, line in ((sys.stdout, ""), (sys.stderr, message)):
-        if stream is None:  # closed by the caller
-            continue
-        try:
-            if line:
-                say(line, stream)
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            status = status or _BROKEN_PIPE
-    return status
+    return end(status)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

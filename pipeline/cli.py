@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.jobs import EvaluateJob, PredictJob
 from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
+from pipeline.training.device_memory import out_of_memory
 from sharding.arguments import add_path, read_options
 from sharding.errors import UserError
 from sharding.schema import check_range
@@ -190,6 +193,12 @@ def _train(args: argparse.Namespace) -> int:
     try:
         with stop_on_sigterm() as stop:
             result = run_training(config, stop=stop)
+    except RuntimeError as error:
+        if not (words := out_of_memory(error)):
+            raise
+        rank = os.environ.get("RANK", "0")
+        say(f"satfusion: error: rank {rank} {words}", sys.stderr)
+        return 1  # as a job on a cluster ends; not 2, since another program may have taken the memory
     finally:
         leave_world()
     if result.stopped:

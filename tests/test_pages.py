@@ -27,10 +27,13 @@ RECIPES = {path.stem for path in (DOCS.parent / "pipeline/recipes").glob("*.toml
 
 def example(page: str) -> str:
     """Return all Python blocks of a page, one after the other."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL))
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks, f"{page} has no block of Python"
+    return "\n".join(blocks)
 
 
 def run(program: str, folder: Path) -> None:
+    """Run a program, whose own assertions are the test, in a process of its own; it fails with the program."""
     script = folder / "example.py"
     script.write_text(program, encoding="utf-8")
     environment = {"PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1"}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("job", "status", "sent", "lasted", "ranks", "run")
 _LONGEST = 200
+_PLACES = ("run", "shard", "predict", "evaluate", "sweep")
+"""Keys of a job's metadata under which `cluster.jobs.submit` puts the place of its results, by kind of job."""
 
 
 def add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,7 +85,7 @@ def _row(job: JobDetails) -> tuple[str, ...]:
     begun, ended = job.start_time, job.end_time
     sent = f"{datetime.fromtimestamp(begun / 1000, UTC):%Y-%m-%d %H:%M:%S}" if begun else "-"
     lasted = _duration((ended - begun) / 1000) if begun and ended else "-"
-    what = metadata.get("run") or metadata.get("shard") or job.entrypoint or ""
+    what = next(filter(None, map(metadata.get, _PLACES)), None) or job.entrypoint or ""
     cells = (str(job.submission_id), job.status.value.lower(), sent, lasted, metadata.get("workers", "-"), what)
     # What others wrote must not move the cursor.
     return tuple("".join(letter for letter in cell if letter.isprintable())[:_LONGEST] for cell in cells)

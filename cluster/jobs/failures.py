@@ -7,15 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.training.device_memory import is_out_of_memory, out_of_memory
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError
 
 _MEMORY = re.compile(r"running low on memory|memory usage threshold|OutOfMemory", re.IGNORECASE)
-# Of torch, whose error has the same name as Ray's.
-_DEVICE_MEMORY = re.compile(
-    r"torch\.(?:cuda\.)?OutOfMemoryError: (?P<torch>.*)|(?P<device>(?:CUDA|HIP|XPU)(?: error:)? out of memory.*)"
-    r"|(?P<cpu>DefaultCPUAllocator: (?:can't allocate|not enough) memory.*)"
-)
 _USED = re.compile(r"was ([\d.]+ ?[GM]i?B)(?: used)? / ([\d.]+ ?[GM]i?B)")
 _USERS = re.compile(r"Top \d+ memory users:\s*(PID\b.*)", re.IGNORECASE | re.DOTALL)
 _SHOWN_USERS = 4
@@ -80,7 +76,7 @@ def killed_for_memory(text: str) -> str:
     Args:
         text: Text of Ray's error, which lists the processes that used most.
     """
-    if not _MEMORY.search(text) or _DEVICE_MEMORY.search(text):
+    if not _MEMORY.search(text) or is_out_of_memory(text):  # torch's error has the name of Ray's
         return ""
     used = _USED.search(text)
     users = _USERS.search(text)
@@ -95,22 +91,11 @@ def killed_for_memory(text: str) -> str:
 def _out_of_memory(error: Exception) -> str:
     """Return a sentence with the remedy if ranks could not allocate memory on their devices; else an empty one."""
     found = {
-        rank: match
+        rank: words
         for rank, failure in sorted(_of_ranks(error).items())
-        if (match := next(filter(None, (_DEVICE_MEMORY.search(_full(inner)) for inner in _nested(failure))), None))
+        if (words := next(filter(None, map(out_of_memory, _nested(failure))), ""))
     }
-    if not found:
-        return ""
-    first = next(iter(found.values()))
-    kind = "memory" if first["cpu"] else "GPU memory"
-    said = " ".join(first[first.lastgroup or 0].split())[:_SHOWN].rstrip(".")
-    return (
-        f"rank {_numbers(list(found))} ran out of {kind} ({said}): lower train.micro_batch, or set train.recompute=true"
-    )
-
-
-def _full(error: Exception) -> str:
-    return f"{type(error).__module__}.{type(error).__name__}: {error}"
+    return f"rank {_numbers(list(found))} {next(iter(found.values()))}" if found else ""
 
 
 def failures_of_ranks(error: Exception) -> Mapping[int, str]:

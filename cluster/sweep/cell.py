@@ -17,11 +17,12 @@ import msgspec
 from cluster.logs import configure_logging
 from pipeline.config import RunConfig
 from pipeline.signals import STOPPED_STATUS, stop_on_sigterm
+from pipeline.training.device_memory import out_of_memory
 from sharding.errors import UserError
 from sharding.files import read_text
 from sharding.schema import Sha256, decode
 from sharding.storage import NotFoundError, Storage, open_storage
-from sharding.terminal import escaped
+from sharding.terminal import say
 
 RESULT_FILE = "sweep.json"
 """File in the run folder, written last: a run that has it is done."""
@@ -137,15 +138,20 @@ def training_seconds(metrics: str, global_batch: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cell in a file and return its exit status: 0, 2 for a user error, 75 if SIGTERM stopped its training."""
+    """Run the cell in a file and return its exit status: 0, 1 without memory, 2 for a user error, 75 after SIGTERM."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     configure_logging()
     try:
         cell = json.loads(read_text("the cell's file", path))
         done = run_cell(cell["config"], cell["split"], stop_on_sigterm)
     except UserError as error:
-        print(f"satfusion: error: {escaped(str(error))}", file=sys.stderr)
+        say(f"satfusion: error: {error}", sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not (words := out_of_memory(error)):
+            raise
+        say(f"satfusion: error: the run {words}", sys.stderr)
+        return 1
     return 0 if done else STOPPED_STATUS
 
 

@@ -14,6 +14,7 @@ from cluster.logs import configure_logging
 from cluster.sweep.options import SweepOptions
 from cluster.sweep.run import Outcome
 from pipeline.config import RunConfig
+from pipeline.training.device_memory import out_of_memory
 from sharding.errors import UserError
 from sharding.storage import StorageUnavailableError
 from sharding.storage.lock import JOB_VARIABLE
@@ -86,6 +87,8 @@ def _reason(reference: object) -> str | None:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             return str(error.cause)
+        if words := out_of_memory(error.cause):
+            return f"it {words}"
         logger.error("a run failed", exc_info=error)
         return f"{type(error.cause).__name__}, see the log"
     except ray.exceptions.RayError as error:

@@ -101,7 +101,7 @@ def as_markdown(table: Sequence[Row], cells: Sequence[RunConfig], split: str, fa
         if row.results:
             cost = [f"{row.results[0].parameters / _MEGA:.3f}", f"{row.results[0].flops / _GIGA:.2f}"]
         done = str(row.planned) if len(row.results) == row.planned else f"{len(row.results)} of {row.planned}"
-        figures = [_with_spread(row.values(name)) for name in (*SHOWN,)]
+        figures = [_with_spread(row.values(name)) for name in SHOWN]
         lines.append(f"| {' | '.join([row.pair, done, *cost, *figures, _with_spread(row.seconds)])} |")
     for method, found in _baselines(table).items():
         figures = [_with_spread(_known(found, name)) for name in SHOWN]

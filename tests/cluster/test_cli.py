@@ -109,6 +109,44 @@ def test_a_closed_output_is_none(closed: str) -> None:
     assert (ended.returncode, ended.stderr) == (130, said)
 
 
+UNWRITABLE = "satfusion: error: standard output cannot be written ({}): give it another place\n"
+OUTPUTS = {"> /dev/full": "No space left on device", ">&-": "Bad file descriptor"}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("end", ["returns", "interrupted", "mistake", "help"])
+def test_an_output_that_cannot_be_written_is_one_sentence(end: str, output: str, unbuffered: str) -> None:
+    command = shlex.join([sys.executable, "-c", ENDS, end])
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(["/bin/sh", "-c", f"{command} {output}"], capture_output=True, text=True, env=environment)
+    expected = 2, UNWRITABLE.format(OUTPUTS[output])
+    if not unbuffered or output == ">&-":  # the line is written at the end, after what ended the verb
+        expected = {
+            "interrupted": (130, "satfusion: interrupted\n"),
+            "mistake": (2, "satfusion: error: a mistake\n"),
+        }.get(end, expected)
+    assert (ended.returncode, ended.stderr) == expected
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_help_that_cannot_be_written_is_no_success(output: str) -> None:
+    """Argparse ignores the error, and takes another stream for one that is closed."""
+    command = f"{shlex.quote(sys.executable)} -m cluster.cli --help {output}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (2, UNWRITABLE.format(OUTPUTS[output]))
+
+
+def test_no_file_takes_the_number_of_a_closed_output() -> None:
+    """Libraries and child processes would print into it."""
+    verb = "import os; print(os.open(os.devnull, os.O_RDONLY), file=sys.stderr)"
+    script = f"import sys; from cluster.output import guard_output; guard_output(); {verb}"
+    closed = f"{shlex.join([sys.executable, '-c', script])} <&- >&-"
+    ended = subprocess.run(["/bin/sh", "-c", closed], capture_output=True, text=True, check=True)
+    assert int(ended.stderr) > 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -115,6 +115,7 @@ def test_a_step_at_zero_stage_0_waits_for_nothing(tiny_run: MakeRun, world: Worl
         batches = list(itertools.islice(trainer.loader, 5))
         for batch in batches[:2]:
             trainer.train_step(batch, 0)
+        before = trainer.engine.state(2, moments=False, keep=True).weights
         if world.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
@@ -124,3 +125,5 @@ def test_a_step_at_zero_stage_0_waits_for_nothing(tiny_run: MakeRun, world: Worl
         finally:
             if world.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
+        after = trainer.engine.state(5, moments=False, keep=True).weights
+    assert any(not torch.equal(after[name], value) for name, value in before.items())

@@ -165,3 +165,33 @@ def test_a_published_checkpoint_of_another_model_is_refused(
     for word in words:
         assert word in sentence
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_step_without_gpu_memory_is_one_sentence_with_the_remedy(
+    world: World, make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*args: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("pipeline.training.loop.fusion_loss", allocate)
+    config = tmp_path / "config.toml"
+    config.write_text(make_config(tmp_path / "run", "train.max_steps=1").to_toml())
+    ended = run_here("train", str(config))
+    assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
+    assert ended.stderr.splitlines()[-1] == (
+        "satfusion: error: rank 0 ran out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB):"
+        " lower train.micro_batch, set train.recompute=true, or lower model.hidden"
+    )
+
+
+def test_other_errors_of_torch_keep_their_traceback(
+    world: World, make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(*args: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("pipeline.training.loop.fusion_loss", compute)
+    config = tmp_path / "config.toml"
+    config.write_text(make_config(tmp_path / "run", "train.max_steps=1").to_toml())
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_here("train", str(config))

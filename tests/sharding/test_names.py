@@ -86,7 +86,7 @@ def test_a_secret_is_refused_and_not_repeated(text: str) -> None:
         "file:///data/user@host/ds",
     ],
 )
-def test_what_holds_none_passes(text: str) -> None:
+def test_a_text_without_secrets_is_not_refused(text: str) -> None:
     refuse_secret("--output", text)
 
 

@@ -64,8 +64,10 @@ def test_a_table_gives_the_dataclass() -> None:
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_a_value_or_a_value_error(data: bytes) -> None:
+    """Any other error, such as one of recursion or of memory, fails."""
     with contextlib.suppress(ValueError):
-        decode(data, dict[str, int])
+        value = decode(data, dict[str, int])
+        assert {(type(key), type(number)) for key, number in value.items()} <= {(str, int)}
 
 
 @pytest.mark.parametrize("count", [0, 2**70, math.nan, math.inf, -1])

@@ -81,7 +81,7 @@ def test_each_end_of_an_attempt_has_its_kind(error: Exception, expected: Failure
 
 TRIED = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
 ON_CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-REMEDY = "lower train.micro_batch, or set train.recompute=true"
+REMEDY = "lower train.micro_batch, set train.recompute=true, or lower model.hidden"
 
 
 def in_task(error: Exception) -> Exception:

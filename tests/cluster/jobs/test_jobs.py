@@ -19,9 +19,11 @@ from ray.job_submission import JobStatus
 
 from cluster.cli import main
 from cluster.jobs import server, submit
+from cluster.jobs.cli import table
 from cluster.jobs.placement import Placement
 from cluster.jobs.server import follow, stop
 from cluster.jobs.submit import already_sent, build_request, differences
+from cluster.output import OutputError, ReaderGoneError
 from pipeline.config import load_config
 from pipeline.signals import STOPPED_STATUS
 from sharding.errors import UserError
@@ -251,3 +253,42 @@ def test_only_a_training_is_described_in_its_metadata(monkeypatch: pytest.Monkey
     submit.send(replace(training, metadata={}), ADDRESS)
     assert json.loads(sent[0]["job"])["config"]["output"]["uri"] == sent[0]["run"]
     assert sent[1] == {}
+
+
+class OneLine:
+    """A job server's client whose job has logged a line."""
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "a line\n"
+
+
+class Unread(io.StringIO):
+    """An output whose reader is gone, or whose device is full."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ReaderGoneError(), OutputError("full")])
+def test_an_output_that_takes_no_line_is_no_broken_connection(error: Exception) -> None:
+    """It would be opened again for as long as the job runs."""
+    log = server._Log(OneLine(), "job", Unread(error))  # type: ignore[arg-type]
+    with pytest.raises(type(error)):
+        asyncio.run(log.copy(lambda: False))
+
+
+@pytest.mark.parametrize("kind", ["run", "shard", "predict", "evaluate", "sweep"])
+def test_each_kind_of_job_is_listed_with_the_place_of_its_results(kind: str) -> None:
+    job = SimpleNamespace(
+        metadata={kind: "s3://b/place"},
+        entrypoint="python -m driver",
+        start_time=0,
+        end_time=0,
+        submission_id="j",
+        status=JobStatus.RUNNING,
+    )
+    assert table([job]).split()[-1] == "s3://b/place"  # type: ignore[list-item]

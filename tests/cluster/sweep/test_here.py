@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import pipeline.world
 from cluster.sweep import cell
@@ -18,6 +19,7 @@ from cluster.sweep.here import cells_here
 from pipeline.config import RunConfig
 from pipeline.signals import STOPPED_STATUS
 from pipeline.training import loop
+from pipeline.training.device_memory import REMEDY
 
 Program = Callable[[str], Path]
 
@@ -62,6 +64,21 @@ def test_sigterm_stops_the_training_at_a_checkpoint(
     file.write_text(json.dumps({"config": config, "split": "test"}))
     assert cell.main([str(file)]) == status  # without a stop it evaluates, and there is no checkpoint
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_without_gpu_memory_ends_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: RunConfig, stop: threading.Event) -> loop.TrainResult:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(loop, "run_training", train)
+    monkeypatch.setattr(pipeline.world, "leave_world", lambda: None)  # other tests are in that group
+    file = tmp_path / "cell.json"
+    file.write_text(json.dumps({"config": RunConfig().to_dict(), "split": "test"}))
+    assert cell.main([str(file)]) == 1
+    said = f"satfusion: error: the run ran out of GPU memory (CUDA out of memory): {REMEDY}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_runs_are_told_to_stop_and_waited_for(program: Program) -> None:

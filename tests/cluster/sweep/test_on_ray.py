@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from cluster.jobs.notice import Stopped
 from cluster.sweep import cell, on_ray
@@ -24,6 +25,7 @@ from cluster.sweep.plan import SweepJob
 from cluster.sweep.run import Outcome
 from pipeline.config import OutputConfig, RunConfig
 from pipeline.signals import STOPPED_STATUS
+from pipeline.training.device_memory import REMEDY
 from sharding.errors import UserError
 from sharding.storage.lock import JOB_VARIABLE
 
@@ -118,6 +120,13 @@ def test_without_a_stop_each_run_has_an_outcome(cluster: Cluster) -> None:
     outcomes = [outcome.failure for outcome in on_ray.cells_on_ray(OPTIONS)(cells("a", "b"))]
     assert outcomes == ["", "its process was lost 4 times (WorkerCrashedError), most often for lack of memory"]
     assert cluster.cancelled == []
+
+
+def test_a_run_without_gpu_memory_has_the_remedy_in_its_outcome(cluster: Cluster) -> None:
+    short = torch.OutOfMemoryError("CUDA out of memory.")
+    cluster.rounds = [lambda: cluster.ends.update({"a": ray.exceptions.RayTaskError("train", "text", short)})]
+    (outcome,) = on_ray.cells_on_ray(OPTIONS)(cells("a"))
+    assert outcome.failure == f"it ran out of GPU memory (CUDA out of memory): {REMEDY}"
 
 
 @pytest.mark.parametrize(("end", "status"), [(Stopped(), STOPPED_STATUS), (UserError("a mistake"), 2)])

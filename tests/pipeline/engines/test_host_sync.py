@@ -101,19 +101,24 @@ def test_what_would_wait_is_noticed(offence: Callable[[Tensor], object]) -> None
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize(("encoder", "head"), STAGES_FIRST)
 def test_no_network_waits_for_the_device(encoder: str, head: str, published: bool) -> None:
+    """What would wait raises, as `test_what_would_wait_is_noticed` shows; the backward pass reaches every stage."""
     lr, pan = ((50, 50), (156, 156)) if published else ((9, 11), (31, 26))
     with META:
         network = build_model(ModelConfig(encoder, head, revisits=3, hidden=8, published=published)).train()
         images = torch.empty(2, 3, 3, *lr), torch.empty(2, 1, *pan), torch.empty(2, dtype=torch.int64)
     network.at_step(network.config.kernel_freeze_step)
     with unsynchronised():
-        network(*images).fused.square().mean().backward()
+        fused = network(*images).fused
+        fused.square().mean().backward()
+    assert fused.device == META
+    assert any(parameter.grad is not None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize(
     ("registration", "placement", "adjust"), list(itertools.product(MODES, PLACEMENTS, (False, True)))
 )
 def test_no_loss_waits_for_the_device(registration: Mode, placement: Placement, adjust: bool) -> None:
+    """What would wait raises, as `test_what_would_wait_is_noticed` shows."""
     config = LossConfig(registration=registration, placement=placement, bias_adjust=adjust, angle=1.0, consistency=1.0)
     size = (2, 3, 24, 28)
     images = Fusion(*(torch.empty(size, device=META, requires_grad=True) for _ in range(3)))
@@ -121,3 +126,4 @@ def test_no_loss_waits_for_the_device(registration: Mode, placement: Placement, 
     fusion_loss(images, target, config, None, lr)  # constants are copied once
     with unsynchronised():
         fusion_loss(images, target, config, None, lr).total.mean().backward()
+    assert images.fused.grad is not None

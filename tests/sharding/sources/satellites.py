@@ -71,6 +71,14 @@ def write_safe(
         classes = np.stack([mask == 1, mask == 2, mask == 3]).astype(np.uint8)
         place = Affine(60, 0, corner[0], 0, -60, corner[1])
         write_jp2(product / f"{granule}/QI_DATA/MSK_CLASSI_B00.jp2", classes, place)
+    text = safe_metadata(product, day, stamp, level, baseline, images, offset)
+    (product / f"MTD_MSIL{level}.xml").write_text(text.replace("<n1:", f"{extra}<n1:", 1))
+    (product / "manifest.safe").write_text("<manifest/>")
+    return product
+
+
+def safe_radiometry(level: str, offset: int | None) -> str:
+    """Return the elements of a product's metadata that say what a value of 0 and of 1 is."""
     offsets = "".join(f'<{{}} band_id="{number}">{offset}</{{}}>' for number in range(13)) if offset is not None else ""
     if level == "2A":
         quantity = (
@@ -82,13 +90,20 @@ def write_safe(
     else:
         quantity = '<QUANTIFICATION_VALUE unit="none">10000</QUANTIFICATION_VALUE>'
         listed = f"<Radiometric_Offset_List>{offsets}</Radiometric_Offset_List>".replace("{}", "RADIO_ADD_OFFSET")
+    return quantity + (listed if offset is not None else "")
+
+
+def safe_metadata(
+    product: Path, day: str, stamp: str, level: str, baseline: str, images: Sequence[str], offset: int | None
+) -> str:
+    """Return the text of a product's main file, which lists ``images``."""
     root = f"Level-{level}_User_Product"
-    text = f"""<?xml version="1.0" encoding="UTF-8" standalone="no"?>
-{extra}<n1:{root} xmlns:n1="https://psd-14.sentinel2.eo.esa.int/PSD/User_Product_Level-{level}.xsd">
+    return f"""<?xml version="1.0" encoding="UTF-8" standalone="no"?>
+<n1:{root} xmlns:n1="https://psd-14.sentinel2.eo.esa.int/PSD/User_Product_Level-{level}.xsd">
   <n1:General_Info>
     <Product_Info>
       <PRODUCT_START_TIME>{day}T10:46:21.024Z</PRODUCT_START_TIME>
-      <PRODUCT_URI>{name}.SAFE</PRODUCT_URI>
+      <PRODUCT_URI>{product.name}</PRODUCT_URI>
       <PROCESSING_LEVEL>Level-{level}</PROCESSING_LEVEL>
       <PROCESSING_BASELINE>{baseline}</PROCESSING_BASELINE>
       <Datatake datatakeIdentifier="GS2A_{stamp}_035994_N04.00">
@@ -107,15 +122,11 @@ def write_safe(
       <Special_Values>
         <SPECIAL_VALUE_TEXT>SATURATED</SPECIAL_VALUE_TEXT><SPECIAL_VALUE_INDEX>65535</SPECIAL_VALUE_INDEX>
       </Special_Values>
-      {quantity}
-      {listed if offset is not None else ""}
+      {safe_radiometry(level, offset)}
     </Product_Image_Characteristics>
   </n1:General_Info>
 </n1:{root}>
 """
-    (product / f"MTD_MSIL{level}.xml").write_text(text)
-    (product / "manifest.safe").write_text("<manifest/>")
-    return product
 
 
 def zip_safe(product: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -128,6 +139,52 @@ def zip_safe(product: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
         path.rmdir() if path.is_dir() else path.unlink()
     product.rmdir()
     return target
+
+
+def write_tiles(
+    folder: Path,
+    name: str,
+    image: NDArray[np.uint16],
+    transform: Affine | None,
+    tiles: tuple[int, int],
+    *,
+    jp2: bool,
+) -> list[str]:
+    """Write an image in ``tiles`` rows and columns, and return the element of the metadata that lists each file."""
+    count, height, width = image.shape
+    high, wide = -(-height // tiles[0]), -(-width // tiles[1])
+    files = []
+    for row in range(tiles[0]):
+        for column in range(tiles[1]):
+            part = image[:, row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+            file = f"IMG_{name}_R{row + 1}C{column + 1}.{'JP2' if jp2 else 'TIF'}"
+            own = transform @ Affine.translation(column * wide, row * high) if transform else None
+            if jp2 and own:
+                write_jp2(folder / file, part, own)
+            else:
+                profile = {"count": count, "height": part.shape[1], "width": part.shape[2], "dtype": "uint16"}
+                georeference = {"crs": UTM, "transform": own} if own else {}
+                with rasterio.open(folder / file, "w", "GTiff", **profile, **georeference) as raster:
+                    raster.write(part)
+            files.append(
+                f'<Data_File tile_R="{row + 1}" tile_C="{column + 1}"><DATA_FILE_PATH href="{file}"/></Data_File>'
+            )
+    return files
+
+
+def dimap_radiometry(processing: str, gains: Mapping[str, tuple[float, float]], suns: Mapping[str, float]) -> str:
+    """Return the elements that give gain and bias of each band, and the irradiance of the sun in some."""
+    measure = "Band_Reflectance" if processing == "REFLECTANCE" else "Band_Radiance"
+    measures = "".join(
+        f"<{measure}><BAND_ID>{band}</BAND_ID><MEASURE_DESC>DN to physical measure</MEASURE_DESC>"
+        f"<GAIN>{gain!r}</GAIN><BIAS>{bias!r}</BIAS></{measure}>"
+        for band, (gain, bias) in gains.items()
+    )
+    irradiances = "".join(
+        f"<Band_Solar_Irradiance><BAND_ID>{band}</BAND_ID><VALUE>{value}</VALUE></Band_Solar_Irradiance>"
+        for band, value in suns.items()
+    )
+    return measures + irradiances
 
 
 def write_dimap(
@@ -153,37 +210,12 @@ def write_dimap(
     folder.mkdir(parents=True, exist_ok=True)
     count, height, width = image.shape
     high, wide = -(-height // tiles[0]), -(-width // tiles[1])
-    files = []
-    for row in range(tiles[0]):
-        for column in range(tiles[1]):
-            part = image[:, row * high : (row + 1) * high, column * wide : (column + 1) * wide]
-            file = f"IMG_{name}_R{row + 1}C{column + 1}.{'JP2' if jp2 else 'TIF'}"
-            own = transform @ Affine.translation(column * wide, row * high)
-            if jp2:
-                write_jp2(folder / file, part, own)
-            else:
-                profile = {"count": count, "height": part.shape[1], "width": part.shape[2], "dtype": "uint16"}
-                georeference = {"crs": UTM, "transform": own} if place else {}
-                with rasterio.open(folder / file, "w", "GTiff", **profile, **georeference) as raster:
-                    raster.write(part)
-            files.append(
-                f'<Data_File tile_R="{row + 1}" tile_C="{column + 1}"><DATA_FILE_PATH href="{file}"/></Data_File>'
-            )
+    files = write_tiles(folder, name, image, transform if place else None, tiles, jp2=jp2)
     indexes = "".join(
         f"<Raster_Index><BAND_ID>{band}</BAND_ID><BAND_INDEX>{number}</BAND_INDEX></Raster_Index>"
         for number, band in enumerate(ids, start=1)
     )
-    gains = gains or dict.fromkeys(ids, (10000.0, 0.0))
-    measure = "Band_Reflectance" if processing == "REFLECTANCE" else "Band_Radiance"
-    measures = "".join(
-        f"<{measure}><BAND_ID>{band}</BAND_ID><MEASURE_DESC>DN to physical measure</MEASURE_DESC>"
-        f"<GAIN>{gain!r}</GAIN><BIAS>{bias!r}</BIAS></{measure}>"
-        for band, (gain, bias) in gains.items()
-    )
-    irradiances = "".join(
-        f"<Band_Solar_Irradiance><BAND_ID>{band}</BAND_ID><VALUE>{value}</VALUE></Band_Solar_Irradiance>"
-        for band, value in (suns or {}).items()
-    )
+    bands = dimap_radiometry(processing, gains or dict.fromkeys(ids, (10000.0, 0.0)), suns or {})
     text = f"""<?xml version="1.0" encoding="ISO-8859-1"?>
 {extra}<Dimap_Document>
   <Metadata_Identification><METADATA_FORMAT version="2.12">DIMAP</METADATA_FORMAT></Metadata_Identification>
@@ -217,7 +249,7 @@ def write_dimap(
     </Raster_Display>
   </Raster_Data>
   <Radiometric_Data><Radiometric_Calibration><Instrument_Calibration><Band_Measurement_List>
-    {measures}{irradiances}
+    {bands}
   </Band_Measurement_List></Instrument_Calibration></Radiometric_Calibration></Radiometric_Data>
   <Geometric_Data><Use_Area>
     <Located_Geometric_Values><LOCATION_TYPE>Top Center</LOCATION_TYPE>
