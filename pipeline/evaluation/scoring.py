@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from pipeline.evaluation.baselines import BASELINES, PANSHARPENED, baselines, me
 from pipeline.evaluation.classes import UNKNOWN
 from pipeline.evaluation.perturb import Kind, levels, perturb, unperturbed
 from pipeline.evaluation.result import COLUMNS, COMPARED, FUSED, Row
+from pipeline.quality.influence import revisit_shares
 from pipeline.quality.metrics import image_metrics
 from pipeline.quality.no_reference import no_reference
 from pipeline.quality.opensr import opensr_measures
@@ -115,7 +116,9 @@ def draw(network: nn.Module, dataset: ChipDataset, chip: int) -> bytes:
     """Return the panel of a chip as PNG, computed on the network's device."""
     batch = dataset.evaluation_batch(chip, next(network.parameters()).device)
     with torch.no_grad():
-        picture = panel(batch, _fuse(network, batch), dataset.chip_id(chip), dataset.index.facts.bands.hr_rgb)
+        fused = _fuse(network, batch)
+        shares = revisit_shares(batch.lr, fused, lambda lr: _fuse(network, replace(batch, lr=lr)))
+        picture = panel(batch, fused, shares, dataset.chip_id(chip), dataset.index.facts.bands.hr_rgb)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
     return buffer.getvalue()

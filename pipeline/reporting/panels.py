@@ -1,4 +1,4 @@
-"""Image panels of a chip: clearest revisit, PAN, fused image, HR and error, side by side."""
+"""Panels of a chip: clearest revisit, PAN, fused image, HR and error, and below them all revisits with their shares."""
 
 from __future__ import annotations
 
@@ -27,25 +27,31 @@ def num_panels(config: OutputConfig, step: int, steps_per_epoch: int, total_step
     return config.panels if draws or step == total_steps else 0
 
 
-def panel(batch: Batch, fused: Tensor, title: str, rgb: Sequence[int]) -> npt.NDArray[np.uint8]:
+def panel(
+    batch: Batch, fused: Tensor, shares: Sequence[float], title: str, rgb: Sequence[int]
+) -> npt.NDArray[np.uint8]:
     """Draw the first chip of ``batch`` and its ``fused`` image [B, C, H, W] as one picture [h, w, 3].
 
-    From the left: the revisit under ``title``, PAN, fused, HR, absolute error.
+    From the left: the revisit under ``title``, PAN, fused, HR, absolute error. Below: each revisit under its number and
+    its share in the fused image (`pipeline.quality.influence`), in percent.
 
-    Revisit, fused and HR share one contrast stretch, so that their radiometry can be compared by eye. ``rgb`` are
+    Revisits, fused and HR share one contrast stretch, so that their radiometry can be compared by eye. ``rgb`` are
     the positions of the bands that are drawn.
     """
     bands = list(rgb)
     hr = batch.hr[0, bands].cpu().numpy()
     high = robust_high(hr)
-    revisit = batch.lr[0, int(batch.revisit[0]), bands].cpu().numpy()
+    revisits = [to_rgb8(image, high=high) for image in batch.lr[0, :, bands].cpu().numpy()]
     pan = batch.pan[0].cpu().numpy()
     result = fused[0, bands].float().cpu().numpy()
     tiles = [
-        (title, to_rgb8(revisit, high=high)),
+        (title, revisits[int(batch.revisit[0])]),
         ("PAN", to_rgb8(pan)),
         ("fused", to_rgb8(result, high=high)),
         ("HR", to_rgb8(hr, high=high)),
         ("|error|", to_rgb8(np.abs(result - hr), high=ERROR_FULL_SCALE)),
     ]
-    return np.asarray(sheet([tiles], tile_size=hr.shape[-1]), dtype=np.uint8)
+    below = [
+        (f"{number}: {share:.0%}", image) for number, (share, image) in enumerate(zip(shares, revisits, strict=True))
+    ]
+    return np.asarray(sheet([tiles, below], tile_size=hr.shape[-1]), dtype=np.uint8)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.data import ChipDataset, evaluation_batches
 from pipeline.data.batches import Batch
 from pipeline.engines.engine import Engine
+from pipeline.quality.influence import revisit_shares
 from pipeline.quality.losses import fusion_loss
 from pipeline.quality.metrics import RESOLUTION_RATIO, image_metrics
 from pipeline.reporting.panels import panel
@@ -59,22 +61,32 @@ def validate(
         world: This process's place.
         config: Configuration of the loss, and of the panels.
         panels: Number of chips drawn; None takes ``output.panels``.
-        progressed: Called after each chip.
+        progressed: Called after each forward pass.
 
     Raises:
         UserError: The split is empty, or all of it is quarantined.
     """
     rows: dict[int, list[float]] = {}
     drawn: dict[int, Image] = {}
-    for batch, counts in evaluation_batches(dataset, world.rank, world.size, world.device):
+    most = config.output.panels if panels is None else panels
+
+    def fuse(batch: Batch, lr: Tensor) -> Tensor:
+        fused = engine.predict(replace(batch, lr=lr)).fused
+        progressed()
+        return fused
+
+    for place, (batch, counts) in enumerate(evaluation_batches(dataset, world.rank, world.size, world.device)):
         images = engine.predict(batch)
         progressed()
+        # On every rank equally often, whichever draws: ZeRO 3 gathers weights in each forward pass.
+        shares = revisit_shares(batch.lr, images.fused, partial(fuse, batch)) if place < most else []
         if not counts:
             continue
         chip = batch.chips[0]
         rows[chip] = _values(images, batch, config, resolution_ratio(dataset))
-        if chip < (config.output.panels if panels is None else panels):
-            drawn[chip] = panel(batch, images.fused, dataset.chip_id(chip), dataset.index.facts.bands.hr_rgb)
+        if chip < most:
+            rgb = dataset.index.facts.bands.hr_rgb
+            drawn[chip] = panel(batch, images.fused, shares, dataset.chip_id(chip), rgb)
     everyone = _merged(world.gather_objects(rows))
     if not everyone:
         raise UserError(
