@@ -125,6 +125,7 @@ def run_job(job: Job, rank_function: RankFunction = train_rank) -> None:
     failures = 0
     with stops_on(signal.SIGTERM) as stops:
         while True:
+            release_room()
             world = await_room(placement, sizes.now(), stops)
             if stops.is_set():
                 raise Stopped
@@ -189,7 +190,7 @@ def _fit(job: Job, announced: _Announced, world: int) -> bool:
     placement = job.placement
     # Ray requires a folder for its own state. Our state is in the run folder, so this one may be lost.
     with scratch_folder("ray-train") as folder:
-        trainer = TorchTrainer(
+        result = TorchTrainer(
             announced,
             train_loop_config=dict(job.config),
             torch_config=TorchConfig(backend=placement.backend),
@@ -207,11 +208,7 @@ def _fit(job: Job, announced: _Announced, world: int) -> bool:
                 # Ray would repeat every rank's traceback three times; ranks and driver log it once.
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
-        )
-        try:
-            result = trainer.fit()
-        finally:
-            release_room()
+        ).fit()
     return bool(result.return_value)
 
 

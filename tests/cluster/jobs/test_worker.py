@@ -57,6 +57,10 @@ class Attempts:
         self.left: list[End] = []
         self.workers: int | str = 2
         self.worlds: list[int] = []
+        self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
 
     def run(self, max_failures: int, *ends: End) -> None:
         self.left = list(ends)
@@ -64,6 +68,7 @@ class Attempts:
 
     def fit(self, job: Job, function: object, world: int) -> bool:
         self.worlds.append(world)
+        assert self.released == len(self.worlds), "what the attempt before has left is freed first"
         end = self.left.pop(0)
         if isinstance(end, Exception):
             raise end
@@ -82,6 +87,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
     monkeypatch.setattr(worker, "_RESTART_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 100.0})
     monkeypatch.setattr(worker, "start_notice", SilentNotice)
+    monkeypatch.setattr(worker, "release_room", attempts.release)
     monkeypatch.setattr(worker, "_fit", attempts.fit)
     return attempts
 
