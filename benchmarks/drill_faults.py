@@ -36,6 +36,7 @@ CUT_S, DRAIN_S = 60.0, 300
 ROOM = 6 * 2**30
 """Bytes that may be used, beyond those when the cluster is up, before Ray's memory monitor kills a rank."""
 _PIECE = 2**27
+_HIGHEST = 0.85
 _THRESHOLD = "RAY_memory_usage_threshold"
 _NODE_WAIT = 600.0
 _MARK = "SATFUSION_CLUSTER"
@@ -208,12 +209,19 @@ def watch_memory(cluster: LocalCluster) -> None:
     """Start the last node again, with a threshold of Ray's memory monitor that is `ROOM` above what is used now.
 
     The nodes of this machine share its memory. The monitors of the others keep Ray's threshold, 95 %.
+
+    Raises:
+        UserError: The machine has too little memory left for that.
     """
     number, address = len(cluster.nodes) - 1, cluster.nodes[-1]
     _kill(cluster, *_raylet(address))
     _until(lambda: address not in local.alive_nodes(cluster))
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + ROOM) / memory.total
+    if threshold > _HIGHEST:
+        raise UserError(
+            f"the drill needs {ROOM / 2**30:.0f} GiB below {_HIGHEST:.0%} of the machine's memory: free some"
+        )
     with mock.patch.dict(os.environ, {_THRESHOLD: f"{threshold:.4f}"}):
         local.start_node(cluster, _options(len(cluster.nodes)), Path(cluster.token_file).parent, number)
     _until(lambda: address in local.alive_nodes(cluster))

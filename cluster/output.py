@@ -38,7 +38,7 @@ def guard_output() -> None:
     """Let writing to standard output raise `OutputError`, where the process has it and nothing has replaced it.
 
     A stream that the caller has closed gets its descriptor back: the next file that this program opens would have
-    its number, and receive what libraries and child processes print.
+    its number, and receive what libraries print.
     """
     # In the order of the descriptors, since each takes the lowest that is free.
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):

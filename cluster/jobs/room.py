@@ -130,9 +130,12 @@ def release_room() -> None:
 
     # The ID ends with that of the job that made the group.
     driver = ray.get_runtime_context().get_job_id()
-    for number, group in placement_group_table().items():
-        if number.endswith(driver) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
+    try:
+        for number, group in placement_group_table().items():
+            if number.endswith(driver) and group["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
+    except ray.exceptions.RayError as error:  # The head is slow or restarts: this is no reason to end the job.
+        logger.warning("resources of the attempt before may still be taken: %s", error)
 
 
 def _too_small(placement: Placement, sizes: Sequence[int], room: int) -> str:

@@ -16,6 +16,7 @@ from cluster.jobs.placement import Placement, worlds
 from cluster.jobs.server import GRACE_SECONDS, connect, first_line, follow, how_to_follow, jobs_of
 from cluster.jobs.train_job import Job
 from cluster.logs import PACKAGES
+from cluster.output import OutputError, ReaderGoneError
 from sharding.errors import UserError
 from sharding.names import refuse_secret
 from sharding.schema import JobFile, decode
@@ -185,25 +186,31 @@ def run(request: JobRequest, address: str, output: TextIO) -> int:
     """
     job_id = already_sent(request, address)
     if job_id:
-        say(f"job {job_id} at {address} trains this run already", output)
-    else:
-        job_id = send(request, address)
-        say(f"job {job_id} sent to {address}", output)
-    return follow_or_leave(address, job_id, output)
+        return follow_or_leave(address, job_id, output, f"job {job_id} at {address} trains this run already")
+    job_id = send(request, address)
+    return follow_or_leave(address, job_id, output, f"job {job_id} sent to {address}")
 
 
-def follow_or_leave(address: str, job_id: str, output: TextIO) -> int:
-    """Follow a job and return its exit status; Ctrl-C leaves it running and returns 130.
+def follow_or_leave(address: str, job_id: str, output: TextIO, news: str = "") -> int:
+    """Say ``news`` of a job, if any, follow it and return its exit status; Ctrl-C leaves it running and returns 130.
 
     Raises:
-        UserError: Like `follow`.
+        UserError: Like `follow`, and if the output cannot be written: the job runs on then, too.
+        ReaderGoneError: Nobody reads the output; the job runs on.
     """
+    left = f"satfusion: job {job_id} runs on: {how_to_follow(address, job_id)}"
     try:
+        if news:
+            say(news, output)
         return follow(address, job_id, output)
     except KeyboardInterrupt:
         say("", sys.stderr)
-        say(f"satfusion: job {job_id} runs on: {how_to_follow(address, job_id)}", sys.stderr)
+        say(left, sys.stderr)
         return _INTERRUPTED
+    except (OutputError, ReaderGoneError):
+        if news:  # else the user has named the job
+            say(left, sys.stderr)
+        raise
 
 
 def already_sent(request: JobRequest, address: str) -> str | None:

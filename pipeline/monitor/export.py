@@ -74,17 +74,20 @@ def export(uris: Sequence[str], path: Path) -> int:
                         logger.warning("not exported: %s", error)
                         continue
                     key = f"{EVENTS}/{name}"
-                    table = _table(run.name, "" if key == AGGREGATE else name, run.storage.child(key))
-                    if path.suffix == ".csv":
-                        table = _without_formulas(table)
+                    rank = "" if key == AGGREGATE else name
+                    table = _table(run.name, rank, run.storage.child(key), path.suffix == ".csv")
                     writer.write_table(table)
                     rows += table.num_rows
         LocalStorage(path.absolute().parent).upload(path.name, written)
     return rows
 
 
-def _table(run: str, rank: str, folder: Storage) -> pyarrow.Table:
-    """Return the rows of an events folder, of one rank or with the empty name of all."""
+def _table(run: str, rank: str, folder: Storage, plain: bool) -> pyarrow.Table:
+    """Return the rows of an events folder, of one rank or with the empty name of all.
+
+    With ``plain`` an apostrophe is before each text that a spreadsheet would compute: names of runs and tags may come
+    from somebody else, and a formula can send what a sheet holds.
+    """
     curves = Curves()
     for event in Feed(folder).events():
         first_void = restarted(event)
@@ -97,23 +100,11 @@ def _table(run: str, rank: str, folder: Storage) -> pyarrow.Table:
     tables = []
     for key, curve in sorted(curves.by_key.items()):
         statistic, _, tag = key.partition(" ")
-        names = [pyarrow.repeat(text, len(curve.steps)) for text in (run, statistic, tag)]
+        texts = [f"'{text}" if plain and text.startswith(_FORMULA_STARTS) else text for text in (run, statistic, tag)]
+        names = [pyarrow.repeat(text, len(curve.steps)) for text in texts]
         numbers = [pyarrow.array(part) for part in (curve.steps, curve.seconds, curve.values)]
         tables.append(pyarrow.table([*names, *numbers], schema=SCHEMA))
     return pyarrow.concat_tables([SCHEMA.empty_table(), *tables])
-
-
-def _without_formulas(table: pyarrow.Table) -> pyarrow.Table:
-    """Return the table with an apostrophe before each text that a spreadsheet would compute.
-
-    Names of runs and tags may come from somebody else, and a formula can send what a sheet holds.
-    """
-    for place, field in enumerate(SCHEMA):
-        if field.type == pyarrow.string():
-            texts = table.column(place).to_pylist()
-            safe = [f"'{text}" if text.startswith(_FORMULA_STARTS) else text for text in texts]
-            table = table.set_column(place, field, pyarrow.array(safe, field.type))
-    return table
 
 
 def _is_export(path: Path) -> bool:

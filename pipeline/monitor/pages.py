@@ -22,7 +22,7 @@ FIRST = ("loss/train", "loss/val", "quality/psnr", "speed/chips_per_second", "sp
 _COMPARED = ("model.encoder", "model.head", "train.global_batch", "train.learning_rate", "train.seed")
 """Settings that the page HParams begins with."""
 _DATASET = "index_digest"
-_COUNTS = ("store/dataset_retries", "store/read_again", "store/quarantined_chips", "store/run_folder_retries")
+_STORE_COUNTS = ("store/dataset_retries", "store/read_again", "store/quarantined_chips", "store/run_folder_retries")
 _LAYOUT = (
     ("Is it learning?", (("loss", ("loss/train", "loss/val")), ("PSNR, dB", ("quality/psnr",)))),
     (
@@ -32,7 +32,7 @@ _LAYOUT = (
     (
         "Is the store well?",
         (
-            ("retries and damage, counts", _COUNTS),
+            ("retries and damage, counts", _STORE_COUNTS),
             ("writing checkpoints, s", ("store/checkpoint_seconds",)),
         ),
     ),

@@ -11,7 +11,7 @@ from pipeline.quality.consistency import revisits_median
 
 
 def revisit_shares(lr: Tensor, fused: Tensor, fuse: Callable[[Tensor], Tensor]) -> list[float]:
-    """Return the share of each revisit in the fused image of one chip; the sum is 1, or 0 if none counts.
+    """Return the share of each revisit in what they change of one chip's image; the sum is 1, or 0 if none counts.
 
     Each revisit in turn is replaced by the median of the others; its share is the mean absolute change of the fused
     image, divided by the sum of all changes. So a revisit counts little if the model ignores it, and also if it

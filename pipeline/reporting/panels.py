@@ -1,4 +1,4 @@
-"""Panels of a chip: clearest revisit, PAN, fused image, HR and error, and below them all revisits with their shares."""
+"""Panels of a chip: clearest revisit, PAN, fused image, HR and error; below them each revisit and its influence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def panel(
     """Draw the first chip of ``batch`` and its ``fused`` image [B, C, H, W] as one picture [h, w, 3].
 
     From the left: the revisit under ``title``, PAN, fused, HR, absolute error. Below: each revisit under its number and
-    its share in the fused image (`pipeline.quality.influence`), in percent.
+    its influence on the fused image (`pipeline.quality.influence`), in percent.
 
     Revisits, fused and HR share one contrast stretch, so that their radiometry can be compared by eye. ``rgb`` are
     the positions of the bands that are drawn.

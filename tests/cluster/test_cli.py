@@ -139,7 +139,7 @@ def test_help_that_cannot_be_written_is_no_success(output: str) -> None:
 
 
 def test_no_file_takes_the_number_of_a_closed_output() -> None:
-    """Libraries and child processes would print into it."""
+    """Libraries would print into it."""
     verb = "import os; print(os.open(os.devnull, os.O_RDONLY), file=sys.stderr)"
     script = f"import sys; from cluster.output import guard_output; guard_output(); {verb}"
     closed = f"{shlex.join([sys.executable, '-c', script])} <&- >&-"

@@ -125,5 +125,6 @@ def test_a_step_at_zero_stage_0_waits_for_nothing(tiny_run: MakeRun, world: Worl
         finally:
             if world.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        after = trainer.engine.state(5, moments=False, keep=True).weights
-    assert any(not torch.equal(after[name], value) for name, value in before.items())
+        after = trainer.engine.state(5, moments=False, keep=True)
+        after.wait()
+    assert any(not torch.equal(after.weights[name], value) for name, value in before.items())

@@ -22,7 +22,7 @@ from cluster.jobs import server, submit
 from cluster.jobs.cli import table
 from cluster.jobs.placement import Placement
 from cluster.jobs.server import follow, stop
-from cluster.jobs.submit import already_sent, build_request, differences
+from cluster.jobs.submit import already_sent, build_request, differences, follow_or_leave
 from cluster.output import OutputError, ReaderGoneError
 from pipeline.config import load_config
 from pipeline.signals import STOPPED_STATUS
@@ -292,3 +292,18 @@ def test_each_kind_of_job_is_listed_with_the_place_of_its_results(kind: str) -> 
         status=JobStatus.RUNNING,
     )
     assert table([job]).split()[-1] == "s3://b/place"  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("error", [ReaderGoneError(), OutputError("full")])
+def test_a_job_whose_news_cannot_be_said_is_told_of_all_the_same(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was sent, and runs on."""
+
+    class Output(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    with pytest.raises(type(error)):
+        follow_or_leave(ADDRESS, "raysubmit_1", Output(), "job raysubmit_1 sent")
+    assert capsys.readouterr().err.startswith("satfusion: job raysubmit_1 runs on: follow it with")

@@ -34,7 +34,7 @@ def driver(cluster: LocalCluster, *words: str) -> str:
     """Take one CPU of the cluster as a driver of its own, and return the states of all placement groups."""
     token = {MODE_VARIABLE: "token", PATH_VARIABLE: cluster.token_file}
     command = [sys.executable, "-c", DRIVER, cluster.gcs, *words]
-    done = subprocess.run(command, env={**os.environ, **token}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **token}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

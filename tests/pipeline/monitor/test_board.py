@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from pipeline.monitor.records import RecordReader
 from pipeline.monitor.serve import Watch
 from pipeline.reporting.events import AGGREGATE
 from pipeline.reporting.segments import EventFile
+from pipeline.reporting.tags import STEP_TAGS, shown
 from sharding.errors import UserError
 from sharding.storage import LocalStorage, Storage, StorageUnavailableError, StoredObject, open_storage
 from tests.conftest import S3
@@ -148,9 +150,12 @@ def test_texts_hyperparameters_images_and_layout(tmp_path: Path) -> None:
     assert {"model.encoder", "model.head", "train.seed"} < leading
     assert "data.simulate" not in leading
     layout = board.read("(layout)").Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    charts = [chart.title for category in Layout.FromString(layout).category for chart in category.chart]
-    assert charts[:4] == ["loss", "PSNR, dB", "chips a second", "wait for data, s"]
-    assert charts[4:] == ["retries and damage, counts", "writing checkpoints, s"]
+    charts = [chart for category in Layout.FromString(layout).category for chart in category.chart]
+    assert [chart.title for chart in charts[:4]] == ["loss", "PSNR, dB", "chips a second", "wait for data, s"]
+    assert [chart.title for chart in charts[4:]] == ["retries and damage, counts", "writing checkpoints, s"]
+    drawn = {tag for chart in charts[4:] for tag in chart.multiline.tag}
+    of_stores = {tag for tag in (shown(stored).tag for stored in STEP_TAGS) if tag.startswith("store/")}
+    assert drawn == {f"^{re.escape(tag)}$" for tag in of_stores}, "the operator sees all that is counted of stores"
     assert board.watch.table().splitlines()[1].split()[:5] == ["one", "srcnn+pnn", "2", "31", "31"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,15 +37,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(runs: Path) -> Iterator[str]:
     """The address of the monitor, once it has all runs."""
     with monitoring(str(runs)) as (url, _):
-        whole = {"two-ranks", "two-ranks/max", "sweep/seeds-mean"}
-        ask(f"{url}/data/plugin/scalars/tags", lambda tags: isinstance(tags, dict) and whole <= set(tags))
+        ask(f"{url}/data/plugin/scalars/tags", has_all_runs)
         yield url
+
+
+def has_all_runs(tags: object) -> bool:
+    """Return whether the monitor has the curves of all runs, of their bands and of the seeds' mean and spread."""
+    seeds = (*(f"seed-{seed}" for seed in SEEDS), "seeds-mean", "seeds-low", "seeds-high")
+    with_psnr = ("two-ranks", *(f"sweep/{name}" for name in seeds))
+    return (
+        isinstance(tags, dict)
+        and {"two-ranks/min", "two-ranks/max"} <= set(tags)
+        and all("quality/psnr" in tags.get(name, ()) for name in with_psnr)
+    )
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM)
+    with (
+        sync_api.sync_playwright() as driver,
+        contextlib.closing(driver.chromium.launch(executable_path=CHROMIUM)) as browser,
+    ):
+        yield browser
 
 
 @pytest.fixture

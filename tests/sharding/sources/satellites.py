@@ -159,7 +159,8 @@ def write_tiles(
             part = image[:, row * high : (row + 1) * high, column * wide : (column + 1) * wide]
             file = f"IMG_{name}_R{row + 1}C{column + 1}.{'JP2' if jp2 else 'TIF'}"
             own = transform @ Affine.translation(column * wide, row * high) if transform else None
-            if jp2 and own:
+            if jp2:
+                assert own, "the JP2 files of the tests have a place"
                 write_jp2(folder / file, part, own)
             else:
                 profile = {"count": count, "height": part.shape[1], "width": part.shape[2], "dtype": "uint16"}
