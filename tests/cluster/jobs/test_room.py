@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
+from cluster.jobs.room import release_room
 from cluster.local import nodes as local
 from cluster.local.nodes import LocalCluster, NodeOptions
 from cluster.token import MODE_VARIABLE, PATH_VARIABLE
@@ -50,3 +53,15 @@ def test_an_ended_attempt_frees_what_it_has_taken_and_nothing_of_other_jobs() ->
             assert driver(cluster, "release") == "CREATED REMOVED REMOVED"
         finally:
             local.down(Path(name, "state"))
+
+
+def test_a_head_that_does_not_answer_ends_no_job(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def table() -> None:
+        raise ray.exceptions.GetTimeoutError("the head is slow")
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "01000000"))
+    monkeypatch.setattr(ray.util, "placement_group_table", table)
+    release_room()
+    assert "resources of the attempt before may still be taken: the head is slow" in caplog.text
