@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,12 @@ def _links(cells: Sequence[RunConfig], failed: Mapping[str, str]) -> Iterator[st
         uri = cell.output.uri
         below = "/".join(uri.rsplit("/", 2)[1:])
         # Relative, so that the page can be read wherever the sweep is copied to.
-        yield f"- [{below}]({below}/)" + (f": failed: {failed[uri]}" if uri in failed else "")
+        yield f"- [{below}]({below}/)" + (f": failed: {_plain(failed[uri])}" if uri in failed else "")
+
+
+def _plain(text: str) -> str:
+    """Return a text as one line of Markdown without markup: it may hold what somebody else has written."""
+    return re.sub(r"[\\`*\[\]<>]", r"\\\g<0>", " ".join(text.split()))
 
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float | str, float | str]:
