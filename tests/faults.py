@@ -11,12 +11,17 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import IO, Self, cast
+from typing import IO, TYPE_CHECKING, Self, cast
 from urllib.parse import urlsplit
+
+from sharding.storage import retries
+
+if TYPE_CHECKING:  # benchmarks use the proxy, too
+    import pytest
 
 _PIECE = 16 << 10
 _REFUSALS = {"busy": (503, "SlowDown"), "unknown": (501, "NotImplemented")}
@@ -306,3 +311,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
         self.close_connection = True
+
+
+@contextlib.contextmanager
+def proxy_before(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Put a proxy without faults yet before the store that ``environment`` names, and shorten pauses between attempts.
+
+    The patience is the real one, but in tests that see its end.
+    """
+    with FaultProxy(environment["AWS_ENDPOINT_URL"], seed=1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
+        yield proxy

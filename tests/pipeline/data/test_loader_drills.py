@@ -28,7 +28,7 @@ from sharding.format.sample import fetch_sample
 from sharding.run.verify import verify
 from sharding.storage import CorruptedError, Storage, StorageUnavailableError, open_storage, retries
 from tests.conftest import S3
-from tests.faults import FaultProxy, Faults, Request
+from tests.faults import FaultProxy, Faults, Request, proxy_before
 from tests.pipeline.data.test_data import copy_to
 
 PLAN = BatchPlan.create(5, 5, 1)
@@ -98,9 +98,7 @@ def direct(s3: S3, local: str) -> Storage:
 @pytest.fixture
 def proxy(s3: S3, direct: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Yield a proxy without faults yet, named in the environment."""
-    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], seed=1) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
+    with proxy_before(s3.environment, monkeypatch) as proxy:
         yield proxy
 
 

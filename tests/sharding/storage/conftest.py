@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from sharding.storage import Storage, open_storage, retries
+from sharding.storage import Storage, open_storage
 from sharding.storage.options import MIB, StorageOptions
 from tests.conftest import S3
-from tests.faults import FaultProxy
+from tests.faults import FaultProxy, proxy_before
 
 DATA = random.Random(1).randbytes(1_000_000)
 """Content of an object."""
@@ -29,10 +29,7 @@ def direct(s3: S3) -> Storage:
 @pytest.fixture
 def proxy(s3: S3, direct: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy without faults yet, which the environment names."""
-    with FaultProxy(s3.environment["AWS_ENDPOINT_URL"], seed=1) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        # The patience is the real one, but in tests that see its end.
-        monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.2)
+    with proxy_before(s3.environment, monkeypatch) as proxy:
         yield proxy
 
 
